@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ee_megatron.families import FAMILIES
+from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 
 # What parity tests run for: a family that is registered is among them.
 MODELS = [(family, tied) for family in FAMILIES for tied in (True, False)]
@@ -80,3 +82,11 @@ def tiny_hf(
     model.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
     return path
+
+
+def firing_policy(path: Path, spec: PolicySpec, seed: int = 1) -> WeightSet:
+    """Adapters that change the model in `path`, and gates that fire on some positions."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = initial_policy(HFDirectory(path).dims, spec, seed=seed)
+    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
+    return WeightSet(seed, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()})

@@ -11,19 +11,16 @@ A prompt's name decides its random numbers: all models and conditions draw the s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..exit_rules import ExitRule, Fixed, Off
-from ..rollout.engine.request import GenerationRequest
-from ..rollout.engine.sampling import SamplingParams
-from ..rollout.pool.interface import RolloutPool
 from ..tasks.chains import ChainTask, hops_of
-from ..tasks.verifier import VerifierPool
 from ..types import Prompt, Rollout
+from .evaluate import AnswerBench
 
 FREE, CORRUPTED, OTHER = "free", "corrupted", "other"
 Key = tuple[str, str]  # a family, and what its answers are: FREE, CORRUPTED or forced into the style of that name
@@ -82,29 +79,21 @@ def by_family(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
     return {family: groups[family] for family in sorted(groups, key=hops_of)}
 
 
-@dataclass(frozen=True)
-class ChoiceBench:
-    """Where answers are made and judged, how they are sampled, and `answers` of them per family and condition.
-    first_exits: an answer's first token may exit like any other. `progress(done, total)` counts answers."""
+@dataclass(frozen=True, kw_only=True)
+class ChoiceBench(AnswerBench):
+    """`answers` of them per family and condition. first_exits: an answer's first token may exit like any other."""
 
-    pool: RolloutPool
-    verifier: VerifierPool
     task: ChainTask
-    sampling: SamplingParams
     num_layers: int
     first_exits: bool
     answers: int
-    seed: int = 0
-    progress: Callable[[int, int], None] | None = None
 
     def ask(self, sets: Mapping[Key, Sequence[Prompt]], exits: ExitRule) -> dict[Key, list[Judged]]:
         """One answer to every prompt of every set: a single request, so that the pool's rows stay full."""
         asked = [prompt for prompts in sets.values() for prompt in prompts]
-        named = [prompt for prompts in sets.values() for prompt in _apart(prompts)]
-        made = self.pool.generate(GenerationRequest(named, 1, self.sampling, exits, self.seed), self.progress)
-        rollouts = [answer for (answer,) in made]
-        verdicts = self.verifier.verify_many([(p, a.text) for p, a in zip(asked, rollouts, strict=True)])
-        judged = (Judged(p, a, v.correct) for p, a, v in zip(asked, rollouts, verdicts, strict=True))
+        rollouts = self.answer([prompt for prompts in sets.values() for prompt in _apart(prompts)], exits)
+        correct = self.correct(asked, (answer.text for answer in rollouts))
+        judged = map(Judged, asked, rollouts, correct)
         return {key: [next(judged) for _ in prompts] for key, prompts in sets.items()}
 
     def figures(self, answers: Sequence[Judged]) -> dict[str, float]:
@@ -118,20 +107,20 @@ def choice(
     at which the forced styles are measured with all tokens held to them. Raises ValueError without prompts."""
     if not prompts:
         raise ValueError("no prompts to choose a style for; give the task more problems")
-    task, families = bench.task, by_family(prompts)
-    wanted = {family: cycled(group, bench.answers) for family, group in families.items()}
+    task = bench.task
+    wanted = {family: cycled(group, bench.answers) for family, group in by_family(prompts).items()}
+    free: dict[Key, list[Prompt]] = {(family, FREE): group for family, group in wanted.items()}
     forced: dict[Key, list[Prompt]] = {
         (family, style): [replace(prompt, prefill=task.openings[style]) for prompt in group]
         for family, group in wanted.items()
         for style in task.styles
     }
-    free: dict[Key, list[Prompt]] = {(family, FREE): group for family, group in wanted.items()}
     wrong, leads = dict[Key, list[Prompt]](), dict[str, list[str]]()
     for family, group in wanted.items():
-        spoilt = [(prompt, step) for prompt in group if (step := task.corrupted(prompt)) is not None]
+        spoilt = [(prompt, *step) for prompt in group if (step := task.corrupted(prompt)) is not None]
         if spoilt:
-            wrong[family, CORRUPTED] = [replace(prompt, prefill=opening) for prompt, (opening, _) in spoilt]
-            leads[family] = [state for _, (_, state) in spoilt]
+            wrong[family, CORRUPTED] = [replace(prompt, prefill=opening) for prompt, opening, _ in spoilt]
+            leads[family] = [state for *_, state in spoilt]
     own = bench.ask({**free, **forced, **wrong}, exits)
     # The same rule would give the same answers.
     full = own if exits == Off() else bench.ask(forced, Off())
@@ -141,7 +130,7 @@ def choice(
         return {style: bench.figures(of[family, style]) for style in task.styles}
 
     found: dict[str, Any] = {}
-    for family in families:
+    for family in wanted:
         answers = own[family, FREE]
         written = shares([task.style_of(answer.prompt, answer.rollout.text) for answer in answers], task.styles)
         found[family] = {
@@ -168,9 +157,9 @@ def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 def _followed(bench: ChoiceBench, answers: Sequence[Judged], leads: Sequence[str]) -> dict[str, float]:
     """Shares of answers that are right all the same, and of those that are where the wrong step `leads`, [n] each."""
-    asked = [(replace(a.prompt, answer=state), a.rollout.text) for a, state in zip(answers, leads, strict=True)]
+    led_to = [replace(a.prompt, answer=state) for a, state in zip(answers, leads, strict=True)]
     return {
         "n": len(answers),
         "correct": float(np.mean([answer.correct for answer in answers])),
-        "followed": float(np.mean([verdict.correct for verdict in bench.verifier.verify_many(asked)])),
+        "followed": float(np.mean(bench.correct(led_to, (answer.rollout.text for answer in answers)))),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +19,15 @@ import torch
 from ..exit_rules import CONTROLS, Dial, DialRange, ExitRule, Threshold
 from ..exits import target_hazards
 from ..statistics import bootstrap_interval
-from .evaluate import Answer, EvaluationRow
-from .results import pair_up, paired_test
+from .evaluate import AnswerRecord, EvaluationRow
+from .results import paired_test, pairs_of
 
 TOLERANCE = 0.01  # mean depths count as the same within this, relative
 TRIALS = 20
 ACCURACY_TRIALS = 8
 
 
-def marginal_exits(answers: Sequence[Answer], outcomes: Sequence[int], first_token: bool = False) -> list[float]:
+def marginal_exits(answers: Sequence[AnswerRecord], outcomes: Sequence[int], first_token: bool = False) -> list[float]:
     """Shares of the outcomes over all tokens; answers' first count only where `first_token`. ValueError for none."""
     depths = [t["depth"] for a in answers for t in a["tokens"][not first_token :]]
     if not depths:
@@ -60,31 +61,28 @@ def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIAL
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
-    tried: list[tuple[float, EvaluationRow]] = []
-    policies: list[ExitRule] = []
 
-    def off(row: EvaluationRow) -> float:
-        return row.mean_depth / target - 1
-
-    def search(policy: Dial, place: Callable[[float], float], count: int) -> None:
-        low, high = 0.0, 1.0
+    def search(policy: Dial, count: int) -> list[tuple[float, ExitRule, EvaluationRow]]:
+        """The places that were tried, what stands there and what was measured."""
+        low, high, found = 0.0, 1.0, []
         for _ in range(count):
             middle = (low + high) / 2
-            policies.append(policy(middle))
-            tried.append((place(middle), measure(policies[-1])))
-            if abs(off(tried[-1][1])) <= TOLERANCE / 5:
-                return
-            low, high = (middle, high) if off(tried[-1][1]) < 0 else (low, middle)
+            exits = policy(middle)
+            found.append((middle, exits, row := measure(exits)))
+            if abs(row.mean_depth / target - 1) <= TOLERANCE / 5:
+                break
+            low, high = (middle, high) if row.mean_depth < target else (low, middle)
+        return found
 
-    search(dial, lambda position: position, trials // 2)
-    on_dial = list(tried)
-    below = [pair for pair in on_dial if off(pair[1]) < -TOLERANCE]
-    above = [pair for pair in on_dial if off(pair[1]) > TOLERANCE]
+    tried = on_dial = search(dial, trials // 2)
+    below = [one for one in on_dial if one[2].mean_depth / target - 1 < -TOLERANCE]
+    above = [one for one in on_dial if one[2].mean_depth / target - 1 > TOLERANCE]
     if len(below) + len(above) == len(on_dial) and below and above:
-        shallow, deep = max(below, key=lambda p: p[1].mean_depth)[0], min(above, key=lambda p: p[1].mean_depth)[0]
-        search(lambda share: dial(shallow).mixed(dial(deep), share), lambda _: math.nan, trials - len(tried))
-    policy, (_, row) = min(zip(policies, tried, strict=True), key=lambda pair: abs(pair[1][1].mean_depth - target))
-    return Matched(policy, row, target, abs(off(row)) <= TOLERANCE, len(tried), on_dial)
+        shallow, deep = max(below, key=lambda one: one[2].mean_depth), min(above, key=lambda one: one[2].mean_depth)
+        tried = on_dial + search(lambda share: shallow[1].mixed(deep[1], share), trials - len(on_dial))
+    _, policy, row = min(tried, key=lambda one: abs(one[2].mean_depth - target))
+    within = abs(row.mean_depth / target - 1) <= TOLERANCE
+    return Matched(policy, row, target, within, len(tried), [(place, row) for place, _, row in on_dial])
 
 
 def match_accuracy(
@@ -111,11 +109,11 @@ def match_accuracy(
     return Matched(dial(place), row, target, bool(enough), len(seen) - len(tried), seen)
 
 
-def compare(reference: Sequence[Answer], control: Sequence[Answer]) -> dict[str, Any]:
+def compare(reference: Sequence[AnswerRecord], control: Sequence[AnswerRecord]) -> dict[str, Any]:
     """Reference minus control in accuracy on the prompts that both answered, as `paired_test` has it: {"difference":
     {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}."""
-    pairs = pair_up(control, reference)
-    test, difference, _ = paired_test(pairs)
+    pairs = pairs_of(control, reference)
+    test, difference = paired_test(pairs)
     right_alone = {"only_reference": test.only_second, "only_control": test.only_first}
     return {"difference": difference._asdict(), **right_alone, "p_value": test.p_value, "n": len(pairs)}
 
@@ -138,34 +136,35 @@ def gate_calibration(
     "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate was asked. Intervals are 95 % over
     answers; that of the ECE shares its upward bias where bins hold few.
     """
-    tables = [_sums(h, d, kl_factor) for h, d in zip(hazards, divergences, strict=True) if len(h)]
-    stacked = np.array(tables)  # answers, exits, bins, (count, hazard, target, |difference|)
-    if not len(stacked) or stacked[..., 0].sum() == 0:
+    # Answers, exits, bins, (count, hazard, target, |difference|).
+    stacked = np.array([_sums(h, d, kl_factor) for h, d in zip(hazards, divergences, strict=True) if len(h)])
+    if not stacked.size or stacked[..., 0].sum() == 0:
         return None
 
-    def mean_error(sample: np.ndarray) -> float:
-        count = sample[..., 0].sum()
-        return float(sample[..., 3].sum() / count) if count else math.nan
+    def ece(sums: np.ndarray) -> float:
+        """Of [..., B, 4], bins of all that stands before them together."""
+        bins = sums.reshape(-1, BINS, 4).sum(0)
+        return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum()) if bins[:, 0].any() else math.nan
 
-    total = stacked.sum(0)
-    exits = [(int(depth), bins, bins.sum(0)) for depth, bins in zip(exit_depths, total, strict=True)]
+    def mean_error(sums: np.ndarray) -> float:
+        count = sums[..., 0].sum()
+        return float(sums[..., 3].sum() / count) if count else math.nan
 
     def means(sums: np.ndarray) -> dict[str, Any]:
         return {"hazard": float(sums[1] / sums[0]), "target": float(sums[2] / sums[0]), "asked": int(sums[0])}
 
+    total = stacked.sum(0)
     return {
-        "ece": bootstrap_interval(stacked, lambda sample: _ece(sample.sum((0, 1))), resamples=RESAMPLES)._asdict(),
+        "ece": bootstrap_interval(stacked, ece, resamples=RESAMPLES)._asdict(),
         "mean_error": bootstrap_interval(stacked, mean_error, resamples=RESAMPLES)._asdict(),
         "asked": int(total[..., 0].sum()),
         "bins": [means(sums) for sums in total.sum(0) if sums[0] > 0],
-        "exits": [{"depth": d, "ece": _ece(bins), **means(sums)} for d, bins, sums in exits if sums[0] > 0],
+        "exits": [
+            {"depth": int(depth), "ece": ece(bins), **means(bins.sum(0))}
+            for depth, bins in zip(exit_depths, total, strict=True)
+            if bins[:, 0].any()
+        ],
     }
-
-
-def _ece(bins: np.ndarray) -> float:
-    """Bins [B, >= 3] of (count, sum of hazards, sum of targets)."""
-    count = bins[:, 0].sum()
-    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / count) if count else math.nan
 
 
 def _sums(hazards: np.ndarray, divergences: np.ndarray, kl_factor: float) -> np.ndarray:
@@ -173,11 +172,10 @@ def _sums(hazards: np.ndarray, divergences: np.ndarray, kl_factor: float) -> np.
     h = np.asarray(hazards, dtype=np.float64)
     target = target_hazards(torch.from_numpy(np.asarray(divergences, dtype=np.float64)), kl_factor).numpy()
     asked = ~(np.isnan(h) | np.isnan(target))
-    place = np.minimum((np.where(asked, h, 0.0) * BINS).astype(int), BINS - 1)
-    table = np.zeros((h.shape[1], BINS, 4))
-    exits = np.broadcast_to(np.arange(h.shape[1]), h.shape)
-    for k, values in enumerate((np.ones_like(h), h, target, np.abs(h - target))):
-        np.add.at(table[..., k], (exits[asked], place[asked]), values[asked])
+    exits, (h, target) = np.nonzero(asked)[1], (h[asked], target[asked])
+    table = np.zeros((hazards.shape[1], BINS, 4))
+    places = exits, np.minimum((h * BINS).astype(int), BINS - 1)
+    np.add.at(table, places, np.stack([np.ones_like(h), h, target, np.abs(h - target)], axis=-1))
     return table
 
 
@@ -188,9 +186,9 @@ class Reference:
     model: str
     exits: ExitRule
     validation: EvaluationRow
-    validation_answers: Sequence[Answer]
+    validation_answers: Sequence[AnswerRecord]
     test: EvaluationRow
-    test_answers: Sequence[Answer]
+    test_answers: Sequence[AnswerRecord]
 
 
 class ControlMeasurer(Protocol):
@@ -200,7 +198,7 @@ class ControlMeasurer(Protocol):
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow: ...
 
-    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]: ...
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[AnswerRecord]]: ...
 
 
 @dataclass(frozen=True)
@@ -225,13 +223,12 @@ def all_controls(
     reinforced, and those of `other`, a policy by its name and checkpoint."""
     model, own = reference.model, checkpoints[reference.model]
     span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes, first_token))
-    controls = [ControlRule(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
     gates = Threshold.dial(span)
+    controls = [ControlRule(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
     if model != "calibrated":
         controls.append(ControlRule("calibrated gates", "calibrated", checkpoints["calibrated"], gates))
     if other is not None:
-        name, checkpoint = other
-        controls.append(ControlRule(name, name, checkpoint, gates))
+        controls.append(ControlRule(other[0], *other, gates))
     return controls
 
 
@@ -239,15 +236,14 @@ def run_controls(
     judge: ControlMeasurer, reference: Reference, controls: Sequence[ControlRule], done: Callable[[EvaluationRow], None]
 ) -> list[dict[str, Any]]:
     """One entry for the reference, then two per control: at its mean depth, at its accuracy; plain JSON values."""
-    entries = [_entry(f"({reference.model})", "itself", reference, None, reference.test, reference.test_answers)]
+    validation = reference.validation
+    itself = Matched(reference.exits, validation, validation.mean_depth, within=True)
+    entries = [_entry(f"({reference.model})", "itself", reference, itself, reference.test, reference.test_answers)]
     for control in controls:
         judge.load(control.checkpoint)
-
-        def measure(exits: ExitRule, model: str = control.model) -> EvaluationRow:
-            return judge.on_validation(model, exits)
-
-        depth = match_depth(measure, control.dial, reference.validation.mean_depth)
-        accuracy = match_accuracy(measure, control.dial, reference.validation.accuracy, depth.tried)
+        measure = partial(judge.on_validation, control.model)
+        depth = match_depth(measure, control.dial, validation.mean_depth)
+        accuracy = match_accuracy(measure, control.dial, validation.accuracy, depth.tried)
         for matched_by, matched in (("depth", depth), ("accuracy", accuracy)):
             row, answers = judge.on_test(control.model, matched.policy)
             entries.append(_entry(control.name, matched_by, reference, matched, row, answers))
@@ -259,22 +255,21 @@ def _entry(
     name: str,
     matched_by: str,
     reference: Reference,
-    matched: Matched | None,
+    matched: Matched,
     row: EvaluationRow,
-    answers: Sequence[Answer],
+    answers: Sequence[AnswerRecord],
 ) -> dict[str, Any]:
-    policy = matched.policy if matched else reference.exits
     return {
         "control": name,
         "matched_by": matched_by,
         "model": row.model,
-        "exits": policy.label,
-        "policy": policy.to_results(),
+        "exits": matched.policy.label,
+        "policy": matched.policy.to_results(),
         # On validation, where the matching was done; how near it is on the test split stands beside it.
-        "target": matched.target if matched else reference.validation.mean_depth,
-        "validation": asdict(matched.row if matched else reference.validation),
-        "within": matched.within if matched else True,
-        "trials": matched.trials if matched else 0,
+        "target": matched.target,
+        "validation": asdict(matched.row),
+        "within": matched.within,
+        "trials": matched.trials,
         "row": asdict(row),
         "depth_ratio": row.mean_depth / reference.test.mean_depth,
         "comparison": compare(reference.test_answers, answers),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from ..exit_rules import ExitRule
 from ..rollout.engine.request import GenerationRequest, Progress
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scoring import Inspection, Score
 from ..rollout.pool.interface import RolloutPool
 from ..statistics import wilson_interval
@@ -44,10 +46,10 @@ class Token(TypedDict):
     readings: NotRequired[list[Reading]]
 
 
-class Answer(TypedDict):
-    """One answer as the report shows it. `id` is the prompt's, `text` excludes the stop string, `tokens` does not.
-    `flops`: of prompt and answer by the exits taken; None: not counted. `task`: the task or its family;
-    `group`: the first of the prompt's groups, which other prompts may share."""
+class AnswerRecord(TypedDict):
+    """One answer as results.json has it and the report shows it. `id` is the prompt's, `text` excludes the stop string,
+    `tokens` does not. `flops`: of prompt and answer by the exits taken; None: not counted. `task`: the task or its
+    family; `group`: the first of the prompt's groups, which other prompts may share."""
 
     id: str
     prompt: str
@@ -73,6 +75,30 @@ class AnsweredSet:
     seconds: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerBench:
+    """Where answers are made and judged. sampling: of free answers. progress(done, total) counts answers."""
+
+    pool: RolloutPool
+    verifier: VerifierPool
+    sampling: SamplingParams
+    seed: int = 0
+    progress: Progress | None = None
+
+    def answer(
+        self, prompts: Sequence[Prompt], exits: ExitRule, sampling: SamplingParams | None = None
+    ) -> list[Rollout]:
+        """One answer to each prompt, in order."""
+        if not prompts:
+            return []
+        request = GenerationRequest(prompts, 1, sampling or self.sampling, exits, self.seed)
+        return [answer for (answer,) in self.pool.generate(request, self.progress)]
+
+    def correct(self, prompts: Sequence[Prompt], texts: Iterable[str]) -> list[bool]:
+        verdicts = self.verifier.verify_many(list(zip(prompts, texts, strict=True)))
+        return [verdict.correct for verdict in verdicts]
+
+
 def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> list[AnsweredSet]:
     """The request's answers by the weights that the pool holds, not scored: a set for each of its rules, timed if there
     is only one. Raises ValueError if there are no prompts."""
@@ -96,7 +122,7 @@ def score_sets(pool: RolloutPool, sets: Sequence[AnsweredSet]) -> list[AnsweredS
 def evaluate_model(
     answered: AnsweredSet, request: GenerationRequest, task: Task, verifier: VerifierPool, *,
     label: str, num_layers: int, decode: Callable[[int], str], flops: Callable[[Rollout], float] | None = None,
-) -> tuple[EvaluationRow, list[Answer]]:  # fmt: skip
+) -> tuple[EvaluationRow, list[AnswerRecord]]:  # fmt: skip
     """The answers to a request of one sample by one rule, judged and summarised.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. Scores fill the row's `kl` and the
@@ -110,7 +136,7 @@ def evaluate_model(
     divergences = [score.divergence for score in scores] if scores is not None else None
     row = summarise(prompts, rollouts, verdicts, num_layers, divergences, answered.seconds, model=label, exits=exits)
     answers = [
-        Answer(
+        AnswerRecord(
             id=prompt.id, prompt=prompt.text, reference=prompt.answer, model=label, exits=exits,
             correct=verdicts[i].correct, text=rollout.text,
             tokens=_tokens(rollout, scores[i] if scores is not None else None, decode),
@@ -123,7 +149,10 @@ def evaluate_model(
 
 
 def add_readings(
-    answers: Sequence[Answer], inspected: Sequence[Inspection], depths: Sequence[int], decode: Callable[[int], str]
+    answers: Sequence[AnswerRecord],
+    inspected: Sequence[Inspection],
+    depths: Sequence[int],
+    decode: Callable[[int], str],
 ) -> None:
     """Give the tokens of answers [n] their readings, from what `inspect` found in the same answers; `depths` [M]."""
     for answer, entry in zip(answers, inspected, strict=True):
@@ -193,40 +222,29 @@ def summarise(
 ) -> EvaluationRow:  # fmt: skip
     """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row. Raises ValueError if
     there is nothing to summarise or the inputs do not belong together."""
-    counts = [len(prompts), len(rollouts), len(verdicts), *([] if divergences is None else [len(divergences)])]
-    if len(set(counts)) != 1 or not counts[0]:
-        numbers = ", ".join(map(str, counts))
-        raise ValueError(f"{numbers} prompts, answers, verdicts, divergences: expected equal numbers, at least one")
-    strangers = [r.prompt_id for p, r in zip(prompts, rollouts, strict=True) if p.id != r.prompt_id]
-    if strangers:
-        raise ValueError(f"answers are not in the order of the prompts: {strangers[0]!r} is out of place")
+    strangers = [r.prompt_id for p, r, _ in zip(prompts, rollouts, verdicts, strict=True) if p.id != r.prompt_id]
+    if strangers or not rollouts:
+        raise ValueError(f"{len(rollouts)} answers to summarise; not in the order of their prompts: {strangers[:1]}")
     n, correct = len(rollouts), sum(verdict.correct for verdict in verdicts)
+    low, high = wilson_interval(correct, n)
     depths = np.concatenate([np.asarray(rollout.exit_depths, dtype=np.float64) for rollout in rollouts])
     tokens = len(depths)
-    kl = None if divergences is None or not tokens else float(np.concatenate(list(divergences)).mean(dtype=np.float64))
-    mean_depth = float(depths.mean()) / num_layers if tokens else 1.0
-    timed_out, speed = sum(verdict.timed_out for verdict in verdicts), tokens / seconds if seconds else None
-    return _row(model, exits, n, correct, mean_depth, float(depths.sum()) / n, tokens / n, kl, speed, timed_out)
+    return EvaluationRow(
+        model, exits, n, correct, correct / n, low, high,
+        mean_depth=float(depths.mean()) / num_layers if tokens else 1.0,
+        total_depth=float(depths.sum()) / n,
+        length=tokens / n,
+        kl=float(np.concatenate(list(divergences)).mean(dtype=np.float64)) if divergences and tokens else None,
+        tokens_per_s=tokens / seconds if seconds else None,
+        timed_out=sum(verdict.timed_out for verdict in verdicts),
+    )  # fmt: skip
 
 
 def pooled(rows: Sequence[EvaluationRow]) -> EvaluationRow:
-    """The row of all answers of `rows` [k], by one model under one exit policy; `kl` and `tokens_per_s` are left out.
-    Raises ValueError if they are not of one, or for none."""
-    kinds = {(row.model, row.exits) for row in rows}
-    if len(kinds) != 1:
-        raise ValueError(f"rows of {sorted(kinds)}: expected some, of one model under one exit policy")
-    ((model, exits),) = kinds
-    n, correct = sum(row.n for row in rows), sum(row.correct for row in rows)
-    tokens = [row.n * row.length for row in rows]
-    layers = sum(t * row.mean_depth for t, row in zip(tokens, rows, strict=True))
-    mean_depth = layers / sum(tokens) if any(tokens) else 1.0
-    total_depth, timed_out = sum(row.n * row.total_depth for row in rows) / n, sum(row.timed_out for row in rows)
-    return _row(model, exits, n, correct, mean_depth, total_depth, sum(tokens) / n, timed_out=timed_out)
-
-
-def _row(model: str, exits: str, n: int, correct: int, *means: Any, **more: Any) -> EvaluationRow:
-    low, high = wilson_interval(correct, n)
-    return EvaluationRow(model, exits, n, correct, correct / n, low, high, *means, **more)
+    """Rows of one model under one exit policy as the first of them, with accuracy and mean depth of all answers."""
+    n, tokens = sum(row.n for row in rows), [row.n * row.length for row in rows]
+    depth = float(np.average([row.mean_depth for row in rows], weights=tokens)) if any(tokens) else 1.0
+    return replace(rows[0], accuracy=sum(row.correct for row in rows) / n, mean_depth=depth)
 
 
 def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:

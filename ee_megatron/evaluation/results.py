@@ -1,18 +1,19 @@
 """What an evaluation leaves: results.json with its statistics, answers.jsonl, lens.json, and a table for the terminal.
 
-Keys of the statistics are "model, exits"; every function takes answers of any number of models and rules. Tokens'
-statistics leave out an answer's first token, whose depth may be no choice.
+Keys of the statistics are labels, "model, exits"; every function takes answers of any number of models and rules.
+docs/evaluation.md says what each figure is. Intervals are 95 % bootstraps over answers unless another is named.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ..observe.rundir import write_atomic
 from ..report.numbers import strict_json
@@ -31,63 +32,90 @@ from ..statistics import (
 )  # fmt: skip
 from ..types import Rollout
 from .chain import CLASSES, answer_span, token_class
-from .evaluate import Answer, EvaluationRow
+from .evaluate import AnswerRecord, EvaluationRow
 
 BINS = 8  # of entropy, each with as many tokens
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
-ANSWER = "answer"
-GROUPS = ("all", *(name for name in CLASSES if name != "other"), ANSWER)
 RESAMPLES = 200
 # Problems whose answers are read at every exit; tokens of a readout, positions of a prompt's end, tokens of an answer.
 LENS_PROBLEMS = 3
 TOP_K, PROMPT_POSITIONS, ANSWER_TOKENS = 3, 32, 48
-Measure = Literal["entropy", "surprisal", "kl"]
 
 
 def write_results(
-    path: Path, rows: Sequence[EvaluationRow], answers: Sequence[Answer], meta: Mapping[str, Any],
+    path: Path, rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord], meta: Mapping[str, Any],
     keep: int | None = None, more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null. The
     statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all)."""
     prompts = list(dict.fromkeys(answer["id"] for answer in answers))
     kept = set(prompts if keep is None else prompts[:keep])
+    tokens = tokens_of(answers)
     results = Results(
         meta=dict(meta),
         rows=[asdict(row) for row in rows],
         answers=[dict(answer) for answer in answers if answer["id"] in kept],
-        depth_by_entropy=depth_by_entropy(answers),
-        exit_histogram=exit_histogram(answers),
+        depth_by_entropy=depth_by_entropy(tokens),
+        exit_histogram=exit_histogram(tokens),
         paired=paired_with_teacher(answers),
-        depth=depth_figures(answers),
+        depth=depth_figures(answers, tokens),
         by_task=by_task(answers),
-        kl_by_exit=kl_by_exit(answers),
-        depth_correlations=depth_correlations(answers),
+        kl_by_exit=kl_by_exit(tokens),
+        depth_correlations=depth_correlations(tokens),
         **(more or {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(strict_json(results.to_json()), ensure_ascii=False, indent=1, allow_nan=False))
 
 
-def by_label(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """Answers by their label, "model, exits", in order of appearance."""
-    groups: dict[str, list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(f"{answer['model']}, {answer['exits']}", []).append(answer)
-    return groups
+# ---- tokens ----
 
 
-def exit_histogram(answers: Sequence[Answer]) -> dict[str, dict[str, int]]:
+def label_of(answer: AnswerRecord) -> str:
+    return f"{answer['model']}, {answer['exits']}"
+
+
+def tokens_of(answers: Sequence[AnswerRecord]) -> pd.DataFrame:
+    """A row per token: label; answer, its place in `answers`; t, its place there; depth; entropy, surprisal and kl in
+    nats, NaN where not measured; kind, its class; final, whether it writes the final answer."""
+    rows = []
+    for i, answer in enumerate(answers):
+        texts, label = [token["text"] for token in answer["tokens"]], label_of(answer)
+        final = range(len(texts))[answer_span(texts)]
+        for t, token in enumerate(answer["tokens"]):
+            measured = (token.get("entropy"), token.get("surprisal"), token.get("kl"))
+            rows.append((label, i, t, token["depth"], *measured, token_class(token["text"]), t in final))
+    names = ["label", "answer", "t", "depth", "entropy", "surprisal", "kl", "kind", "final"]
+    return pd.DataFrame(rows, columns=names).astype(dict.fromkeys(("entropy", "surprisal", "kl"), float))
+
+
+def chosen(tokens: pd.DataFrame, measure: str) -> pd.DataFrame:
+    """Those with the measure, without answers' first tokens, whose depth may be no choice."""
+    return tokens[(tokens["t"] > 0) & tokens[measure].notna()]
+
+
+def token_mean(tokens: pd.DataFrame, column: str) -> dict[str, float]:
+    """The mean over the tokens of all answers."""
+    sums = tokens.groupby("answer")[column].agg(["sum", "count"]).to_numpy(np.float64)
+    return bootstrap_interval(sums, lambda sample: float(sample[:, 0].sum() / sample[:, 1].sum()))._asdict()
+
+
+def depth_entropy_spearman(tokens: pd.DataFrame, measure: str, resamples: int = 300) -> Estimate:
+    parts = [part for _, part in tokens.groupby("answer")]
+    depths, values = ([part[column].to_numpy() for part in parts] for column in ("depth", measure))
+    return spearman_interval(depths, values, resamples)
+
+
+def exit_histogram(tokens: pd.DataFrame) -> dict[str, dict[str, int]]:
     """{label: {depth: tokens}}, depths in order (as strings, JSON's keys)."""
-    histogram: dict[str, dict[str, int]] = {}
-    for label, group in by_label(answers).items():
-        depths, counts = np.unique([t["depth"] for a in group for t in a["tokens"]], return_counts=True)
-        histogram[label] = {str(int(d)): int(c) for d, c in zip(depths, counts, strict=True)}
-    return histogram
+    return {
+        label: {str(depth): int(n) for depth, n in part["depth"].value_counts().sort_index().items()}
+        for label, part in tokens.groupby("label", sort=False)
+    }
 
 
-def depth_figures(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
-    """Depth in layers and FLOPs, with 95 % bootstrap intervals over answers.
+def depth_figures(answers: Sequence[AnswerRecord], tokens: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Depth in layers and FLOPs of `tokens_of` these answers.
 
     - mean: over all tokens; quantiles: depths that occur, over all tokens; total: layers per answer
     - answer: mean over the tokens that write the final answer, and how many answers have such
@@ -95,207 +123,165 @@ def depth_figures(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
     - classes: {class: {"depth", "tokens"}}
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, group in by_label(answers).items():
-        depths = [_depths(a) for a in group]
-        tokens = np.concatenate(depths)
-        if not len(tokens):
-            continue
-        spans = [d[answer_span([t["text"] for t in a["tokens"]])] for a, d in zip(group, depths, strict=True)]
-        flops = [f for a in group if (f := a.get("flops")) is not None]
-        of_class: dict[str, list[int]] = {kind: [] for kind in CLASSES}
-        for token in (t for a in group for t in a["tokens"][1:]):
-            of_class[token_class(token["text"])].append(token["depth"])
-        found[name] = {
-            "mean": _ratio(depths),
-            "quantiles": {f"{q:g}": float(np.quantile(tokens, q, method="inverted_cdf")) for q in QUANTILES},
-            "total": bootstrap_interval([d.sum() for d in depths])._asdict(),
-            "answer": {**_ratio(spans), "answers": sum(len(s) > 0 for s in spans)},
+    for label, part in tokens.groupby("label", sort=False):
+        mine = [i for i, answer in enumerate(answers) if label_of(answer) == label]
+        totals = part.groupby("answer")["depth"].sum().reindex(mine, fill_value=0)
+        flops = [f for i in mine if (f := answers[i].get("flops")) is not None]
+        final = part[part["final"]]
+        kinds = part[part["t"] > 0].groupby("kind")["depth"]
+        found[label] = {
+            "mean": token_mean(part, "depth"),
+            "quantiles": {f"{q:g}": float(np.quantile(part["depth"], q, method="inverted_cdf")) for q in QUANTILES},
+            "total": bootstrap_interval(totals.to_numpy())._asdict(),
+            "answer": {**token_mean(final, "depth"), "answers": final["answer"].nunique()},
             "flops": bootstrap_interval(flops)._asdict() if flops else None,
-            "classes": {kind: {"depth": float(np.mean(d)), "tokens": len(d)} for kind, d in of_class.items() if d},
+            "classes": {
+                kind: {"depth": float(depths.mean()), "tokens": len(depths)}
+                for kind, depths in sorted(kinds, key=lambda entry: CLASSES.index(entry[0]))
+            },
         }
     return found
 
 
-def _depths(answer: Answer) -> np.ndarray:
-    return np.array([token["depth"] for token in answer["tokens"]], dtype=np.float64)
-
-
-def _ratio(parts: Sequence[np.ndarray]) -> dict[str, float]:
-    """The mean over the tokens of all answers; answers are resampled."""
-    sums = np.array([(p.sum(), len(p)) for p in parts if len(p)], dtype=np.float64)
-    return bootstrap_interval(sums, lambda s: float(s[:, 0].sum() / s[:, 1].sum()))._asdict()
-
-
-def by_task(answers: Sequence[Answer]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{label: {task: {"n", "accuracy", "low", "high" (Wilson, 95 %), "mean_depth" (layers per token)}}}, where answers
-    are to problems of more than one task or family; {} else."""
-    tasks = dict.fromkeys(task for answer in answers if (task := answer.get("task")))
-    if len(tasks) < 2:
-        return {}
-
-    def entry(group: Sequence[Answer]) -> dict[str, Any]:
-        right = sum(answer["correct"] for answer in group)
-        interval = wilson_interval(right, len(group))._asdict()
-        means = {"accuracy": right / len(group), **interval, "mean_depth": _ratio([_depths(a) for a in group])}
-        return {"n": len(group), **means}
-
-    return {
-        name: {task: entry(part) for task in tasks if (part := [a for a in group if a.get("task") == task])}
-        for name, group in by_label(answers).items()
-    }
-
-
-def paired(
-    answers: Sequence[Answer], measure: Measure, places: Sequence[Collection[int]] | None = None
-) -> list[np.ndarray]:
-    """float64 [T, 2] per answer: depth and measure of its tokens, those at its `places` where these are given. Tokens
-    without the measure, and answers without any other, are left out."""
-    columns = []
-    for i, answer in enumerate(answers):
-        pairs = [
-            (token["depth"], value)
-            for t, token in enumerate(answer["tokens"])
-            if t and (places is None or t in places[i]) and (value := token.get(measure)) is not None
-        ]
-        if pairs:
-            columns.append(np.array(pairs, dtype=np.float64))
-    return columns
-
-
-def kl_by_exit(answers: Sequence[Answer]) -> dict[str, dict[str, dict[str, float | int]]]:
+def kl_by_exit(tokens: pd.DataFrame) -> dict[str, dict[str, dict[str, float | int]]]:
     """Mean KL(teacher at full depth ‖ model) of the tokens that exited at each depth, nats: {label: {depth: {"kl",
-    "low", "high", "tokens"}}}, tokens as `paired` has them."""
+    "low", "high", "tokens"}}}; first tokens are left out."""
     found: dict[str, dict[str, dict[str, float | int]]] = {}
-    for name, group in by_label(answers).items():
-        columns = paired(group, "kl")
-        for depth in np.unique(np.concatenate(columns)[:, 0]) if columns else ():
-            parts = [c[c[:, 0] == depth, 1] for c in columns]
-            mean = _ratio(parts)
-            entry = {"kl": mean["value"], "low": mean["low"], "high": mean["high"], "tokens": sum(map(len, parts))}
-            found.setdefault(name, {})[str(int(depth))] = entry
+    for (label, depth), part in chosen(tokens, "kl").groupby(["label", "depth"]):
+        mean = token_mean(part, "kl")
+        entry = {"kl": mean["value"], "low": mean["low"], "high": mean["high"], "tokens": len(part)}
+        found.setdefault(label, {})[str(depth)] = entry
     return found
 
 
-def depth_by_entropy(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+def depth_by_entropy(tokens: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Whether hard tokens go deeper: per label the rank correlation of depth and the teacher's entropy.
 
-    {"spearman", "low", "high" (95%, answers resampled), "tokens", "answers", "bins": [{"entropy", "depth", "tokens"}]}.
-    Tokens as `paired` has them; models whose depth never varies are left out.
+    {"spearman", "low", "high", "tokens", "answers", "bins": [{"entropy", "depth", "tokens"}]}; first tokens are left
+    out, and models whose depth never varies.
     """
     found: dict[str, dict[str, Any]] = {}
-    for label, group in by_label(answers).items():
-        columns = paired(group, "entropy")
-        if not columns or np.ptp((tokens := np.concatenate(columns))[:, 0]) == 0:
+    for label, part in chosen(tokens, "entropy").groupby("label", sort=False):
+        if part["depth"].nunique() < 2:
             continue
-        value, low, high = spearman_interval([c[:, 0] for c in columns], [c[:, 1] for c in columns])
-        parts = np.array_split(tokens[np.argsort(tokens[:, 1], kind="stable")], BINS)
-        means = [(float(p[:, 1].mean()), float(p[:, 0].mean()), len(p)) for p in parts if len(p)]
-        bins = [{"entropy": entropy, "depth": depth, "tokens": count} for entropy, depth, count in means]
-        counts = {"tokens": len(tokens), "answers": len(columns)}
-        found[label] = {"spearman": value, "low": low, "high": high, **counts, "bins": bins}
+        value, low, high = depth_entropy_spearman(part, "entropy")
+        ordered = part.sort_values("entropy", kind="stable")[["entropy", "depth"]]
+        bins = [ordered.iloc[places] for places in np.array_split(np.arange(len(ordered)), BINS) if len(places)]
+        found[label] = {
+            "spearman": value, "low": low, "high": high, "tokens": len(part), "answers": part["answer"].nunique(),
+            "bins": [{**each.mean().to_dict(), "tokens": len(each)} for each in bins],
+        }  # fmt: skip
     return found
 
 
-def depth_correlations(answers: Sequence[Answer], resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
+def depth_correlations(tokens: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
     """Spearman's rank correlation of depth with the teacher's entropy and surprisal, by class of token.
 
-    {label: {"entropy" | "surprisal": {group: {"value", "low", "high", "tokens"}}}}, groups as in `GROUPS`, "answer" the
-    final one's tokens of any class. Within a class the correlation can't come from digits being both harder and deeper
-    than words. Tokens as `paired` has them; groups whose depth or measure never varies are left out.
+    {label: {"entropy" | "surprisal": {group: {"value", "low", "high", "tokens"}}}}; groups: all, classes, and answer,
+    the final one's tokens of any class. Within a class the correlation can't come from digits being both harder and
+    deeper than words. First tokens are left out, and groups whose depth or measure never varies.
     """
     found: dict[str, dict[str, Any]] = {}
-    for name, group in by_label(answers).items():
-        places = [_places(answer) for answer in group]
-        entry: dict[str, dict[str, Any]] = {"entropy": {}, "surprisal": {}}
-        for measure, of_group in entry.items():
-            for kind in GROUPS:
-                columns = paired(group, measure, [each[kind] for each in places])  # type: ignore[arg-type]
-                if columns and (np.ptp(tokens := np.concatenate(columns), axis=0) > 0).all():
-                    sides = [c[:, 0] for c in columns], [c[:, 1] for c in columns]
-                    estimate = spearman_interval(*sides, resamples=resamples)
-                    of_group[kind] = {**estimate._asdict(), "tokens": len(tokens)}
+    for label, part in tokens.groupby("label", sort=False):
+        entry: dict[str, dict[str, Any]] = {}
+        for measure in ("entropy", "surprisal"):
+            own = chosen(part, measure)
+            groups = {"all": own, **{kind: own[own["kind"] == kind] for kind in CLASSES if kind != "other"}}
+            entry[measure] = {
+                name: {**depth_entropy_spearman(group, measure, resamples)._asdict(), "tokens": len(group)}
+                for name, group in {**groups, "answer": own[own["final"]]}.items()
+                if (group[["depth", measure]].nunique() > 1).all()
+            }
         if any(entry.values()):
-            found[name] = entry
+            found[label] = entry
     return found
 
 
-def _places(answer: Answer) -> dict[str, set[int]]:
-    """The tokens of each group in `GROUPS`."""
-    texts = [t["text"] for t in answer["tokens"]]
-    every = range(len(texts))
-    classes = {name: {t for t in every if token_class(texts[t]) == name} for name in CLASSES}
-    return {**classes, "all": set(every), ANSWER: set(every[answer_span(texts)])}
+# ---- answers ----
 
 
-def pair_up(before: Sequence[Answer], after: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
-    """The answers to problems that both answered, in `after`'s order."""
+def by_task(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{label: {task: {"n", "accuracy", "low", "high" (Wilson), "mean_depth" (layers per token)}}}, where answers are to
+    problems of more than one task or family; {} else."""
+    tasks = dict.fromkeys(task for answer in answers if (task := answer.get("task")))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for label in dict.fromkeys(map(label_of, answers)) if len(tasks) > 1 else ():
+        for task in tasks:
+            part = [a for a in answers if label_of(a) == label and a.get("task") == task]
+            if part:
+                right = sum(answer["correct"] for answer in part)
+                found.setdefault(label, {})[task] = {
+                    "n": len(part), "accuracy": right / len(part), **wilson_interval(right, len(part))._asdict(),
+                    "mean_depth": token_mean(tokens_of(part), "depth"),
+                }  # fmt: skip
+    return found
+
+
+def pairs_of(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> pd.DataFrame:
+    """A row per problem that both answered, in `after`'s order: id; group, of problems that share operands; and for
+    "before" and "after" whether it is right, its depth (the sum over tokens) and its tokens."""
     known = {answer["id"]: answer for answer in before}
-    return [(known[answer["id"]], answer) for answer in after if answer["id"] in known]
+    both = [answer for answer in after if answer["id"] in known]
+    pairs = pd.DataFrame({"id": [a["id"] for a in both], "group": [a.get("group") or a["id"] for a in both]})
+    for side, answers in (("before", [known[a["id"]] for a in both]), ("after", both)):
+        pairs[f"right_{side}"] = [bool(a["correct"]) for a in answers]
+        pairs[f"depth_{side}"] = [sum(t["depth"] for t in a["tokens"]) for a in answers]
+        pairs[f"tokens_{side}"] = [len(a["tokens"]) for a in answers]
+    return pairs
 
 
-def paired_test(pairs: Sequence[tuple[Answer, Answer]]) -> tuple[PairedTest, Estimate, list[str]]:
-    """Of the second answers' accuracy minus the first ones': McNemar's exact test; the difference with its 95 %
-    interval over groups of problems that share operands, which are right or wrong together; each pair's group."""
-    first, second = ([bool(answer["correct"]) for answer in side] for side in zip(*pairs, strict=True))
-    groups = [after.get("group") or after["id"] for _, after in pairs]
-    return mcnemar_exact(first, second), clustered_difference(first, second, groups), groups
+def paired_test(pairs: pd.DataFrame, clusters: str = "group") -> tuple[PairedTest, Estimate]:
+    """Of the second answers' accuracy minus the first ones': McNemar's exact test, and the difference with its interval
+    over groups of problems, which are right or wrong together."""
+    sides = pairs["right_before"].tolist(), pairs["right_after"].tolist()
+    return mcnemar_exact(*sides), clustered_difference(*sides, pairs[clusters].tolist())
 
 
-def paired_with_teacher(answers: Sequence[Answer]) -> dict[str, dict[str, float | int]]:
+def paired_with_teacher(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, float | int]]:
     """Every label against the teacher on the prompts that both answered, as `paired_test` has it: the interval over
     groups is "group_low", "group_high", that over single prompts, too narrow where many share few operands, "low",
     "high"."""
-    groups = by_label(answers)
-    teacher = next((group for group in groups.values() if group[0]["model"] == "teacher"), None)
+    teacher = [answer for answer in answers if answer["model"] == "teacher"]
+    teacher = [answer for answer in teacher if label_of(answer) == label_of(teacher[0])]
     tests: dict[str, dict[str, float | int]] = {}
-    for label, group in groups.items():
-        if teacher is None or group is teacher or not (pairs := pair_up(teacher, group)):
-            continue
-        test, grouped, clusters = paired_test(pairs)
-        right = [[pair[side]["correct"] for pair in pairs] for side in (0, 1)]
-        single = clustered_difference(right[0], right[1], [after["id"] for _, after in pairs])
-        tests[label] = {
-            "n": len(pairs), "only_teacher": test.only_first, "only_model": test.only_second, "p_value": test.p_value,
-            "difference": single.value, "low": single.low, "high": single.high,
-            "group_low": grouped.low, "group_high": grouped.high, "groups": len(set(clusters)),
-        }  # fmt: skip
+    for label in dict.fromkeys(map(label_of, answers)):
+        pairs = pairs_of(teacher, [answer for answer in answers if label_of(answer) == label])
+        if len(pairs) and label != label_of(teacher[0]):
+            (test, grouped), (_, single) = paired_test(pairs), paired_test(pairs, "id")
+            tests[label] = {
+                "n": len(pairs), "only_teacher": test.only_first, "only_model": test.only_second,
+                "p_value": test.p_value, "difference": single.value, "low": single.low, "high": single.high,
+                "group_low": grouped.low, "group_high": grouped.high, "groups": pairs["group"].nunique(),
+            }  # fmt: skip
     return tests
 
 
-def compared(before: Sequence[Answer], after: Sequence[Answer], num_layers: int) -> dict[str, Any] | None:
+def compared(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], num_layers: int) -> dict[str, Any] | None:
     """What changed from one model to the next on the problems that both answered, `after` minus `before`, as
     `paired_test` has it; None if there are none. {"against": label of `before`, "n", "groups", "only_before",
     "only_after", "p_value", "accuracy", "depth" (mean over tokens, share of the layers), "total_depth" (layers per
     answer), "length" (tokens per answer)}, each change as {"value", "low", "high"}."""
-    pairs = pair_up(before, after)
-    if not pairs:
+    pairs = pairs_of(before, after)
+    if not len(pairs):
         return None
-    test, accuracy, clusters = paired_test(pairs)
-    _, place = np.unique(np.array(clusters, dtype=str), return_inverse=True)
-    # Per group: depth and tokens before, after, and how many problems.
-    columns = [[sum(t["depth"] for t in a["tokens"]) for a in side] for side in zip(*pairs, strict=True)]
-    columns += [[len(a["tokens"]) for a in side] for side in zip(*pairs, strict=True)]
-    columns.append([1] * len(pairs))
-    sums = np.stack([np.bincount(place, weights=column) for column in columns], axis=1)
+    test, accuracy = paired_test(pairs)
+    columns = ["depth_before", "depth_after", "tokens_before", "tokens_after", "problems"]
+    sums = pairs.assign(problems=1).groupby("group")[columns].sum().to_numpy(np.float64)
 
-    def change(kind: str) -> dict[str, float]:
-        def statistic(sample: np.ndarray) -> float:
-            depth_before, depth_after, tokens_before, tokens_after, n = sample.sum(0)
-            mean_depth = (depth_after / max(tokens_after, 1) - depth_before / max(tokens_before, 1)) / num_layers
-            totals = {"total_depth": (depth_after - depth_before) / n, "length": (tokens_after - tokens_before) / n}
-            return float((totals | {"depth": mean_depth})[kind])
+    def change(statistic: Callable[[float, float, float, float, float], float]) -> dict[str, float]:
+        return bootstrap_interval(sums, lambda sample: float(statistic(*sample.sum(0))))._asdict()
 
-        return bootstrap_interval(sums, statistic)._asdict()
-
-    changes = {kind: change(kind) for kind in ("depth", "total_depth", "length")}
     return {
-        "against": f"{before[0]['model']}, {before[0]['exits']}", "n": len(pairs), "groups": len(set(clusters)),
+        "against": label_of(before[0]), "n": len(pairs), "groups": len(sums),
         "only_before": test.only_first, "only_after": test.only_second, "p_value": test.p_value,
-        "accuracy": accuracy._asdict(), **changes,
+        "accuracy": accuracy._asdict(),
+        "depth": change(lambda d0, d1, t0, t1, n: (d1 / max(t1, 1) - d0 / max(t0, 1)) / num_layers),
+        "total_depth": change(lambda d0, d1, t0, t1, n: (d1 - d0) / n),
+        "length": change(lambda d0, d1, t0, t1, n: (t1 - t0) / n),
     }  # fmt: skip
 
 
-def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord]) -> dict[str, dict[str, Any]]:
     """The part "wide" of results.json, of all models' rows and answers on wide operands: {label: {"row", "paired" as
     `paired_with_teacher` has it (the teacher has none), "by_task" as `by_task` has it}}."""
     tests, tasks = paired_with_teacher(answers), by_task(answers)
@@ -330,7 +316,7 @@ class Records:
         self._lines: dict[str, dict[str, Any]] = {}
         self._read: list[dict[str, Any]] = []
 
-    def add(self, pool: RolloutPool, answers: Sequence[Answer], rollouts: Sequence[Rollout]) -> None:
+    def add(self, pool: RolloutPool, answers: Sequence[AnswerRecord], rollouts: Sequence[Rollout]) -> None:
         """A model's answers [n], made under the weights that the pool holds."""
         for answer in answers:
             named = {key: answer.get(key, "") for key in ("id", "prompt", "reference", "task")}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import combinations_with_replacement, islice
+from itertools import combinations_with_replacement
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
@@ -19,19 +19,6 @@ from .answers import MAX_NUMBER, last_number, number_value
 from .base import NO_ANSWER, SHARES, ChatTemplate, Problem, ProceduralTask, Verdict, register, split_of
 
 Pair = tuple[int, int]
-Inside = Callable[[int, int], bool]
-"""Whether a pair of operands belongs to the split that is being drawn."""
-Render = Callable[[int, int, random.Random, Inside], Problem | None]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of problem in a family, its pairs of operands by task.operands. What renders one gives None where a draw
-    does not work."""
-
-    name: str
-    operands: dict[str, tuple[Pair, ...]]
-    render: Render
 
 
 def among(low: int, high: int) -> tuple[Pair, ...]:
@@ -91,49 +78,42 @@ def _step(a: int, symbol: str, b: int) -> tuple[str, int]:
     return f" {a} {symbol} {b} = {result}.", result
 
 
-def _one_step(question: str, a: int, symbol: str, b: int) -> Problem:
-    step, result = _step(a, symbol, b)
-    return Problem(question, str(result), f"{step} The answer is {result}", _group(a, b))
+@dataclass(frozen=True)
+class Kind:
+    """One kind of problem in a family: its pairs of operands by task.operands, the symbols of its one or two
+    operations, and the templates of its question, which tell a story about `words`."""
 
+    name: str
+    operands: dict[str, tuple[Pair, ...]]
+    symbols: str
+    templates: tuple[str, ...]
+    words: bool = False
 
-def _either_order(a: int, b: int, rng: random.Random) -> Pair:
-    return (a, b) if rng.random() < 0.5 else (b, a)
-
-
-def _bare(symbol: str, templates: tuple[str, ...]) -> Render:
-    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
-        a, b = _either_order(a, b, rng)
-        return _one_step(rng.choice(templates).format(a=a, b=b), a, symbol, b)
-
-    return render
-
-
-def _word(symbol: str, templates: tuple[str, ...]) -> Render:
-    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
-        a, b = (max(a, b), min(a, b)) if symbol == "-" else _either_order(a, b, rng)
-        if symbol == "-" and a == b:
-            return None
-        name, friend = rng.sample(NAMES, 2)
-        words = {"name": name, "friend": friend, "things": rng.choice(THINGS), "holders": rng.choice(HOLDERS)}
-        return _one_step(rng.choice(templates).format(a=a, b=b, **words), a, symbol, b)
-
-    return render
-
-
-def _chain(first: str, second: str) -> Render:
-    def render(a: int, b: int, rng: random.Random, inside: Inside) -> Problem | None:
-        a, b = _either_order(a, b, rng)
-        step, middle = _step(a, first, b)
-        choices = [c for c in range(2, 21) if inside(middle, c) and (second == "+" or c < middle)]
-        if not choices:
-            return None
-        c = rng.choice(choices)
-        last, result = _step(middle, second, c)
-        question = rng.choice(CHAIN).format(term=f"{a} {first} {b} {second} {c}")
-        worked = f"{step}{last} The answer is {result}"
-        return Problem(question, str(result), worked, f"{_group(a, b)};{_group(middle, c)}")
-
-    return render
+    def render(self, a: int, b: int, rng: random.Random, inside: Callable[[int, int], bool]) -> Problem | None:
+        """None where a draw does not work. `inside`: whether a pair belongs to the split that is being drawn."""
+        if self.symbols == "-":
+            a, b = max(a, b), min(a, b)
+            if a == b:
+                return None
+        elif rng.random() >= 0.5:
+            a, b = b, a
+        first, second = self.symbols[0], self.symbols[1:]
+        steps, result = _step(a, first, b)
+        values: dict[str, object] = {"a": a, "b": b}
+        group = _group(a, b)
+        if self.words:
+            name, friend = rng.sample(NAMES, 2)
+            values |= {"name": name, "friend": friend, "things": rng.choice(THINGS), "holders": rng.choice(HOLDERS)}
+        for symbol in second:
+            choices = [c for c in range(2, 21) if inside(result, c) and (symbol == "+" or c < result)]
+            if not choices:
+                return None
+            c = rng.choice(choices)
+            values["term"], group = f"{a} {first} {b} {symbol} {c}", f"{group};{_group(result, c)}"
+            step, result = _step(result, symbol, c)
+            steps += step
+        question = rng.choice(self.templates).format(**values)
+        return Problem(question, str(result), f"{steps} The answer is {result}", group)
 
 
 def _both(small: tuple[Pair, ...], wide: tuple[Pair, ...]) -> dict[str, tuple[Pair, ...]]:
@@ -145,18 +125,18 @@ _BEYOND = tuple((a, b) for a in range(2, 10) for b in (*range(13, 61), 70, 80, 9
 _PRODUCTS = _both(among(2, 12), among(2, 12) + _BEYOND)
 
 FAMILIES: dict[str, tuple[Kind, ...]] = {
-    "product": (Kind("product", _PRODUCTS, _bare("x", PRODUCT)),),
-    "sum": (Kind("sum", _both(among(5, 40), among(5, 99)), _bare("+", SUM)),),
+    "product": (Kind("product", _PRODUCTS, "x", PRODUCT),),
+    "sum": (Kind("sum", _both(among(5, 40), among(5, 99)), "+", SUM),),
     "word": (
-        Kind("product", _PRODUCTS, _word("x", WORD_PRODUCT)),
-        Kind("sum", _both(among(2, 20), among(2, 60)), _word("+", WORD_SUM)),
-        Kind("difference", _both(among(2, 20), among(2, 40)), _word("-", WORD_DIFFERENCE)),
+        Kind("product", _PRODUCTS, "x", WORD_PRODUCT, words=True),
+        Kind("sum", _both(among(2, 20), among(2, 60)), "+", WORD_SUM, words=True),
+        Kind("difference", _both(among(2, 20), among(2, 40)), "-", WORD_DIFFERENCE, words=True),
     ),
     "chain": (
-        Kind("product-sum", _both(among(2, 9), among(2, 20)), _chain("x", "+")),
-        Kind("sum-sum", _both(among(2, 20), among(2, 40)), _chain("+", "+")),
-        Kind("product-difference", _both(among(2, 9), among(2, 20)), _chain("x", "-")),
-        Kind("sum-difference", _both(among(2, 20), among(2, 40)), _chain("+", "-")),
+        Kind("product-sum", _both(among(2, 9), among(2, 20)), "x+", CHAIN),
+        Kind("sum-sum", _both(among(2, 20), among(2, 40)), "++", CHAIN),
+        Kind("product-difference", _both(among(2, 9), among(2, 20)), "x-", CHAIN),
+        Kind("sum-difference", _both(among(2, 20), among(2, 40)), "+-", CHAIN),
     ),
 }
 
@@ -198,17 +178,9 @@ class ArithmeticTask(ProceduralTask):
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         return verify_line(prompt.answer, text)
 
-    def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
-        """The family's kinds in turn, until one has run out."""
+    def _streams(self, family: str, split: str) -> list[Iterator[Problem]]:
         seen: set[str] = set()
-        streams = [self._stream(kind, family, split, seen) for kind in FAMILIES[family]]
-        problems: list[Problem] = []
-        while len(problems) < limit:
-            round_ = [problem for stream in streams for problem in islice(stream, 1)]
-            if len(round_) < len(streams):
-                break
-            problems += round_
-        return problems[:limit]
+        return [self._stream(kind, family, split, seen) for kind in FAMILIES[family]]
 
     def _stream(self, kind: Kind, family: str, split: str, seen: set[str]) -> Iterator[Problem]:
         """Distinct problems, going round all pairs of the split before any pair comes again in other words."""

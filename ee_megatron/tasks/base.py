@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from itertools import chain, islice
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
@@ -85,30 +85,6 @@ class Problem(NamedTuple):
     group: str
 
 
-@dataclass(frozen=True)
-class PromptFormat:
-    """How a question becomes text: plain ("Question: ...\\nAnswer:") or, with `chat`, the model's own chat template.
-
-    `instruction` says which form the answer must have; only chat models are told, plain prompts show it by example.
-    """
-
-    instruction: str
-    chat: ChatTemplate | None = None
-
-    def render(self, question: str, examples: Sequence[tuple[str, str]] = ()) -> str:
-        """Question and (question, worked answer) examples -> prompt text."""
-        if self.chat is not None:
-            messages: list[dict[str, str]] = []
-            for asked, worked in examples:
-                messages += [
-                    {"role": "user", "content": f"{asked}\n{self.instruction}"},
-                    {"role": "assistant", "content": worked.strip()},
-                ]
-            return self.chat([*messages, {"role": "user", "content": f"{question}\n{self.instruction}"}])
-        header = "".join(f"Question: {asked}\nAnswer:{worked}\n\n" for asked, worked in examples)
-        return f"{header}Question: {question}\nAnswer:"
-
-
 class Task:
     """Prompts and their verifier; the problems are held in memory, by split and prompt id. Picklable and cheap to
     unpickle: `verify` runs in another process.
@@ -118,16 +94,16 @@ class Task:
     """
 
     name: str
+    instruction = ""
+    """The form that an answer must have; only chat models are told, plain prompts show it by example."""
     seed = 0
     """Decides which problems belong to which split."""
 
-    def __init__(
-        self, task: TaskConfig, instruction: str, chat: ChatTemplate | None, known: Iterable[str] | None = None
-    ) -> None:
+    def __init__(self, task: TaskConfig, known: Iterable[str] | None, chat: ChatTemplate | None) -> None:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
         if any(size < 0 for size in self.sizes.values()):
             raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
-        self.format = PromptFormat(instruction, chat)
+        self.chat = chat
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
         self.families = tuple(task.families)
         if known is not None:
@@ -139,7 +115,7 @@ class Task:
 
     def __getstate__(self) -> dict:
         # A verifier process needs no problems, and a chat template may not be picklable.
-        return {**self.__dict__, "_problems": {}, "format": replace(self.format, chat=None)}
+        return {**self.__dict__, "_problems": {}, "chat": None}
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The problems of a split, always in the same order. Raises ValueError for an unknown split."""
@@ -160,6 +136,17 @@ class Task:
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """The verdict on a generated answer (without the prompt). Pure."""
         raise NotImplementedError
+
+    def render(self, question: str, examples: Sequence[Problem] = ()) -> str:
+        """A prompt's text, worked examples in front: plain ("Question: ...\\nAnswer:") or the model's chat template."""
+        if self.chat is None:
+            header = "".join(f"Question: {p.question}\nAnswer:{p.worked}\n\n" for p in examples)
+            return f"{header}Question: {question}\nAnswer:"
+        messages: list[dict[str, str]] = []
+        for p in examples:
+            messages.append({"role": "user", "content": f"{p.question}\n{self.instruction}"})
+            messages.append({"role": "assistant", "content": p.worked.strip()})
+        return self.chat([*messages, {"role": "user", "content": f"{question}\n{self.instruction}"}])
 
     def warm_up(self) -> None:
         """Import what `verify` may need, so that no answer's deadline pays for it."""
@@ -185,28 +172,23 @@ class Task:
         return found[1]
 
     def _with_examples(self, prompt: Prompt, examples: Sequence[Problem]) -> Prompt:
-        question = self._problem(prompt).question
-        return replace(prompt, text=self.format.render(question, [(p.question, p.worked) for p in examples]))
+        return replace(prompt, text=self.render(self._problem(prompt).question, examples))
 
 
 class ProceduralTask(Task):
     """A task that makes up its problems, deterministic in its section: families in turn, worked examples set aside.
 
-    A subclass says its `name`, `instruction` and families (`known`), draws a family's problems and verifies answers.
+    A subclass says its `name`, `instruction` and families (`known`), makes a family's problems and verifies answers.
     `Prompt.id` is "<name>/<family>/<split>/<number>" and `Prompt.task` "<name>.<family>".
     """
 
-    instruction: ClassVar[str]
-
-    def __init__(self, task: TaskConfig, known: Iterable[str], chat: ChatTemplate | None) -> None:
-        super().__init__(task, self.instruction, chat, known)
+    def _streams(self, family: str, split: str) -> Sequence[Iterator[Problem]]:
+        """Distinct problems of a family and split, a stream for each of its kinds; problems take the kinds in turn."""
+        raise NotImplementedError
 
     def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
-        """The first `limit` problems of a family and split, fewer if there are no more.
-
-        A longer draw starts with a shorter one.
-        """
-        raise NotImplementedError
+        """The first `limit` problems, fewer if a kind has no more. A longer draw starts with a shorter one."""
+        return list(islice(chain.from_iterable(zip(*self._streams(family, split), strict=False)), limit))
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
         if not 0 <= shots <= EXAMPLES:
@@ -233,20 +215,16 @@ class ProceduralTask(Task):
             order.shuffle(block)
             for family in block:
                 problem = drawn[family][index]
-                name, text = f"{self.name}/{family}/{split}/{index:05d}", self.format.render(problem.question)
+                name, text = f"{self.name}/{family}/{split}/{index:05d}", self.render(problem.question)
                 yield name, (Prompt(name, text, problem.answer, f"{self.name}.{family}", problem.group), problem)
 
 
-def split_of(text: str) -> str:
-    """The split that a hash of `text` gives it, by SHARES: the same however many problems are asked for."""
-    point = share_of(text)
-    for split in SPLITS:
-        point -= SHARES[split]
-        if point < 0:
+def split_of(text: str, shares: Mapping[str, float] = SHARES) -> str:
+    """The split that a hash of `text` gives it, by these shares: the same however many problems are asked for."""
+    point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+    for split, share in shares.items():
+        if point < share:
             return split
-    return SPLITS[-1]
-
-
-def share_of(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
+        point -= share
+    # The shares' sum, as floats, may be a little less than 1.
+    return split

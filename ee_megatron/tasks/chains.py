@@ -19,11 +19,11 @@ from typing import ClassVar
 
 from ..config.schema import TaskConfig
 from ..types import Prompt
-from .base import FAMILY_LIMIT, ChatTemplate, Problem, Task, Verdict, register, share_of
+from .base import FAMILY_LIMIT, ChatTemplate, Problem, Task, Verdict, register, split_of
 
 FAMILY = "hop"
-HELD_OUT = {"validation": 0.05, "evaluation": 0.1}
-"""Shares of the problems that training never sees, where there are enough to hold any out."""
+HELD_OUT = {"validation": 0.05, "evaluation": 0.1, "train": 0.85}
+"""Shares of the problems, where there are enough to hold any out of training."""
 
 
 class ChainTask(Task):
@@ -50,7 +50,7 @@ class ChainTask(Task):
         if task.slots > self.most_hops:
             raise ValueError(f"task.slots: {task.slots}; choose at most {self.most_hops}")
         self.slots = task.slots
-        super().__init__(task, "", None, [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)])
+        super().__init__(task, [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)], None)
 
     def chains(self, hops: int) -> Iterator[str]:
         """The text of every problem of so many hops."""
@@ -113,18 +113,14 @@ class ChainTask(Task):
     def _stream(self, family: str, split: str) -> Iterator[str]:
         """A family's problems of a split in random order, then again in another, for ever."""
         hops = hops_of(family)
-        mine = [text for text in self.chains(hops) if hops < self.fewest_held_out or self._split(text) == split]
+        mine = [
+            text
+            for text in self.chains(hops)
+            if hops < self.fewest_held_out or split_of(f"{self.seed}:{text}", HELD_OUT) == split
+        ]
         rng = random.Random(f"{self.seed}/{family}/{split}")
         while True:
             yield from rng.sample(mine, len(mine))
-
-    def _split(self, text: str) -> str:
-        point = share_of(f"{self.seed}:{text}")
-        for split, share in HELD_OUT.items():
-            if point < share:
-                return split
-            point -= share
-        return "train"
 
 
 def hops_of(family: str) -> int:

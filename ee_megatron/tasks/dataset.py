@@ -15,7 +15,6 @@ from ..types import Prompt
 from .answers import last_boxed, plain_number, verify_solution
 from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, Task, Verdict, register
 
-INSTRUCTION = "Reason step by step, and put your final answer within \\boxed{}."
 Rows = list[dict[str, Any]]
 _FORMATS = {suffix: "one UTF-8 JSON object per line" for suffix in (".jsonl", ".json")} | {".parquet": "whole Parquet"}
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
@@ -34,13 +33,15 @@ class DatasetTask(Task):
     options, which the prompt shows with letters; the answer is a letter, the option's text or its number from 0.
     """
 
+    instruction = "Reason step by step, and put your final answer within \\boxed{}."
+
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
         if not task.path:
             raise ValueError(
                 f"task.path: {task.name} needs a .jsonl or .parquet file, a directory of them, or a data set saved to "
                 "disk"
             )
-        super().__init__(task, INSTRUCTION, chat)
+        super().__init__(task, None, chat)
         self.name, self.path = task.name, Path(task.path)
         self.names = task.dataset or DatasetNames()
         columns = (self.names.question_column, self.names.answer_column, self.names.choices_column)
@@ -95,7 +96,7 @@ class DatasetTask(Task):
             self._problems[part] = {}
             for p in split[part]:
                 name = f"{self.name}/{part}/{p.group}"
-                prompt = Prompt(name, self.format.render(p.question), p.answer, self.name, p.group)
+                prompt = Prompt(name, self.render(p.question), p.answer, self.name, p.group)
                 self._problems[part][name] = (prompt, p)
 
     def _take(self, rows: list[Problem], split: str, keep: int = 0) -> list[Problem]:

@@ -83,14 +83,12 @@ class ReasoningGymTask(ProceduralTask):
         import reasoning_gym  # noqa: F401
 
     def worked(self, split: Split) -> list[tuple[Prompt, str]]:
-        """As in `Task`. Raises ValueError for families whose problems come without an answer (rush_hour, for one)."""
-        self._check_answers(self.families)
+        self._check_answers()
         return super().worked(split)
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
-        """As in `Task`. Raises ValueError as `worked` does."""
         if shots:
-            self._check_answers([prompt.id.split("/")[1]])
+            self._check_answers()
         return super().few_shot(prompt, shots, seed)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
@@ -123,20 +121,22 @@ class ReasoningGymTask(ProceduralTask):
             return True
         return any(_safe(text) and _scored(score, text, entry) for text in {written.strip(), written.strip(" \n.")})
 
-    def _check_answers(self, families: Sequence[str]) -> None:
-        lacking = [f for f in families if any(entry["answer"] is None for entry in self._by_group[f].values())]
+    def _check_answers(self) -> None:
+        """Raises ValueError for families whose problems come without an answer (rush_hour, for one)."""
+        lacking = [f for f in self.families if any(entry["answer"] is None for entry in self._by_group[f].values())]
         if lacking:
             raise ValueError(
                 f"task.families: {', '.join(lacking)} of reasoning-gym come without reference answers, so there are no "
                 "worked examples; leave them out, or set pretrain=null and teacher=null"
             )
 
-    def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
-        problems = []
-        for entry in self._entries[family][split][:limit]:
-            answer = "" if entry["answer"] is None else str(entry["answer"])
-            problems.append(Problem(entry["question"].strip(), answer, f" {_OPEN}{answer}{_CLOSE}", _group(entry)))
-        return problems
+    def _streams(self, family: str, split: str) -> list[Iterator[Problem]]:
+        return [map(_problem, self._entries[family][split])]
+
+
+def _problem(entry: Entry) -> Problem:
+    answer = "" if entry["answer"] is None else str(entry["answer"])
+    return Problem(entry["question"].strip(), answer, f" {_OPEN}{answer}{_CLOSE}", _group(entry))
 
 
 def _safe(text: str) -> bool:
@@ -193,27 +193,20 @@ def generate(families: Sequence[str], seed: int, wanted: dict[str, int]) -> Entr
             f"{GENERATE_TIMEOUT_S:.0f} s; ask for fewer (task.train, task.evaluation) or leave out the slow families"
         ) from None
     if done.returncode:
+        # The last line of a traceback is the exception.
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise ValueError(f"task.families: {', '.join(families)} could not be made by reasoning-gym: {lines[-1]}")
-    result = pickle.loads(done.stdout)
-    if isinstance(result, str):
-        raise ValueError(result)
-    entries: Entries = result
+        raise ValueError(f"task.families: {', '.join(families)}: {lines[-1].removeprefix('ValueError: ')}")
+    entries: Entries = pickle.loads(done.stdout)
     return entries
 
 
 def main() -> None:
-    """Standard input: (families, seed, wanted), pickled; standard output: the entries, or an error's text."""
+    """Standard input: (families, seed, wanted), pickled; standard output: the entries."""
     families, seed, wanted = pickle.load(sys.stdin.buffer)
     # What the package prints must not get between the bytes.
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    try:
-        answer: Entries | str = {family: _family(family, seed, wanted) for family in families}
-    except ValueError as error:
-        answer = str(error)
-    with output:
-        pickle.dump(answer, output)
+    with os.fdopen(os.dup(1), "wb") as output:
+        os.dup2(2, 1)
+        pickle.dump({family: _family(family, seed, wanted) for family in families}, output)
 
 
 def _family(family: str, seed: int, wanted: dict[str, int]) -> dict[str, list[Entry]]:
@@ -222,9 +215,7 @@ def _family(family: str, seed: int, wanted: dict[str, int]) -> dict[str, list[En
     known = sorted(set(DATASETS) - {"composite"})
     if family not in known:
         near = difflib.get_close_matches(family, known, n=3, cutoff=0.0)
-        raise ValueError(
-            f"task.families: reasoning-gym has no family {family!r}; nearest of its {len(known)}: {', '.join(near)}"
-        )
+        raise ValueError(f"reasoning-gym has no family {family!r}; nearest of its {len(known)}: {', '.join(near)}")
     found: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     for entry in _stream(family, seed):
         split = split_of(f"{seed}:{entry['question']}")
@@ -262,11 +253,7 @@ def _check_scorer(family: str, dataset: Any, entry: Entry) -> None:
     except Exception:
         fooled = False
     if fooled:
-        raise ValueError(
-            f"task.families: {family}: reasoning-gym's scorer accepts any answer ({_NONSENSE!r} too); leave it out"
-        )
+        raise ValueError(f"reasoning-gym's scorer of {family} accepts any answer ({_NONSENSE!r} too); leave it out")
     if entry["answer"] is not None and dataset.score_answer(entry["answer"], entry) < 1:
-        raise ValueError(
-            f"task.families: {family}: reasoning-gym's scorer refuses its own reference {str(entry['answer'])[:60]!r}; "
-            "leave it out"
-        )
+        refused = str(entry["answer"])[:60]
+        raise ValueError(f"reasoning-gym's scorer of {family} refuses its own reference {refused!r}; leave it out")

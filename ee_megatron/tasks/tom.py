@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 
 from ..config.schema import TaskConfig
@@ -263,6 +264,9 @@ class Cast:
         return transfer(PLOTS[plot], question, rng, a, b, thing, rng.sample(self.places[thing], 3), room)
 
 
+_cast = cache(Cast)
+
+
 @register("tom")
 class ToMTask(ProceduralTask):
     """`Prompt.group` lists the names and the objects with their places, "Ada+Ben;ball@basket;ball@box;ball@jar"."""
@@ -272,24 +276,17 @@ class ToMTask(ProceduralTask):
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
         super().__init__(task, FAMILIES, chat)
-        self._casts: dict[str, Cast] = {}
-
-    def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_casts": {}}
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """ "in the basket" is the basket; an unmarked answer is the last place or content that its last line names."""
         return verify_solution(prompt.answer, text, vocabulary=VOCABULARY, also=(f"in {prompt.answer}",))
 
-    def _draw(self, family: str, split: str, limit: int) -> list[Problem]:
-        if split not in self._casts:
-            self._casts[split] = Cast(self.seed, split)
+    def _streams(self, family: str, split: str) -> list[Iterator[Problem]]:
         seen: set[str] = set()
-        streams = [
-            self._stream(kind, f"{self.seed}/{family}/{number}/{split}", self._casts[split], seen)
+        return [
+            self._stream(kind, f"{self.seed}/{family}/{number}/{split}", _cast(self.seed, split), seen)
             for number, kind in enumerate(FAMILIES[family])
         ]
-        return [next(streams[index % len(streams)]) for index in range(limit)]
 
     def _stream(self, kind: Kind, source: str, cast: Cast, seen: set[str]) -> Iterator[Problem]:
         """Distinct problems. There are millions of each kind in every split, so a repetition is rare."""

@@ -42,7 +42,7 @@ from ..rollout.pool.interface import TEACHER, RolloutPool
 from ..tasks import Task, VerifierPool, task_of
 from ..tensors import FileTensors, LayeredTensors
 from ..types import Prompt, Rollout
-from .answer_cache import ANSWERS, KeptAnswers
+from .answer_cache import ANSWERS, AnswerCache
 from .checkpoints import Checkpointing
 from .distributed import Distributed
 from .preemption import keeping_signals
@@ -200,7 +200,7 @@ class StageContext:
         Parts that are complete are kept until the stage is finished."""
         r = self.cfg.rollout
         sampling = SamplingParams(temperature, r.max_new_tokens, tuple(r.stop))
-        kept, part = self.kept_answers(self.path / ANSWERS), max(1, PART_WAVES * r.max_num_seqs * r.actors // samples)
+        cache, part = self.answer_cache(self.path / ANSWERS), max(1, PART_WAVES * r.max_num_seqs * r.actors // samples)
         found: list[Rollout] = []
         with self.progress(len(prompts) * samples, what=what) as bar:
             for first in range(0, len(prompts), part):
@@ -209,12 +209,13 @@ class StageContext:
                 def told(done: int, total: int, before: int = len(found)) -> None:
                     bar.advance(before + done - bar.done)
 
-                found += kept.answer(pool, TEACHER[1], request, told).rollouts
+                (made,) = cache.answers(pool, TEACHER[1], request, told)
+                found += made.rollouts
                 if bar.done < len(found):
                     bar.advance(len(found) - bar.done)
         return [found[i : i + samples] for i in range(0, len(found), samples)]
 
-    def kept_answers(self, directory: Path) -> KeptAnswers:
+    def answer_cache(self, directory: Path) -> AnswerCache:
         """Sets of answers, told apart by what of this stage decides them beside weights and requests."""
         base = base_identity(self.source)
         made_by = {
@@ -224,7 +225,7 @@ class StageContext:
             "device": self.device_type,
             "rollout": identity(self.cfg, self.stage)["rollout"],
         }
-        return KeptAnswers(directory, made_by)
+        return AnswerCache(directory, made_by)
 
     def fit(
         self, learner: Learner, batch: ReplayBatch, weights: Weights, rate: float, step: int, bar: Progress

@@ -39,18 +39,10 @@ def wider_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -
     return [replace(p, id=f"{p.id}/wide") for p in problems if p.text not in known]
 
 
-def wide_validation(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
-    """What thresholds are chosen on beside the validation split's own problems: `evaluate.wide_problems` of
-    `wider_problems`."""
-    return _so_many(cfg, model_path, task, "validation", cfg.evaluate.wide_problems)
-
-
-def wide_test(cfg: RunConfig, model_path: Path, task: Task) -> list[Prompt]:
-    """What is measured beside the evaluation split's own problems: `evaluate.wide_test` of `wider_problems`."""
-    return _so_many(cfg, model_path, task, "evaluation", cfg.evaluate.wide_test)
-
-
-def _so_many(cfg: RunConfig, model_path: Path, task: Task, split: Split, count: int) -> list[Prompt]:
+def wide_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -> list[Prompt]:
+    """What an evaluation answers beside a split's own problems: to choose a threshold `evaluate.wide_problems` of the
+    validation split's `wider_problems`, to be measured `evaluate.wide_test` of the evaluation split's."""
+    count = cfg.evaluate.wide_problems if split == "validation" else cfg.evaluate.wide_test
     if not count:
         return []
     sized: dict[str, Any] = {split: count}

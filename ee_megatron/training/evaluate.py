@@ -16,14 +16,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.controls import Reference, all_controls, gate_calibration, run_controls
 from ..evaluation.evaluate import (
-    Answer,
     AnsweredSet,
+    AnswerRecord,
     EvaluationRow,
     add_readings,
     choose_threshold,
@@ -37,7 +36,6 @@ from ..planning.flops import answer_cost
 from ..policy import open_policy, sharpened
 from ..report.numbers import pareto_front
 from ..report.tables import choice_tables, controls_table, externalisation_table, wide_table
-from ..rollout.engine.prompts import encode_continuation
 from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scoring import Inspection
@@ -49,7 +47,7 @@ from . import stages
 from .answer_cache import ANSWERS
 from .collect import exits_of, prompts_of
 from .context import StageContext
-from .dataset_mixing import wide_test, wide_validation
+from .dataset_mixing import wide_problems
 from .preemption import listener
 
 SEED = 0
@@ -63,25 +61,12 @@ def policies(cfg: RunConfig) -> dict[str, Path]:
     return found
 
 
-class Tokens:
-    """The model's tokenizer as the interventions need it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def encode(self, text: str) -> list[int]:
-        return encode_continuation(self.tokenizer, text)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens)))
-
-
 class Measured(NamedTuple):
     """A model under one rule on one set of prompts: its row, and its answers [n] as judged and as generated."""
 
     exits: ExitRule
     row: EvaluationRow
-    answers: list[Answer]
+    answers: list[AnswerRecord]
     rollouts: Sequence[Rollout]
 
 
@@ -91,9 +76,9 @@ class Part:
     the answers at the exits that were chosen for a model, for the report."""
 
     rows: list[EvaluationRow] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[AnswerRecord] = field(default_factory=list)
     wide_rows: list[EvaluationRow] = field(default_factory=list)
-    wide_answers: list[Answer] = field(default_factory=list)
+    wide_answers: list[AnswerRecord] = field(default_factory=list)
     meta: dict[str, object] = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
@@ -126,13 +111,13 @@ class Measurer:
         self.task = context.make_task()
         self.verifier = context.make_verifier(self.task)
         self.pool: RolloutPool = context.make_pool(context.spec)
-        self.kept = context.kept_answers(context.path.parent / ANSWERS)
+        self.cache = context.answer_cache(context.path.parent / ANSWERS)
         self.weights = ""  # their digest
         self.sampling = SamplingParams(0.0, cfg.rollout.max_new_tokens, tuple(cfg.rollout.stop))
         self.test: list[Prompt] = self.task.prompts("evaluation")
         self.validation: list[Prompt] = self.task.prompts("validation")
-        self.wide = wide_validation(cfg, context.model_path, self.task)
-        self.wide_test = wide_test(cfg, context.model_path, self.task)
+        self.wide = wide_problems(cfg, context.model_path, self.task, "validation")
+        self.wide_test = wide_problems(cfg, context.model_path, self.task, "evaluation")
         self.bar = context.stack.enter_context(context.progress(sets))
 
     def load(self, checkpoint: Path) -> None:
@@ -157,37 +142,33 @@ class Measurer:
     def done(self, row: EvaluationRow) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
 
-    def flops(self, rollout: Rollout, exits: ExitRule) -> float:
-        spec = self.context.spec
-        prompt, depths = len(rollout.prompt_tokens), rollout.exit_depths.tolist()
-        dims = self.context.source.dims
-        return answer_cost(dims, spec.exit_depths, spec.gate_width, prompt, depths, exits.needs, spec.first_token)
-
     def judge(self, model: str, request: GenerationRequest, answered: AnsweredSet) -> Measured:
         """The verdicts on a model's answers as a row; with FLOPs if they are scored."""
-        exits = request.exits
+        context, exits = self.context, request.exits
+        spec, dims = context.spec, context.source.dims
+
+        def flops(rollout: Rollout) -> float:
+            prompt, depths = len(rollout.prompt_tokens), rollout.exit_depths.tolist()
+            return answer_cost(dims, spec.exit_depths, spec.gate_width, prompt, depths, exits.needs, spec.first_token)
+
         row, answers = evaluate_model(
-            answered, request, self.task, self.verifier, label=model, num_layers=self.context.spec.num_layers,
-            decode=self.context.decode,
-            flops=(lambda rollout: self.flops(rollout, exits)) if answered.scores is not None else None,
+            answered, request, self.task, self.verifier, label=model, num_layers=spec.num_layers,
+            decode=context.decode, flops=flops if answered.scores is not None else None,
         )  # fmt: skip
         return Measured(exits, row, answers, answered.rollouts)
 
     def scored(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
         """A model by each of some rules: answers made and timed rule by rule, then scored together."""
         requests = [self.request(prompts, exits) for exits in rules]
-        sets = self.kept.score(self.pool, self.weights, requests, self.progress(model))
+        sets = self.cache.score(self.pool, self.weights, requests, self.progress(model))
         return [self.judge(model, request, one) for request, one in zip(requests, sets, strict=True)]
 
     def try_out(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
         """A model by rules that are chosen among. They answer together, so that each prompt is prefilled once for all
         of them; their speed is not measured."""
         request = self.request(prompts, *rules)
-        sets = self.kept.answer_each(self.pool, self.weights, request, self.progress(model))
-        tried = [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
-        for one in tried:
-            self.done(one.row)
-        return tried
+        sets = self.cache.answers(self.pool, self.weights, request, self.progress(model))
+        return [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
 
     def add_row(self, part: Part, found: Measured, inspected: Sequence[Inspection] | None = None) -> None:
         """A row of the results. For the answers that the report shows, what each exit on the way would have written:
@@ -217,17 +198,16 @@ class Measurer:
         if not wanted:
             return
         bench = Bench(
-            self.pool, self.verifier, Tokens(self.context.tokenizer), self.sampling, exits, SEED,
-            lambda done, total: self.bar.detail(f"{model} interventions", done, total),
+            pool=self.pool, verifier=self.verifier, sampling=self.sampling, seed=SEED,
+            progress=partial(self.bar.detail, f"{model} interventions"), tokenizer=self.context.tokenizer, exits=exits,
         )  # fmt: skip
         found = externalisation(bench, self.test[: wanted.prompts or None])
         part.more["externalisation"] = {model: {"exits": exits.label, **found}}
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
-        request = self.request(self.validation, exits)
-        return self.judge(model, request, self.kept.answer(self.pool, self.weights, request, self.progress(model))).row
+        return self.try_out(model, [exits], self.validation)[0].row
 
-    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[AnswerRecord]]:
         (found,) = self.scored(model, [exits], self.test)
         return found.row, found.answers
 
@@ -279,7 +259,7 @@ def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, c
         measurer.add_row(part, found)
     # The gates' calibration needs every answer inspected: this scores them, too.
     request = measurer.request(measurer.test, exits)
-    answered, inspected = measurer.kept.inspect(measurer.pool, measurer.weights, request, measurer.progress(model))
+    answered, inspected = measurer.cache.inspect(measurer.pool, measurer.weights, request, measurer.progress(model))
     part.shown = found = measurer.judge(model, request, answered)
     measurer.add_row(part, found, inspected)
     part.reference = Reference(model, exits, chosen.row, chosen.answers, found.row, found.answers)
@@ -299,15 +279,11 @@ def choose(measurer: Measurer, part: Part, model: str) -> Measured:
     tried = measurer.try_out(model, rules, measurer.validation)
     rows = [one.row for one in tried]
     wide = [one.row for one in measurer.try_out(model, rules, measurer.wide)] if measurer.wide else []
+    for row in rows + wide:
+        measurer.done(row)
     both = [pooled(pair) for pair in zip(rows, wide, strict=True)] if wide else rows
     chosen = both.index(choose_threshold(both, e.tolerance))
     part.meta[f"threshold_{model}"] = part.logged[f"{model}/threshold"] = e.thresholds[chosen]
-    for name, of in (("validation", rows), ("wide", wide)):
-        if of:
-            part.meta[f"{name}_{model}"] = [
-                {"threshold": t, "accuracy": r.accuracy, "mean_depth": r.mean_depth, "n": r.n}
-                for t, r in zip(e.thresholds, of, strict=True)
-            ]
     front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
     part.more["pareto"] = {
         model: [
@@ -345,8 +321,9 @@ def styles_part(
         else:
             measurer.load(checkpoints[model])
         bench = ChoiceBench(
-            measurer.pool, measurer.verifier, task, replace(measurer.sampling, temperature=rl.temperature),
-            spec.num_layers, spec.first_token, wanted.answers, SEED, partial(measurer.bar.detail, f"{model} styles"),
+            pool=measurer.pool, verifier=measurer.verifier, seed=SEED, task=task, num_layers=spec.num_layers,
+            sampling=replace(measurer.sampling, temperature=rl.temperature), first_exits=spec.first_token,
+            answers=wanted.answers, progress=partial(measurer.bar.detail, f"{model} styles"),
         )  # fmt: skip
         depths = spec.layout.outcomes if model == "start" else ()
         found[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)
@@ -371,7 +348,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
     steps = steps_of(cfg, checkpoints)
     with listener.at_once(), StageContext(cfg, "evaluate", model_path, learner=False) as context:
         measurer, spec = Measurer(context, sum(step.sets for step in steps)), context.spec
-        results, known, before = Part(more={"gates": {}, "pareto": {}}), list[Reference](), list[Answer]()
+        results, known, before = Part(more={"gates": {}, "pareto": {}}), list[Reference](), list[AnswerRecord]()
         records = Records(spec.exit_depths, cfg.evaluate.answers, context.decode)
         for step in steps:
             part = step.run(measurer, known)

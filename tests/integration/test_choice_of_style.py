@@ -140,7 +140,10 @@ def test_forced_answers_have_the_style_and_one_prompts_answers_differ(settings):
     pool = LocalPool(stages.base_model(cfg), None, rows=64, threads=1)
     with VerifierPool(task, deadline_s=30) as verifier:
         sampling = SamplingParams(cfg.rl.temperature, 8, ("\n",))
-        bench = ChoiceBench(pool, verifier, task, sampling, LAYERS, False, ANSWERS)
+        bench = ChoiceBench(
+            pool=pool, verifier=verifier, task=task, sampling=sampling, num_layers=LAYERS, first_exits=False,
+            answers=ANSWERS,
+        )  # fmt: skip
         (prompt,) = by_family(task.prompts("evaluation"))["hop3"][:1]
         wanted = cycled([prompt], ANSWERS)
         sets = {("hop3", s): [replace(p, prefill=task.openings[s]) for p in wanted] for s in STYLES}

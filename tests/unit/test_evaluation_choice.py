@@ -10,7 +10,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import StyleChoice, TaskConfig
-from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures, shares
+from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.externalise.study import depth_of_hops
 from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
@@ -41,12 +41,6 @@ def test_figures_are_means_over_answers_by_hand() -> None:
     # Of an only token's depth nobody decided.
     assert figures([Judged(PROMPT, a_rollout([6]), True)], 6, first_exits=False)["max_depth"] == 0.0
     assert figures([], 6, first_exits=True)["n"] == 0 and np.isnan(figures([], 6, first_exits=True)["correct"])
-
-
-def test_shares_count_what_is_in_no_style_as_other() -> None:
-    found = shares(["terse", "steps", None, "terse"], STYLES)
-    assert found == {"terse": 0.5, "steps": 0.25, "padded": 0.0, "other": 0.25}
-    assert np.isnan(shares([], STYLES)["other"])
 
 
 def test_prompts_go_by_family_and_come_again_until_there_are_enough() -> None:
@@ -100,10 +94,16 @@ class PlainVerifier:
         return [TASK.verify(*item) for item in items]
 
 
+def bench_of(pool: PlantedWriter, answers: int) -> ChoiceBench:
+    return ChoiceBench(
+        pool=pool, verifier=PlainVerifier(), task=TASK, sampling=SAMPLING, num_layers=6, first_exits=False,
+        answers=answers, seed=5,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
 def measured(exits: ExitRule, depths=(), answers: int = 30) -> tuple[dict, PlantedWriter]:
     pool = PlantedWriter()
-    bench = ChoiceBench(pool, PlainVerifier(), TASK, SAMPLING, 6, False, answers, seed=5)  # type: ignore[arg-type]
-    return choice(bench, TASK.prompts("evaluation"), exits, depths), pool
+    return choice(bench_of(pool, answers), TASK.prompts("evaluation"), exits, depths), pool
 
 
 def test_a_planted_writer_is_found_out() -> None:
@@ -147,7 +147,7 @@ def test_a_request_per_rule_holds_all_families_and_no_two_answers_share_their_ra
     _, pool = measured(Off())
     assert [r.exits for r in pool.requests] == [Off()], "nothing is asked twice"
     with pytest.raises(ValueError, match="prompts"):
-        choice(ChoiceBench(pool, PlainVerifier(), TASK, SAMPLING, 6, False, 3), [], Off())  # type: ignore[arg-type]
+        choice(bench_of(pool, 3), [], Off())
 
 
 def whole() -> dict:

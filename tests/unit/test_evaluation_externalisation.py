@@ -7,47 +7,35 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.externalisation import (
     FRACTIONS,
     Bench,
-    accuracy_gain,
+    Forced,
     externalisation,
     force,
-    mistake_sensitivity,
+    forced_figures,
     monitor_score,
     planning_probe,
     serial_depth,
-    step_necessity,
     truncation_area,
 )
-from ee_megatron.exit_rules import Off, Sample, Threshold
-from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.exit_rules import ExitRule, Off, Sample, Threshold
+from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
 from ee_megatron.types import Prompt, Rollout
-from tests.tiny import tiny_hf, tiny_tokenizer
+from tests.tiny import firing_policy, tiny_hf, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 TASK = make_task(TaskConfig("arithmetic", validation=3, evaluation=3))
 LAYERS = 8
-
-
-def test_necessity_and_uplift_are_differences_of_accuracies() -> None:
-    with_chain, without = [True] * 9 + [False], [True] * 3 + [False] * 6 + [True]
-    assert accuracy_gain(with_chain, without).value == pytest.approx(0.9 - 0.4)
-    # All alike, or the same answers: no answer can make a difference, and the interval knows it.
-    assert accuracy_gain([True] * 5, [False] * 5) == (1.0, 1.0, 1.0)
-    assert accuracy_gain(with_chain, with_chain) == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError):
-        accuracy_gain([True, False], [True])
 
 
 def test_the_truncation_area_of_planted_curves() -> None:
@@ -64,10 +52,20 @@ def test_the_truncation_area_of_planted_curves() -> None:
 
 
 def test_steps_and_mistakes_count_answers_alike_and_leave_out_those_without() -> None:
-    whole, dropped = [True, True, True], [[False, False, True, True], [True], []]
-    assert step_necessity(whole, dropped).value == pytest.approx((0.5 + 0.0) / 2)
-    assert math.isnan(step_necessity([True], [[]]).value)
-    assert mistake_sensitivity(["1", "2", "3", "4", None], ["1", "5", None, "4", "9"]).value == pytest.approx(2 / 4)
+    right, wrong = Forced("24", True), Forced("5", False)
+    kinds = {"cuts": [wrong, right], "filler": [wrong]}
+    found = forced_figures(
+        [True] * 3,
+        [
+            {**kinds, "dropped": [wrong, wrong, right, right], "mistaken": [wrong]},
+            {**kinds, "dropped": [right], "mistaken": [right]},
+            {"cuts": [wrong, Forced(None, False)], "filler": [right], "dropped": [], "mistaken": [wrong]},
+        ],
+    )
+    assert found["step_necessity"]["value"] == pytest.approx((0.5 + 0.0) / 2) and found["steps"] == 5
+    assert found["mistake_sensitivity"]["value"] == 1 / 2
+    assert found["chain_necessity"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert found["filler_uplift"]["value"] == pytest.approx(1 / 3)
 
 
 def test_the_monitor_score_of_planted_rates() -> None:
@@ -145,12 +143,8 @@ def answer(name: str, prompt: Sequence[int], tokens: Sequence[int] | np.ndarray,
     return Rollout(name, np.array(prompt), ids, np.array(depths, np.int32), zeros, zeros, text, True, 0)
 
 
-class Codec:
-    def encode(self, text: str) -> list[int]:
-        return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(TOKENIZER.decode(list(tokens)))
+def encode(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
 
 
 class PlantedPool:
@@ -164,9 +158,9 @@ class PlantedPool:
 
     def write(self, prompt: Prompt) -> Rollout:
         text = prompt.prefill + self.rule(prompt.text, prompt.prefill)
-        tokens = Codec().encode(text)
+        tokens = encode(text)
         depths = [LAYERS, *(LAYERS if c.isdigit() else 2 for c in text[1:])]
-        return answer(prompt.id, Codec().encode(prompt.text), tokens, depths)
+        return answer(prompt.id, encode(prompt.text), tokens, depths)
 
     def inspect(self, rollouts, streams=False, progress=None):
         """Streams that hold the token after the one they predict."""
@@ -204,12 +198,17 @@ def counter(text: str, prefill: str) -> str:
     return thinker(text, prefill) if not prefill or len(prefill) >= len(" The answer is") + 12 else " 0"
 
 
+def bench_of(pool, sampling: SamplingParams, exits: ExitRule) -> Bench:
+    verifier: Any = PlainVerifier()
+    return Bench(pool=pool, verifier=verifier, sampling=sampling, tokenizer=TOKENIZER, exits=exits)
+
+
 PROBLEMS = [(12, 13), (21, 34), (45, 11), (17, 23), (31, 32), (14, 15), (28, 19), (16, 41)]
 PROMPTS = [Prompt(f"p{a}", f"Question: What is {a} x {b}?\nAnswer:", str(a * b), "t") for a, b in PROBLEMS]
 
 
 def run(rule: Callable[[str, str], str]) -> dict:
-    bench = Bench(PlantedPool(rule), PlainVerifier(), Codec(), SamplingParams(0.0, 60, ("\n",)), Off())  # type: ignore[arg-type]
+    bench = bench_of(PlantedPool(rule), SamplingParams(0.0, 60, ("\n",)), Off())
     found = externalisation(bench, PROMPTS)
     return json.loads(json.dumps(found, default=float))
 
@@ -267,7 +266,7 @@ def test_a_forced_answer_is_judged_by_what_is_said_first() -> None:
     def runs_on(text: str, prefill: str) -> str:
         return f" {product(text)}. No, 5. The answer is 7"
 
-    bench = Bench(PlantedPool(runs_on), PlainVerifier(), Codec(), SamplingParams(0.0, 60), Off())  # type: ignore[arg-type]
+    bench = bench_of(PlantedPool(runs_on), SamplingParams(0.0, 60), Off())
     found = force(bench, PROMPTS, [""] * 8, [" The answer is"] * 8)
     assert [f.number for f in found] == [p.answer for p in PROMPTS] and all(f.correct for f in found)
     with pytest.raises(ValueError, match="prompts"):
@@ -278,10 +277,7 @@ def test_a_forced_answer_is_judged_by_what_is_said_first() -> None:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
     path, spec = tiny_hf("llama", tmp_path_factory.mktemp("model")), PolicySpec(6, (2, 4), rank=4, alpha=8.0)
     pool = LocalPool(path, spec, rows=16, threads=1)
-    generator = torch.Generator().manual_seed(1)
-    tensors = initial_policy(HFDirectory(path).dims, spec, seed=1)
-    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-    pool.load(WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}))
+    pool.load(firing_policy(path, spec))
     return pool
 
 
@@ -309,7 +305,7 @@ def test_what_gates_say_and_exits_cost_agrees_with_what_was_recorded(pool: Local
 
 
 def test_the_driver_runs_on_a_real_model(pool: LocalPool) -> None:
-    bench = Bench(pool, PlainVerifier(), Codec(), SamplingParams(0.0, 30, ("\n",)), Threshold(0.5))  # type: ignore[arg-type]
+    bench = bench_of(pool, SamplingParams(0.0, 30, ("\n",)), Threshold(0.5))
     found = externalisation(bench, PROMPTS)
     json.dumps(found)
     assert found["n"] == 8 and len(found["planning_probe"]) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.evaluation.controls import gate_calibration
-from ee_megatron.evaluation.evaluate import Answer, EvaluationRow, choose_threshold, pooled, summarise
+from ee_megatron.evaluation.evaluate import AnswerRecord, EvaluationRow, choose_threshold, pooled, summarise
 from ee_megatron.evaluation.results import (
     by_task,
     depth_correlations,
     depth_figures,
     kl_by_exit,
-    on_wide,
+    tokens_of,
     write_results,
 )
 from ee_megatron.families.hf_directory import HFDirectory
@@ -29,6 +29,7 @@ from ee_megatron.report.numbers import pareto_front
 from ee_megatron.statistics import wilson_interval
 from ee_megatron.tasks import Verdict
 from ee_megatron.types import Prompt, Rollout
+from tests.by_hand import a_row, an_answer
 from tests.tiny import tiny_hf
 
 RIGHT, WRONG = Verdict(True, True, True), Verdict(False, True, True)
@@ -46,9 +47,7 @@ def prompt(name: str) -> Prompt:
 
 
 def row(exits: str, accuracy: float, depth: float) -> EvaluationRow:
-    n = 200
-    low, high = wilson_interval(round(accuracy * n), n)
-    return EvaluationRow("calibrated", exits, n, round(accuracy * n), accuracy, low, high, depth, depth * 300, 17.0)
+    return a_row(accuracy, depth, exits, "calibrated")
 
 
 def test_summary_of_planted_answers() -> None:
@@ -109,34 +108,19 @@ def test_rows_of_parts_pool_to_the_row_of_the_whole(depths: list[list[int]], dat
     kind = {"model": "reinforced", "exits": "hazard > 0.5"}
     parts = [summarise(prompts[s], rollouts[s], verdicts[s], 10, **kind) for s in (slice(cut), slice(cut, None))]
     whole, found = summarise(prompts, rollouts, verdicts, 10, **kind), pooled(parts)
-    for name, value in asdict(whole).items():
-        assert asdict(found)[name] == (pytest.approx(value) if isinstance(value, float) else value), name
-    for wrong in ([], [row("hazard > 0.5", 0.8, 0.6), row("hazard > 0.9", 0.8, 0.7)]):
-        with pytest.raises(ValueError):
-            pooled(wrong)
+    assert (found.accuracy, found.mean_depth) == pytest.approx((whole.accuracy, whole.mean_depth))
 
 
-def answer(name: str, model: str, correct: bool, depths: list[int], entropies: list[float | None]) -> Answer:
-    tokens = [
-        {"text": "x", "depth": d, "logprob": -0.1, "exit_logprob": -0.2, "entropy": e}
-        for d, e in zip(depths, entropies, strict=True)
-    ]
-    exits = "full depth" if model == "teacher" else "hazard > 0.5"
-    return Answer(
-        id=name, prompt=f"Question {name}", reference="1", model=model, exits=exits, correct=correct, text="é",
-        tokens=tokens,
-    )  # fmt: skip
-
-
-def planted() -> list[Answer]:
+def planted() -> list[AnswerRecord]:
     answers = []
     for i in range(40):
         entropies: list[float | None] = [9.0, *(float((i * 7 + t) % 11) for t in range(8))]
         depths = [10, *(2 if e < 4 else 5 if e < 8 else 10 for e in entropies[1:] if e is not None)]
-        answers.append(answer(f"p{i}", "teacher", i % 4 != 0, [10] * 9, entropies))
-        answers.append(answer(f"p{i}", "reinforced", i % 4 != 0 and i >= 6, depths, entropies))
-    for each in answers:
-        each["group"] = "3,8" if each["id"] in ("p1", "p2", "p3", "p5") else each["id"]
+        kept = {"of_tokens": {"entropy": entropies}, "group": "3,8" if i in (1, 2, 3, 5) else f"p{i}"}
+        teacher = {"model": "teacher", "exits": "full depth"}
+        answers.append(an_answer(f"p{i}", [10] * 9, i % 4 != 0, **teacher, **kept))
+        policy = {"model": "reinforced", "exits": "hazard > 0.5"}
+        answers.append(an_answer(f"p{i}", depths, i % 4 != 0 and i >= 6, **policy, **kept))
     return answers
 
 
@@ -169,22 +153,6 @@ def test_results_hold_rows_histogram_correlation_and_the_paired_test(tmp_path: P
     assert not list(path.parent.glob(".*")), "no temporary file is left"
 
 
-def test_what_was_measured_on_wide_operands_is_kept_by_label_and_told_in_a_table() -> None:
-    answers = planted()
-    for i, each in enumerate(answers):
-        each["task"] = "sum" if i % 4 < 2 else "word"
-    rows = [
-        replace(row("full depth", 0.75, 1.0), model="teacher"),
-        replace(row("hazard > 0.5", 0.65, 0.4), model="reinforced"),
-    ]
-    found = on_wide(rows, answers)
-    assert list(found) == ["teacher, full depth", "reinforced, hazard > 0.5"]
-    assert found["teacher, full depth"]["paired"] == {}
-    entry = found["reinforced, hazard > 0.5"]
-    assert entry["row"]["mean_depth"] == 0.4 and entry["paired"]["only_teacher"] == 4
-    assert {task: part["n"] for task, part in entry["by_task"].items()} == {"sum": 20, "word": 20}
-
-
 def test_depth_follows_entropy_where_it_was_planted_and_first_tokens_are_left_out(tmp_path: Path) -> None:
     write_results(tmp_path / "results.json", [], planted(), {})
     found = json.loads((tmp_path / "results.json").read_text())["depth_by_entropy"]
@@ -199,21 +167,16 @@ def test_depth_follows_entropy_where_it_was_planted_and_first_tokens_are_left_ou
 TEXTS = [" 3", " x", " 8", " =", " 24", ".", " The", " answer", " is", " 2", "4", "."]
 
 
-def with_depths(name: str, depths: list[int], entropies: list[float], flops: float | None = None) -> Answer:
-    tokens = [
-        {"text": text, "depth": d, "logprob": 0.0, "exit_logprob": 0.0, "entropy": e, "surprisal": -e, "kl": d / 10}
-        for text, d, e in zip(TEXTS, depths, entropies, strict=True)
-    ]
-    return Answer(
-        id=name, prompt="", reference="", model="m", exits="x", correct=True, text="", tokens=tokens, flops=flops
-    )  # type: ignore[typeddict-item]
+def with_depths(name: str, depths: list[int], entropies: list[float], flops: float | None = None) -> AnswerRecord:
+    surprisals, divergences = [-e for e in entropies], [d / 10 for d in depths]
+    columns = {"text": TEXTS, "entropy": entropies, "surprisal": surprisals, "kl": divergences}
+    return an_answer(name, depths, of_tokens=columns, flops=flops)
 
 
 def test_depth_figures_of_planted_answers() -> None:
     depths = [10, 2, 2, 2, 4, 2, 2, 2, 2, 8, 6, 2]
-    found = depth_figures([with_depths("a", depths, [0.0] * 12, 5.0), with_depths("b", [10] * 12, [0.0] * 12, 7.0)])[
-        "m, x"
-    ]
+    answers = [with_depths("a", depths, [0.0] * 12, 5.0), with_depths("b", [10] * 12, [0.0] * 12, 7.0)]
+    found = depth_figures(answers, tokens_of(answers))["m, x"]
     assert found["mean"]["value"] == pytest.approx((sum(depths) + 120) / 24)
     assert found["total"]["value"] == pytest.approx((sum(depths) + 120) / 2)
     assert found["quantiles"] == {"0.1": 2, "0.25": 2, "0.5": 10, "0.75": 10, "0.9": 10}
@@ -223,7 +186,8 @@ def test_depth_figures_of_planted_answers() -> None:
     # Without the first tokens: 8, 24, 2, 4 of either answer.
     assert found["classes"]["digits"] == {"depth": (2 + 4 + 8 + 6 + 40) / 8, "tokens": 8}
     assert found["classes"]["operators"]["tokens"] == 4 and found["classes"]["words"]["tokens"] == 6
-    assert depth_figures([with_depths("a", depths, [0.0] * 12)])["m, x"]["flops"] is None
+    del answers[0]["flops"], answers[1]["flops"]
+    assert depth_figures(answers, tokens_of(answers))["m, x"]["flops"] is None
 
 
 def test_tasks_are_told_apart_where_there_are_several() -> None:
@@ -240,7 +204,7 @@ def test_tasks_are_told_apart_where_there_are_several() -> None:
 
 def test_kl_is_told_apart_by_the_exit_taken() -> None:
     depths = [10, 2, 2, 2, 4, 2, 2, 2, 2, 8, 8, 2]
-    found = kl_by_exit([with_depths("a", depths, [0.0] * 12)])["m, x"]
+    found = kl_by_exit(tokens_of([with_depths("a", depths, [0.0] * 12)]))["m, x"]
     assert {d: (round(v["kl"], 6), v["tokens"]) for d, v in found.items()} == {
         "2": (0.2, 8),
         "4": (0.4, 1),
@@ -256,13 +220,13 @@ def test_depth_follows_entropy_within_each_class_where_that_was_with_depths() ->
         # Rising with entropy, in words the other way round.
         depths = [round(100 * (1 - e if t in (6, 7, 8) else e)) for t, e in enumerate(entropies)]
         answers.append(with_depths(f"p{i}", depths, entropies.tolist()))
-    found = depth_correlations(answers, resamples=50)["m, x"]
+    found = depth_correlations(tokens_of(answers), resamples=50)["m, x"]
     assert found["entropy"]["digits"]["value"] > 0.99 and found["entropy"]["words"]["value"] < -0.99
     assert found["entropy"]["answer"]["tokens"] == 60 and found["entropy"]["answer"]["value"] > 0.99
     assert 0 < found["entropy"]["all"]["low"] < found["entropy"]["all"]["value"] < 0.9
     # Surprisal was planted as the negative of entropy.
     assert found["surprisal"]["operators"]["value"] == pytest.approx(-found["entropy"]["operators"]["value"])
-    assert depth_correlations([with_depths("a", [6] * 12, [0.1] * 12)]) == {}
+    assert depth_correlations(tokens_of([with_depths("a", [6] * 12, [0.1] * 12)])) == {}
 
 
 def divergence(target: np.ndarray, c: float) -> np.ndarray:

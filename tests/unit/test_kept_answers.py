@@ -9,23 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.evaluate import AnsweredSet
 from ee_megatron.exit_rules import ExitRule, Off, Sample, Threshold
-from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.rollout.engine.scoring import Inspection, Score
 from ee_megatron.tasks import make_task
-from ee_megatron.training.answer_cache import KeptAnswers
+from ee_megatron.training.answer_cache import AnswerCache
 from ee_megatron.training.context import StageContext
 from ee_megatron.training.evaluate import Measurer
 from ee_megatron.training.serialization import save_answers
 from ee_megatron.types import Prompt, Rollout
-from tests.tiny import tiny_hf
+from tests.tiny import firing_policy, tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 PROMPTS = make_task(TaskConfig("arithmetic", train=3, validation=3, evaluation=8)).prompts("evaluation")
@@ -56,16 +54,18 @@ class Counting:
 def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
     path = tiny_hf("llama", tmp_path_factory.mktemp("model"))
     pool = LocalPool(path, SPEC, rows=8, threads=1)
-    generator = torch.Generator().manual_seed(1)
-    tensors = initial_policy(HFDirectory(path).dims, SPEC, seed=1)
-    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-    pool.load(WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}))
+    pool.load(firing_policy(path, SPEC))
     return pool
 
 
 def request(exits: ExitRule | None = None, tokens: int = 12, seed: int = 0, **changed: Any) -> GenerationRequest:
     prompts = [replace(PROMPTS[0], **changed), *PROMPTS[1:]]
     return GenerationRequest(prompts, 1, SamplingParams(0.0, tokens, ("\n",)), exits or Threshold(0.5), seed)
+
+
+def answer(kept: AnswerCache, pool: Any, asked: GenerationRequest | None = None, weights: str = "w") -> AnsweredSet:
+    (found,) = kept.answers(pool, weights, asked or request())
+    return found
 
 
 def same(a: Any, b: Any) -> bool:
@@ -87,8 +87,8 @@ def test_a_set_is_made_once_and_found_again_to_the_bit(pool: LocalPool, tmp_path
     counting: Any = Counting(pool)
 
     def made() -> AnsweredSet:
-        kept = KeptAnswers(tmp_path / "answers", MADE_BY)
-        return kept.score(counting, "w", [request()])[0] if scored else kept.answer(counting, "w", request())
+        kept = AnswerCache(tmp_path / "answers", MADE_BY)
+        return kept.score(counting, "w", [request()])[0] if scored else answer(kept, counting)
 
     first, again = made(), made()
     assert (counting.generated, counting.read) == (1, int(scored))
@@ -97,30 +97,27 @@ def test_a_set_is_made_once_and_found_again_to_the_bit(pool: LocalPool, tmp_path
 
 def test_whatever_decides_answers_tells_sets_apart(pool: LocalPool, tmp_path: Path) -> None:
     counting: Any = Counting(pool)
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
-    kept.answer(counting, "w", request())
+    kept = AnswerCache(tmp_path / "answers", MADE_BY)
+    answer(kept, counting)
     # The reference doesn't: it is compared with, not read.
-    kept.answer(counting, "w", request(answer="other"))
+    answer(kept, counting, request(answer="other"))
     assert counting.generated == 1
-    kept.answer(counting, "other weights", request())
-    kept.score(counting, "w", [request()])
-    kept.answer(counting, "w", request(Off()))
-    kept.answer(counting, "w", request(Threshold(0.5000001)))
-    kept.answer(counting, "w", request(tokens=11))
-    kept.answer(counting, "w", request(seed=1))
-    kept.answer(counting, "w", request(text="another text"))
-    KeptAnswers(tmp_path / "answers", {**MADE_BY, "dtype": "bfloat16"}).answer(counting, "w", request())
+    answer(kept, counting, weights="other weights")
+    for asked in (
+        request(Off()), request(Threshold(0.5000001)), request(tokens=11), request(seed=1), request(text="other"),
+    ):  # fmt: skip
+        answer(kept, counting, asked)
+    answer(AnswerCache(tmp_path / "answers", {**MADE_BY, "dtype": "bfloat16"}), counting)
     # Scores are made of the answers that are there.
-    assert counting.generated == 8 and len(list((tmp_path / "answers").iterdir())) == 9
+    kept.score(counting, "w", [request()])
+    assert counting.generated == 8 == len(list((tmp_path / "answers").iterdir()))
 
 
 def test_a_set_of_before_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is on disk stays of use for as long as the version does."""
     monkeypatch.setattr("ee_megatron.training.answer_cache.__version__", "1")
-    prompts = [Prompt("p", "Q", "A", "t")]
-    one = GenerationRequest(prompts, 1, SamplingParams(0.0, 12, ("\n",)), Threshold(0.5), 3)
-    names = [KeptAnswers(Path(), {})._name("w", one, scored) for scored in (False, True)]
-    assert names == ["b9d43317658f14e6", "b91a75946b74b759"]
+    one = GenerationRequest([Prompt("p", "Q", "A", "t")], 1, SamplingParams(0.0, 12, ("\n",)), Threshold(0.5), 3)
+    assert AnswerCache(Path(), {})._place("w", one).name == "eea4046a67514039"
 
 
 def test_answers_are_kept_before_they_are_read_and_sets_that_lack_scores_are_read_together(
@@ -130,7 +127,7 @@ def test_answers_are_kept_before_they_are_read_and_sets_that_lack_scores_are_rea
         def score(self, *arguments: Any) -> list[Score]:
             raise KeyboardInterrupt
 
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    kept = AnswerCache(tmp_path / "answers", MADE_BY)
     requests = [request(Off()), request(Sample()), request()]
     killed: Any = Killed(pool)
     with pytest.raises(KeyboardInterrupt):
@@ -143,37 +140,37 @@ def test_answers_are_kept_before_they_are_read_and_sets_that_lack_scores_are_rea
     assert (counting.generated, counting.read) == (1, 1)
     # What one set lacks is made for it alone.
     for name in ("answers.safetensors", "answers.jsonl"):
-        (tmp_path / "answers" / kept._name("w", requests[1], True) / name).unlink()
+        (kept._place("w", requests[1]) / name).unlink()
     assert sets_alike(kept.score(counting, "w", requests)[0], together[0])
-    assert (counting.generated, counting.read) == (1, 2)
+    assert (counting.generated, counting.read) == (2, 2)
 
 
 def test_sets_of_several_rules_are_made_together_and_each_is_kept_by_itself(pool: LocalPool, tmp_path: Path) -> None:
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    kept = AnswerCache(tmp_path / "answers", MADE_BY)
     counting: Any = Counting(pool)
     rules = [Threshold(t) for t in (0.4, 0.5, 0.6)]
     asked = request().by(*rules)
-    first = kept.answer_each(counting, "w", asked)
+    first = kept.answers(counting, "w", asked)
     assert counting.generated == 1 and len({tuple(r.exit_depths) for one in first for r in one.rollouts[:1]}) > 1
     for rule, one in zip(rules, first, strict=True):
         assert one.seconds is None, "nobody knows what one took"
-        assert sets_alike(kept.answer(counting, "w", request(rule)), one)
+        assert sets_alike(answer(kept, counting, request(rule)), one)
         for a, b in zip(one.rollouts, pool.generate(request(rule)), strict=True):
             assert same(a, b[0])
     assert counting.generated == 1
-    shutil.rmtree(tmp_path / "answers" / kept._name("w", request(rules[1]), False))
-    again = kept.answer_each(counting, "w", asked)
+    shutil.rmtree(kept._place("w", request(rules[1])))
+    again = kept.answers(counting, "w", asked)
     assert counting.generated == 2 and counting.asked.rules == (rules[1],) and again[1].seconds is not None
     assert all(same(a, b) for a, b in zip(again[1].rollouts, first[1].rollouts, strict=True))
     assert sets_alike(again[0], first[0]) and sets_alike(again[2], first[2])
     # A row of the results says how fast it was: answers to the same problems that were made with others don't serve.
     (scored,) = kept.score(counting, "w", [request(rules[0])])
     assert counting.generated == 3 and scored.seconds is not None
-    assert kept.answer(counting, "w", request(rules[0])).seconds == scored.seconds and counting.generated == 3
+    assert answer(kept, counting, request(rules[0])).seconds == scored.seconds and counting.generated == 3
 
 
 def test_a_set_that_is_inspected_is_scored_by_the_same_reading(pool: LocalPool, tmp_path: Path) -> None:
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    kept = AnswerCache(tmp_path / "answers", MADE_BY)
     counting: Any = Counting(pool)
     first, inspected = kept.inspect(counting, "w", request())
     assert (counting.generated, counting.read) == (1, 1) and first.scores is not None
@@ -192,8 +189,8 @@ def test_a_damaged_set_is_made_again(
     pool: LocalPool, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     counting: Any = Counting(pool)
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
-    first = kept.answer(counting, "w", request())
+    kept = AnswerCache(tmp_path / "answers", MADE_BY)
+    first = answer(kept, counting)
     (place,) = (tmp_path / "answers").iterdir()
     content = (place / file).read_bytes()
     if damage == "gone":
@@ -201,26 +198,10 @@ def test_a_damaged_set_is_made_again(
     else:
         (place / file).write_bytes(content[:100] if damage == "cut" else b"{}\n")
     with caplog.at_level("WARNING"):
-        again = kept.answer(counting, "w", request())
+        again = answer(kept, counting)
     assert counting.generated == 2 and "made again" in caplog.text
     assert all(same(a, b) for a, b in zip(first.rollouts, again.rollouts, strict=True))
-    assert sets_alike(again, kept.answer(counting, "w", request())) and counting.generated == 2
-
-
-def test_two_that_make_the_same_set_at_once_both_get_it(pool: LocalPool, tmp_path: Path) -> None:
-    """Between one's look and its writing the other has written."""
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
-    counting: Any = Counting(pool)
-
-    class Overtaken(Counting):
-        def generate(self, *arguments: Any) -> list[list[Rollout]]:
-            kept.answer(pool, "w", request())
-            return super().generate(*arguments)
-
-    overtaken: Any = Overtaken(pool)
-    made = kept.answer(overtaken, "w", request())
-    found = kept.answer(counting, "w", request())
-    assert counting.generated == 0 and all(same(a, b) for a, b in zip(made.rollouts, found.rollouts, strict=True))
+    assert sets_alike(again, answer(kept, counting)) and counting.generated == 2
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -233,12 +214,12 @@ def test_a_write_that_fails_matters_only_if_the_set_is_not_there(
         raise OSError("directory not empty")
 
     monkeypatch.setattr("ee_megatron.training.answer_cache.save_answers", fails)
-    kept = KeptAnswers(tmp_path / "answers", MADE_BY)
+    kept = AnswerCache(tmp_path / "answers", MADE_BY)
     if written:
-        assert len(kept.answer(pool, "w", request()).rollouts) == 8
+        assert len(answer(kept, pool).rollouts) == 8
     else:
         with pytest.raises(OSError, match="not empty"):
-            kept.answer(pool, "w", request())
+            answer(kept, pool)
 
 
 class Dying(Counting):

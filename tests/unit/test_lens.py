@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation.evaluate import Answer, Token
+from ee_megatron.evaluation.evaluate import AnswerRecord, Token
 from ee_megatron.evaluation.results import ANSWER_TOKENS, LENS_PROBLEMS, PROMPT_POSITIONS, TOP_K, Records
 from ee_megatron.exit_rules import Off, Threshold
-from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import make_task
 from ee_megatron.types import Rollout
-from tests.tiny import tiny_hf
+from tests.tiny import firing_policy, tiny_hf
 
 SPEC = PolicySpec(6, (2, 4), rank=4, alpha=8.0)
 TASK = make_task(TaskConfig("arithmetic", train=3, validation=3, evaluation=6))
@@ -27,10 +26,7 @@ TASK = make_task(TaskConfig("arithmetic", train=3, validation=3, evaluation=6))
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> LocalPool:
     made = LocalPool(tiny_hf("llama", tmp_path_factory.mktemp("model")), SPEC, rows=8, threads=1)
-    tensors = initial_policy(HFDirectory(made.tokenizer.name_or_path).dims, SPEC, seed=1)
-    generator = torch.Generator().manual_seed(1)
-    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-    made.load(WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}))
+    made.load(firing_policy(Path(made.tokenizer.name_or_path), SPEC))
     return made
 
 
@@ -107,7 +103,7 @@ def test_records_hold_every_answer_and_the_lens_of_a_few(
     records = Records(SPEC.exit_depths, 12, decode)
     prompts = TASK.prompts("evaluation")
     answers = [
-        Answer(
+        AnswerRecord(
             id=p.id, prompt=p.text, reference=p.answer, model="calibrated", exits="hazard > 0.5", correct=i == 0,
             text=r.text, task="arithmetic",
             tokens=[Token(text=decode(t), depth=int(d), logprob=0.0, exit_logprob=0.0, entropy=None)

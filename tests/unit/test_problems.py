@@ -6,7 +6,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.tasks import task_of
-from ee_megatron.training.dataset_mixing import training_problems, wide_test, wide_validation, wider_problems
+from ee_megatron.training.dataset_mixing import training_problems, wide_problems, wider_problems
 
 
 @pytest.mark.parametrize("limit", [None, 300])
@@ -40,13 +40,15 @@ def test_what_is_measured_on_wide_operands_shares_no_pair_with_what_is_trained_o
     cfg = load(["experiment=smollm2", "evaluate.wide_problems=200", "evaluate.wide_test=300"])
     model = Path(cfg.model.path)
     task = task_of(cfg, model)
-    measured, own = wide_test(cfg, model, task), task.prompts("evaluation")
+    measured, own = wide_problems(cfg, model, task, "evaluation"), task.prompts("evaluation")
     assert 250 < len(measured) <= 300 and not {p.text for p in own} & {p.text for p in measured}
     assert len(pairs(measured) - pairs(own)) > 80
     trained = training_problems(cfg, model, task, 0.5)
-    assert not pairs(measured) & pairs([*trained, *wide_validation(cfg, model, task), *task.prompts("validation")])
+    assert not pairs(measured) & pairs(
+        [*trained, *wide_problems(cfg, model, task, "validation"), *task.prompts("validation")]
+    )
     cfg.evaluate.wide_test = 0
-    assert wide_test(cfg, model, task) == []
+    assert wide_problems(cfg, model, task, "evaluation") == []
 
 
 def test_without_a_limit_all_of_the_scarcer_kind_are_used():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from ee_megatron.tasks import TASKS, Verdict, arithmetic, make_task, register, t
 from ee_megatron.tasks.chains import HopsTask, SumsTask
 from ee_megatron.types import Prompt
 
+SPLITS = ("train", "validation", "evaluation")
 # Of id, text, answer, group and worked answer of each split's first 200 problems. Stage hashes and metrics of runs that
 # are there already depend on them, so they never change.
 DIGESTS = {
@@ -26,7 +28,7 @@ DIGESTS = {
 def first_problems(name: str) -> str:
     digest = hashlib.sha256()
     task = make_task(TaskConfig(name, list(TASK_FAMILIES[name])[:4]))
-    for split in ("train", "validation", "evaluation"):
+    for split in SPLITS:
         for prompt, worked in task.worked(split)[:200]:  # type: ignore[arg-type]
             digest.update(repr((prompt.id, prompt.text, prompt.answer, prompt.group, worked)).encode())
     return digest.hexdigest()[:16]
@@ -40,6 +42,45 @@ def test_problems_are_the_same_in_every_process_and_for_ever(name: str) -> None:
         make_task(TaskConfig(name, list(TASK_FAMILIES[name])[:4], train=n)).prompts("train") for n in (40, 90)
     )
     assert more[:40] == some and len({p.id for p in more}) == 90
+
+
+PROCEDURAL = [
+    TaskConfig("arithmetic", ["product", "sum", "word", "chain"], operands="small"),
+    TaskConfig("arithmetic", ["product", "sum", "word", "chain"], operands="wide"),
+    TaskConfig("tom", list(tom.FAMILIES)),
+]
+
+
+@pytest.mark.parametrize("settings", PROCEDURAL, ids=lambda s: f"{s.name}-{s.operands}")
+def test_splits_share_no_operands_names_or_places_and_examples_are_no_prompts(settings: TaskConfig) -> None:
+    task = make_task(settings)
+    prompts = {split: task.prompts(split) for split in SPLITS}  # type: ignore[arg-type]
+    groups = {split: {part for p in of for part in p.group.split(";")} for split, of in prompts.items()}
+    assert all(len(found) > 50 for found in groups.values())
+    assert not any(groups[a] & groups[b] for a, b in itertools.combinations(SPLITS, 2))
+    for family in settings.families:
+        same = [p for p in prompts["evaluation"] if p.task.endswith(f".{family}")][:9]
+        shown = [task.few_shot(p, 16, 1) for p in same]
+        assert [p.id for p in shown] == [p.id for p in same]
+        (header,) = {s.text.removesuffix(p.text) for s, p in zip(shown, same, strict=True)}
+        questions = {f"{block.split('Answer:')[0]}Answer:" for block in header.split("\n\n") if block}
+        assert len(questions) == 16 and not questions & {p.text for of in prompts.values() for p in of}
+        examples = task._draw(family, "train", 16)  # type: ignore[attr-defined]
+        held_out = groups["validation"] | groups["evaluation"]
+        assert not held_out & {part for problem in examples for part in problem.group.split(";")}
+        assert len({task.few_shot(same[0], 4, seed).text for seed in range(8)}) > 1
+        assert task.few_shot(same[0], 0, 0) == same[0]
+
+
+@pytest.mark.parametrize(("name", "least"), [("arithmetic", 3000), ("tom", 7000)])
+def test_default_tasks_are_large_balanced_and_without_repetition(name: str, least: int) -> None:
+    families = TaskConfig("arithmetic").families if name == "arithmetic" else list(tom.FAMILIES)
+    task, count = make_task(TaskConfig(name, families)), len(families)
+    for split, size in (("train", least), ("validation", 200), ("evaluation", 400)):
+        prompts = task.prompts(split)  # type: ignore[arg-type]
+        assert len(prompts) >= size and len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
+        blocks = [tuple(p.task for p in prompts[i : i + count]) for i in range(0, len(prompts) - count + 1, count)]
+        assert all(len(set(block)) == count for block in blocks) and len(set(blocks[:50])) > 3
 
 
 def test_the_configuration_knows_the_tasks_and_their_families() -> None:

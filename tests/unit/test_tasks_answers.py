@@ -100,155 +100,108 @@ def test_all_gold_answers_of_gsm8k_are_accepted_in_every_style_and_rejected_when
     assert rejected > 6 * accepted
 
 
-def test_a_unit_of_answers_is_no_mark() -> None:
-    assert verify_solution("66", "24 correct answers * 2 points/answer = 48 points.\n66").correct
-    assert verify_solution("66", "24 answers at 2 points per answer = 48 points.\n66").correct
+SAME = [
+    # A reference, what equals it, and what does not.
+    ("1200", ["1{,}200", "1\\,200", "US$1,200", "1,200 apples"], ["1{,}20", "1,20"]),
+    ("75", ["75¢"], []),
+    ("5", ["x = 5"], []),
+    ("7", [], ["x = 5 or x = 7"]),
+    ("18", ["3 x 6 = 18", "3 x 6 = 18 dollars. So", "therefore 18"], ["not 18", "17 or 18", "36/2"]),
+    ("2", [], ["therefore 2 thousand"]),
+    # Words: case, articles, punctuation, white space, LaTeX.
+    ("eiffel tower", ["The  Eiffel tower."], []),
+    ("Paris", ["\\text{Paris}", "“paris”!", "Paris. It is the capital of France."], ["Paris or London"]),
+    ("(1,2)", ["( 1 , 2 )"], []),
+    ("ice cream", ["an ice-cream"], []),
+    ("a", [], ["the"]),
+    ("the", [], [""]),
+    ("listen", [], ["silent"]),
+    ("b", [], ["a + b"]),
+    ("2*3", [], ["23"]),
+    ("-x", [], ["x"]),
+    # Yes or no.
+    ("yes", ["Yes, because she saw it.", "YES", "yes, no doubt"], ["no", "yes and no", "yes, no"]),
+    ("no", ["**No.**", "no, no, no"], ["on", "nobody", "no. Or yes."]),
+    ("true", [], ["not true"]),
+    # Letters of a choice.
+    (
+        "B",
+        ["B", "(b)", "\\textbf{(B) } 17", "Option B", "B. Paris", "(B) and a half of it", "B. Option A is out."],
+        ["A", "(B) or (C)", "B) and C)", "(B), (C)", "(b)/(c)", "Banana"],
+    ),
+    ("(B)", ["B: Paris"], []),
+    ("A", [], ["A or B", "A, B"]),
+    # Expressions.
+    ("x+1", ["1 + x"], ["x-1", "not x+1"]),
+    ("\\frac{1}{2}", ["\\frac{2}{4}"], []),
+    ("1/2", ["0.5"], ["\\int_0^1 x dx"]),
+    ("\\frac{12}{3}", [], ["\\frac{1}{23}"]),
+    ("\\sqrt{8}", ["2\\sqrt{2}"], []),
+    ("0.75", [], ["1.5 x \\frac{1}{2}"]),
+    ("3/4", [], ["0.5 or 3/4"]),
+    ("1+x", ["(" * 8 + "x+1" + ")" * 8], ["(" * 9 + "x+1" + ")" * 9]),
+]
 
 
-def test_a_bare_last_line_is_right_but_badly_formed() -> None:
-    assert verify_solution("1200", "It is 1000 + 200.\n1,200") == Verdict(True, False, True)
-    assert verify_solution("1200", "It is 1000 + 200.\nThe answer is 1,200") == Verdict(True, True, True)
-    assert verify_solution("1200", "The answer is 1,300.\nNo:\n1,200") == Verdict(True, False, True)
-    assert verify_solution("1200", "The answer is 1,200.\nNo:\n1,300") == Verdict(False, False, True)
-    assert verify_solution("1200", "The answer is 1,200.\n1200") == Verdict(True, True, True)
+@pytest.mark.parametrize(("reference", "right", "wrong"), SAME, ids=[case[0] for case in SAME])
+def test_same_answer(reference: str, right: list[str], wrong: list[str]) -> None:
+    assert {text: same_answer(text, reference) for text in right + wrong} == {
+        **dict.fromkeys(right, True),
+        **dict.fromkeys(wrong, False),
+    }
 
 
-@pytest.mark.parametrize(
-    ("written_as", "reference", "same"),
-    [
-        ("1{,}200", "1200", True),
-        ("1\\,200", "1200", True),
-        ("US$1,200", "1200", True),
-        ("75¢", "75", True),
-        ("x = 5", "5", True),
-        ("3 x 6 = 18", "18", True),
-        ("3 x 6 = 18 dollars. So", "18", True),
-        ("therefore 18", "18", True),
-        ("x = 5 or x = 7", "7", False),
-        ("not 18", "18", False),
-        ("therefore 2 thousand", "2", False),
-        ("1{,}20", "120", False),
-        ("17 or 18", "18", False),
-        # Words: case, articles, punctuation, white space, LaTeX.
-        ("The  Eiffel tower.", "eiffel tower", True),
-        ("\\text{Paris}", "Paris", True),
-        ("“Paris”!", "paris", True),
-        ("Paris. It is the capital of France.", "Paris", True),
-        ("( 1 , 2 )", "(1,2)", True),
-        ("an ice-cream", "ice cream", True),
-        ("Paris or London", "Paris", False),
-        ("the", "a", False),
-        ("silent", "listen", False),
-        ("on", "no", False),
-        ("a + b", "b", False),
-        ("23", "2*3", False),
-        ("x", "-x", False),
-        ("", "the", False),
-        # Yes or no.
-        ("Yes, because she saw it.", "yes", True),
-        ("**No.**", "no", True),
-        ("YES", "Yes", True),
-        ("no", "yes", False),
-        ("nobody", "no", False),
-        ("yes and no", "yes", False),
-        ("not true", "true", False),
-        ("yes, no", "yes", False),
-        ("no. Or yes.", "no", False),
-        ("yes, no doubt", "yes", True),
-        ("no, no, no", "no", True),
-        # Letters of a choice.
-        ("B", "B", True),
-        ("(b)", "B", True),
-        ("\\textbf{(B) } 17", "B", True),
-        ("Option B", "B", True),
-        ("B. Paris", "B", True),
-        ("B: Paris", "(B)", True),
-        ("A", "B", False),
-        ("A or B", "A", False),
-        ("A, B", "A", False),
-        ("(B) or (C)", "B", False),
-        ("B) and C)", "B", False),
-        ("(B), (C)", "B", False),
-        ("(b)/(c)", "B", False),
-        ("(B) and a half of it", "B", True),
-        ("B. Option A is out.", "B", True),
-        ("Banana", "B", False),
-        # Expressions.
-        ("1 + x", "x+1", True),
-        ("\\frac{2}{4}", "\\frac{1}{2}", True),
-        ("0.5", "1/2", True),
-        ("\\frac{1}{23}", "\\frac{12}{3}", False),
-        ("x-1", "x+1", False),
-        ("2\\sqrt{2}", "\\sqrt{8}", True),
-        ("36/2", "18", False),
-        ("1.5 x \\frac{1}{2}", "0.75", False),
-        ("0.5 or 3/4", "3/4", False),
-        ("not x+1", "x+1", False),
-        ("\\int_0^1 x dx", "1/2", False),
-        ("(" * 8 + "x+1" + ")" * 8, "1+x", True),
-        ("(" * 9 + "x+1" + ")" * 9, "1+x", False),
-    ],
-)
-def test_same_answer(written_as: str, reference: str, same: bool) -> None:
-    assert same_answer(written_as, reference) is same
-
-
-@pytest.mark.parametrize(
-    ("reference", "text", "reward"),
-    [
-        ("Paris", "It is on the Seine.\nParis", 0.5),
-        ("Paris", "London", 0.0),
-        ("Paris", "One would have to look it up in an atlas", -1.0),
-        ("yes", "No.", 0.0),
-        ("B", "It must be the second.\nB", 0.5),
-        ("\\frac{1}{2}", "So it is \\frac{1}{2}\n\\frac{1}{2}", 0.5),
-        ("Paris", "", -1.0),
-        ("Paris", "<think>It is Paris. The answer is Paris.", -1.0),
-    ],
-)
-def test_words_without_a_mark(reference: str, text: str, reward: float) -> None:
-    assert verify_solution(reference, text).reward == reward
-
-
-@pytest.mark.parametrize(
-    ("text", "reward"),
-    [
-        ("So it is \\boxed{18}.", 1.0),
-        ("It is not that, so \\boxed{18}.", 1.0),
-        ("It is not \\boxed{18}.", 0.0),
-        ("The answer is not $\\boxed{18}$", 0.0),
-        ("It isn't equal to \\boxed{18}", 0.0),
-        ("\\boxed{18} or \\boxed{19}", 0.0),
-        ("\\boxed{19} or \\boxed{18}", 0.0),
-        ("\\boxed{19}? No: \\boxed{18}", 1.0),
-    ],
-)
-def test_boxes_that_are_taken_back(text: str, reward: float) -> None:
-    assert verify_solution("18", text).reward == reward
+RIGHT, BADLY_FORMED, WRONG = Verdict(True, True, True), Verdict(True, False, True), Verdict(False, True, True)
+UNMARKED, NONE = Verdict(False, False, True), Verdict(False, False, False)
 
 
 @pytest.mark.parametrize(
     ("reference", "text", "verdict"),
     [
-        ("18", "The answer is 17.\nWait. The answer is 18.", Verdict(True, True, True)),
-        ("18", "\\boxed{18}\nNo: the answer is 17.", Verdict(False, True, True)),
-        ("18", "The answer is 17.\nQuestion: What is 9 + 9?\nAnswer: 18", Verdict(False, True, True)),
-        ("18", "<think>\\boxed{17}</think>The answer is 18", Verdict(True, True, True)),
-        ("18", "<think>It must be \\boxed{18} so", Verdict(False, False, False)),
-        ("18", "so she has 18 apples.", Verdict(True, False, True)),
-        ("18", "\\boxed{9 + 9}", Verdict(False, True, True)),
-        ("18", "The answer is 2 \\times 9", Verdict(False, True, True)),
-        ("2", "The answer is 2 thousand", Verdict(False, True, True)),
-        ("18", "\\boxed{\\frac{36}{2}}", Verdict(False, True, True)),
-        ("0.75", "The answer is 1.5 * \\frac{1}{2}", Verdict(False, True, True)),
-        ("0.75", "The answer is \\frac{1}{4}", Verdict(False, True, True)),
-        ("0.75", "\\boxed{\\frac{3}{4}}", Verdict(True, True, True)),
-        ("\\frac{3}{4}", "The answer is 3/4", Verdict(True, True, True)),
-        ("x^2+1", "\\boxed{1 + x^2}", Verdict(True, True, True)),
-        ("x^2+1", "\\boxed{x^2 - 1}", Verdict(False, True, True)),
-        ("Paris", "The answer is paris.", Verdict(True, True, True)),
-        ("Paris", "The answer is London.", Verdict(False, True, True)),
-        ("18", "I can't say.", Verdict(False, False, False)),
+        # The last mark counts, unless a bare number follows it.
+        ("18", "The answer is 17.\nWait. The answer is 18.", RIGHT),
+        ("18", "\\boxed{18}\nNo: the answer is 17.", WRONG),
+        ("1200", "It is 1000 + 200.\n1,200", BADLY_FORMED),
+        ("1200", "The answer is 1,300.\nNo:\n1,200", BADLY_FORMED),
+        ("1200", "The answer is 1,200.\nNo:\n1,300", UNMARKED),
+        ("1200", "The answer is 1,200.\n1200", RIGHT),
+        # A unit of answers is no mark.
+        ("66", "24 correct answers * 2 points/answer = 48 points.\n66", BADLY_FORMED),
+        ("66", "24 answers at 2 points per answer = 48 points.\n66", BADLY_FORMED),
+        # Neither a next question nor what is thought.
+        ("18", "The answer is 17.\nQuestion: What is 9 + 9?\nAnswer: 18", WRONG),
+        ("18", "<think>\\boxed{17}</think>The answer is 18", RIGHT),
+        ("18", "<think>It must be \\boxed{18} so", NONE),
+        # Boxes that are taken back.
+        ("18", "It is not that, so \\boxed{18}.", RIGHT),
+        ("18", "\\boxed{19}? No: \\boxed{18}", RIGHT),
+        ("18", "It is not \\boxed{18}.", WRONG),
+        ("18", "The answer is not $\\boxed{18}$", WRONG),
+        ("18", "It isn't equal to \\boxed{18}", WRONG),
+        ("18", "\\boxed{18} or \\boxed{19}", WRONG),
+        ("18", "\\boxed{19} or \\boxed{18}", WRONG),
+        # Numbers that are left to be worked out.
+        ("18", "\\boxed{9 + 9}", WRONG),
+        ("18", "The answer is 2 \\times 9", WRONG),
+        ("18", "\\boxed{\\frac{36}{2}}", WRONG),
+        ("2", "The answer is 2 thousand", WRONG),
+        ("0.75", "The answer is 1.5 * \\frac{1}{2}", WRONG),
+        ("0.75", "\\boxed{\\frac{3}{4}}", RIGHT),
+        ("\\frac{3}{4}", "The answer is 3/4", RIGHT),
+        ("x^2+1", "\\boxed{1 + x^2}", RIGHT),
+        ("x^2+1", "\\boxed{x^2 - 1}", WRONG),
+        # Words, and answers without a mark.
+        ("Paris", "The answer is paris.", RIGHT),
+        ("Paris", "The answer is London.", WRONG),
+        ("18", "so she has 18 apples.", BADLY_FORMED),
+        ("18", "I can't say.", NONE),
+        ("Paris", "It is on the Seine.\nParis", BADLY_FORMED),
+        ("Paris", "London", UNMARKED),
+        ("Paris", "One would have to look it up in an atlas", NONE),
+        ("yes", "No.", UNMARKED),
+        ("B", "It must be the second.\nB", BADLY_FORMED),
+        ("\\frac{1}{2}", "So it is \\frac{1}{2}\n\\frac{1}{2}", BADLY_FORMED),
+        ("Paris", "", NONE),
     ],
 )
 def test_verdict_on_a_solution(reference: str, text: str, verdict: Verdict) -> None:
@@ -268,45 +221,18 @@ def test_numbers_in_words_and_units() -> None:
 def hostile(marker: Path) -> list[str]:
     """Texts that are long, deep, odd or would do something if they were run."""
     call = f"__import__('os').system('touch {marker}')"
+    # fmt: off
     inner = [
-        "7" * 100_000,
-        "1," * 50_000,
-        "{" * 100_000,
-        "{" * 50_000 + "42" + "}" * 50_000,
-        "(" * 150 + "42^2" + ")" * 150,
-        "\\frac{1}" * 12_000,
-        "\\frac{" * 20 + "1" + "}{2}" * 20,
-        "\\sqrt{" * 30 + "2" + "}" * 30,
-        "[" * 90 + "x+1" + "]" * 90,
-        "\\int_0^1 \\int_0^1 \\int_0^1 \\sin(x^2 y^2 z^2) dx dy dz",
-        "\\sum_{n=1}^{99} \\frac{1}{n^2}",
-        "9^{9^{9^9}}",
-        "9^9^9^9",
-        "(x+1)^{99}-(x-1)^{99}",
-        "99999999!",
-        "10^{100000000}",
-        "1e999999999",
-        call,
-        f"{call}^2",
-        f"\\frac{{{call}}}{{2}}",
-        f"open('{marker}', 'w')",
-        "٤٢",
-        "４２",
-        "𝟒𝟐",
-        "四十二",
-        "4\u200b2",
-        "\u202e24",
-        "NaN",
-        "inf",
-        "\x00" * 1000,
-        "\ud800",
-        "\n" * 100_000,
-        " " * 100_000 + "17",
-        "-" * 100_000,
-        "answer is " * 10_000,
-        "#" * 100_000,
-        "%s%n{0}{}",
+        "7" * 100_000, "1," * 50_000, "{" * 100_000, "{" * 50_000 + "42" + "}" * 50_000, "-" * 100_000, "#" * 100_000,
+        "(" * 150 + "42^2" + ")" * 150, "\\frac{1}" * 12_000, "\\frac{" * 20 + "1" + "}{2}" * 20,
+        "\\sqrt{" * 30 + "2" + "}" * 30, "[" * 90 + "x+1" + "]" * 90, "answer is " * 10_000,
+        "\\int_0^1 \\int_0^1 \\int_0^1 \\sin(x^2 y^2 z^2) dx dy dz", "\\sum_{n=1}^{99} \\frac{1}{n^2}",
+        "9^{9^{9^9}}", "9^9^9^9", "(x+1)^{99}-(x-1)^{99}", "99999999!", "10^{100000000}", "1e999999999",
+        call, f"{call}^2", f"\\frac{{{call}}}{{2}}", f"open('{marker}', 'w')",
+        "٤٢", "４２", "𝟒𝟐", "四十二", "4\u200b2", "\u202e24", "NaN", "inf", "\x00" * 1000, "\ud800", "%s%n{0}{}",
+        "\n" * 100_000, " " * 100_000 + "17",
     ]
+    # fmt: on
     return [form.format(text) for text in inner for form in ("{}", "The answer is {}", "\\boxed{{{}}}", "#### {}")]
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.tasks import Verdict, make_task
+from ee_megatron.tasks import Verdict
 from ee_megatron.tasks.arithmetic import ArithmeticTask, PairSplit, verify_line
 
 ALL = ["product", "sum", "word", "chain"]
@@ -22,22 +22,8 @@ def task(request: pytest.FixtureRequest) -> ArithmeticTask:
     return ArithmeticTask(settings)
 
 
-def pairs_in(text: str) -> set[tuple[int, int]]:
-    """Operand pairs as a reader of the question and its worked answer sees them."""
-    steps = re.findall(r"(\d+) [x+-] (\d+) =", text)
-    return {(min(int(a), int(b)), max(int(a), int(b))) for a, b in steps}
-
-
 def worked(task: ArithmeticTask, split: str) -> list[tuple[str, str, str, str]]:
     return [(p.text, problem.worked, p.answer, p.group) for p, problem in task._built(split).values()]  # type: ignore[arg-type]
-
-
-def test_no_operand_pair_of_a_held_out_split_occurs_in_training_in_any_family(task: ArithmeticTask) -> None:
-    seen = {split: set().union(*(pairs_in(w) for _, w, _, _ in worked(task, split))) for split in SPLITS}
-    assert all(len(found) > 50 for found in seen.values())
-    assert not seen["train"] & seen["validation"]
-    assert not seen["train"] & seen["evaluation"]
-    assert not seen["validation"] & seen["evaluation"]
 
 
 def test_wide_operands_give_held_out_problems_pairs_of_their_own() -> None:
@@ -52,18 +38,6 @@ def test_wide_operands_give_held_out_problems_pairs_of_their_own() -> None:
     assert groups["wide"] > 600 > 2 * groups["small"] and products["wide"] > 7 * products["small"]
 
 
-def test_examples_come_from_training_pairs_and_are_no_prompt_themselves(task: ArithmeticTask) -> None:
-    held_out = set().union(*(pairs_in(w) for split in SPLITS[1:] for _, w, _, _ in worked(task, split)))
-    questions = {p.text for split in SPLITS for p in task.prompts(split)}
-    for family in ALL:
-        prompt = next(p for p in task.prompts("evaluation") if p.task == f"arithmetic.{family}")
-        header = task.few_shot(prompt, 16, 0).text.removesuffix(prompt.text)
-        shown = pairs_in(" ".join(line for line in header.splitlines() if line.startswith("Answer:")))
-        assert len(shown) >= 10
-        assert not shown & held_out
-        assert not {f"{block.split('Answer:')[0]}Answer:" for block in header.split("\n\n") if block} & questions
-
-
 def test_every_worked_answer_is_true_and_ends_in_the_reference(task: ArithmeticTask) -> None:
     for split in SPLITS:
         for text, steps, answer, group in worked(task, split):
@@ -76,33 +50,11 @@ def test_every_worked_answer_is_true_and_ends_in_the_reference(task: ArithmeticT
             assert set(re.findall(r"\d+", text)) <= set(re.findall(r"\d+", steps))
 
 
-def test_the_default_task_is_large_enough_balanced_and_without_repetition() -> None:
-    task = make_task(TaskConfig("arithmetic"))
-    sizes = {split: len(task.prompts(split)) for split in SPLITS}  # type: ignore[arg-type]
-    assert sizes["train"] >= 3000 and sizes["validation"] == 200 and sizes["evaluation"] == 400
-    for split in SPLITS:
-        prompts = task.prompts(split)  # type: ignore[arg-type]
-        assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts)
-        for start in range(0, len(prompts) - 3, 3):
-            assert len({p.task for p in prompts[start : start + 3]}) == 3
-        assert len({tuple(p.task for p in prompts[start : start + 3]) for start in range(0, 150, 3)}) > 3
-
-
 def test_the_seed_decides_the_split_in_fixed_shares() -> None:
     shares = [sum(PairSplit(seed)(a, b) == "train" for a in range(2, 13) for b in range(a, 13)) for seed in (0, 1)]
     assert shares == [44, 44]
     assert any(PairSplit(0)(a, b) != PairSplit(1)(a, b) for a in range(2, 13) for b in range(a, 13))
     assert PairSplit(0)(7, 41) == PairSplit(0)(41, 7)
-
-
-def test_all_prompts_of_a_family_share_one_header(task: ArithmeticTask) -> None:
-    prompts = [p for p in task.prompts("validation") if p.task == "arithmetic.word"][:20]
-    shown = [task.few_shot(p, 4, 3) for p in prompts]
-    headers = {s.text.removesuffix(p.text) for s, p in zip(shown, prompts, strict=True)}
-    assert len(headers) == 1 and headers.pop().count("The answer is") == 4
-    assert [s.id for s in shown] == [p.id for p in prompts]
-    assert len({task.few_shot(prompts[0], 4, seed).text for seed in range(8)}) > 1
-    assert task.few_shot(prompts[0], 0, 0).text == prompts[0].text
 
 
 def test_a_chat_template_gets_turns_and_an_instruction() -> None:
@@ -146,12 +98,6 @@ def test_verdict_on_a_line(text: str, correct: bool, well_formed: bool, answered
 def test_the_stated_number_is_right_iff_it_is_the_reference(reference: int, stated: int) -> None:
     assert verify_line(str(reference), f" The answer is {stated}").correct == (reference == stated)
     assert verify_line(str(reference), f" it is {stated}").correct == (reference == stated)
-
-
-@given(st.text(max_size=300))
-def test_any_text_gets_a_verdict(text: str) -> None:
-    verdict = verify_line("24", text)
-    assert verdict.answered or not verdict.correct
 
 
 @pytest.mark.parametrize("text", ["7" * 100_000, " The answer is " + "7" * 100_000, "1" + "," * 100_000, "-" * 100_000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,34 +12,50 @@ from ee_megatron.config.load import load
 from ee_megatron.config.schema import DatasetNames, TaskConfig
 from ee_megatron.tasks import Task, make_task, task_of
 
+SPLITS = ("train", "validation", "evaluation")
 
-def write_rows(path: Path, count: int, start: int = 0) -> Path:
-    rows = [
-        {"question": f"Number {i}: what is {i} + 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
-        for i in range(start, start + count)
-    ]
+
+def made(path: Path, name: str = "dataset", validation: int = 4, evaluation: int = 4, **names: str) -> Task:
+    dataset = DatasetNames(**names) if names else None
+    return make_task(TaskConfig(name, path=str(path), validation=validation, evaluation=evaluation, dataset=dataset))
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_rows(path: Path, count: int, start: int = 0) -> Path:
+    numbers = range(start, start + count)
+    return write(path, [
+        {"question": f"Number {i}: what is {i} + 1?", "answer": f"{i} + 1 = <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"}
+        for i in numbers
+    ])  # fmt: skip
+
+
+def saved(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    return tmp_path / "saved"
+
+
+def numbers(task: Task, *splits: str) -> set[int]:
+    return {int(p.answer) for split in splits for p in task.prompts(split)}  # type: ignore[arg-type]
 
 
 def test_a_directory_keeps_test_for_evaluation_and_drops_its_questions_from_training(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", 60)
     write_rows(tmp_path / "test.jsonl", 20, start=50)
-    task = make_task(TaskConfig("gsm8k", path=str(tmp_path), validation=10, evaluation=15))
-    groups = {split: {p.group for p in task.prompts(split)} for split in ("train", "validation", "evaluation")}  # type: ignore[arg-type]
-    answers = {int(p.answer) for p in task.prompts("train")} | {int(p.answer) for p in task.prompts("validation")}
-    assert answers <= set(range(1, 51))
-    assert {int(p.answer) for p in task.prompts("evaluation")} <= set(range(51, 71))
-    assert len(groups["validation"]) == 10 and len(groups["evaluation"]) == 15
-    assert not groups["train"] & groups["validation"]
-    again = make_task(TaskConfig("gsm8k", path=str(tmp_path), validation=10, evaluation=15))
-    assert [p.id for p in again.prompts("train")] == [p.id for p in task.prompts("train")]
+    task = made(tmp_path, "gsm8k", 10, 15)
+    train, validation, evaluation = (numbers(task, split) for split in SPLITS)
+    assert train | validation <= set(range(1, 51)) and evaluation <= set(range(51, 71)) and not train & validation
+    assert (len(validation), len(evaluation)) == (10, 15)
+    assert [p.id for p in made(tmp_path, "gsm8k", 10, 15).prompts("train")] == [p.id for p in task.prompts("train")]
 
 
 def test_worked_examples_lose_the_calculator_marks_and_state_the_answer(tmp_path: Path) -> None:
-    task = make_task(
-        TaskConfig("gsm8k", path=str(write_rows(tmp_path / "all.jsonl", 90)), validation=10, evaluation=10)
-    )
+    task = made(write_rows(tmp_path / "all.jsonl", 90), "gsm8k", 10, 10)
     prompt = task.prompts("evaluation")[0]
     assert prompt.text == f"Question: Number {int(prompt.answer) - 1}: what is {int(prompt.answer) - 1} + 1?\nAnswer:"
     shown = task.few_shot(prompt, 3, 0)
@@ -54,51 +71,28 @@ def test_parquet_and_other_column_names_are_read(tmp_path: Path) -> None:
 
     table = pyarrow.table({"problem": [f"What is half of {2 * i}?" for i in range(40)], "solution": list(range(40))})
     pyarrow.parquet.write_table(table, tmp_path / "all.parquet")
-    task = make_task(TaskConfig(
-        "jsonl", path=str(tmp_path / "all.parquet"), validation=5, evaluation=5,
-        dataset=DatasetNames(question_column="problem", answer_column="solution"),
-    ))  # fmt: skip
+    task = made(tmp_path / "all.parquet", "jsonl", question_column="problem", answer_column="solution")
     prompt = task.prompts("evaluation")[0]
     assert prompt.text == f"Question: What is half of {2 * int(prompt.answer)}?\nAnswer:"
     assert task.verify(prompt, f"The answer is {prompt.answer}").reward == 1.0
-
-
-def saved(tmp_path: Path, rows: list[dict]) -> Path:
-    import datasets
-
-    table = datasets.Dataset.from_list(rows)
-    table.save_to_disk(str(tmp_path / "saved"))
-    return tmp_path / "saved"
 
 
 def test_a_data_set_saved_to_disk_is_read_by_split_or_divided(tmp_path: Path) -> None:
     import datasets
 
     rows = [{"question": f"Half of {2 * i}?", "answer": str(i)} for i in range(60)]
-    task = make_task(TaskConfig("dataset", path=str(saved(tmp_path, rows)), validation=5, evaluation=5))
-    assert len(task.prompts("evaluation")) == 5
+    assert len(made(saved(tmp_path, rows), evaluation=5).prompts("evaluation")) == 5
     parts = {"train": rows[:30], "dev": rows[30:45], "test": rows[45:]}
-    whole = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
-    whole.save_to_disk(str(tmp_path / "whole"))
-    path = str(tmp_path / "whole")
+    path = tmp_path / "whole"
+    datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(path)
     for split, first in (("test", 45), ("dev", 30)):
-        task = make_task(
-            TaskConfig("dataset", path=path, validation=5, evaluation=15, dataset=DatasetNames(evaluation_split=split))
-        )
-        assert {int(p.answer) for p in task.prompts("evaluation")} == set(range(first, first + 15))
-        assert {int(p.answer) for s in ("train", "validation") for p in task.prompts(s)} <= set(range(30))  # type: ignore[arg-type]
-    divided = make_task(
-        TaskConfig(
-            "dataset",
-            path=path,
-            validation=2,
-            evaluation=3,
-            dataset=DatasetNames(train_split="dev", evaluation_split=""),
-        )
-    )
-    assert {int(p.answer) for p in divided.prompts("evaluation")} <= set(range(30, 45))
+        task = made(path, evaluation=15, evaluation_split=split)
+        assert numbers(task, "evaluation") == set(range(first, first + 15))
+        assert numbers(task, "train", "validation") <= set(range(30))
+    divided = made(path, validation=2, evaluation=3, train_split="dev", evaluation_split="")
+    assert numbers(divided, "evaluation") <= set(range(30, 45))
     with pytest.raises(ValueError, match=r"'validation'.*train, dev, test.*task\.dataset\.train_split"):
-        make_task(TaskConfig("dataset", path=path, dataset=DatasetNames(evaluation_split="validation")))
+        made(path, evaluation_split="validation")
 
 
 def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
@@ -107,20 +101,20 @@ def test_shards_in_a_data_directory_are_one_split(tmp_path: Path) -> None:
     for shard in range(3):
         write_rows(folder / f"train-{shard:05d}-of-00003.jsonl", 20, start=20 * shard)
     write_rows(folder / "test-00000-of-00001.jsonl", 10, start=90)
-    task = make_task(TaskConfig("dataset", path=str(tmp_path), validation=5, evaluation=10))
-    assert len(task.prompts("train")) + len(task.prompts("validation")) + 13 == 60
+    task = made(tmp_path, evaluation=10)
+    # 60 rows, of which 14 are worked examples.
+    assert len(task.prompts("train")) + len(task.prompts("validation")) + 14 == 60
     write_rows(folder / "train.jsonl", 5)
     with pytest.raises(ValueError, match=r"\b4\b.*train\*"):
-        make_task(TaskConfig("dataset", path=str(tmp_path), validation=5, evaluation=10))
+        made(tmp_path, evaluation=10)
 
 
 def test_dots_lead_into_nested_columns(tmp_path: Path) -> None:
     rows = [{"item": {"text": f"Half of {2 * i}?", "solved": {"by": str(i)}}, "a.b": "flat"} for i in range(40)]
-    path = str(saved(tmp_path, rows))
+    path = saved(tmp_path, rows)
 
     def of(column: str) -> Task:
-        names = DatasetNames("item.text", column)
-        return make_task(TaskConfig("dataset", path=path, dataset=names, validation=4, evaluation=4))
+        return made(path, question_column="item.text", answer_column=column)
 
     prompt = of("item.solved.by").prompts("train")[0]
     assert prompt.text == f"Question: Half of {2 * int(prompt.answer)}?\nAnswer:"
@@ -142,34 +136,20 @@ def test_choices_are_shown_with_letters_and_answered_by_letter(tmp_path: Path, f
         rows.append(
             {"question": f"Where is {i}?", "options": {"text": options} if nested else options, "answer": answer}
         )
-    column = "options.text" if nested else "options"
-    task = make_task(
-        TaskConfig(
-            "dataset",
-            path=str(saved(tmp_path, rows)),
-            validation=4,
-            evaluation=4,
-            dataset=DatasetNames(choices_column=column),
-        )
-    )
+    task = made(saved(tmp_path, rows), choices_column="options.text" if nested else "options")
     for prompt in task.prompts("train"):
         asked, *shown, last = prompt.text.splitlines()
         number = int(asked.removeprefix("Question: Where is ").rstrip("?"))
         assert shown == [f"{letter}. place {number + k}" for k, letter in enumerate("ABCD")] and last == "Answer:"
         assert prompt.answer == "ABCD"[number % 4]
-        assert task.verify(prompt, f"\\boxed{{{prompt.answer}}}").reward == 1.0
         assert task.verify(prompt, f"The answer is ({prompt.answer}) it").reward == 1.0
-        wrong = "ABCD"[(number + 1) % 4]
-        assert task.verify(prompt, f"The answer is {wrong}").reward == 0.0
+        assert task.verify(prompt, f"The answer is {'ABCD'[(number + 1) % 4]}").reward == 0.0
 
 
 def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
-
-    parts = {}
     for split, start in (("learn", 0), ("dev", 40)):
         rows = [{"q": {"text": f"{i}?", "options": [f"{i}", "none"]}, "key": 0} for i in range(start, start + 40)]
-        parts[split] = tmp_path / f"{split}.jsonl"
-        parts[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(tmp_path / f"{split}.jsonl", rows)
     cfg = load([
         "name=test", "model.path=nowhere", "task=dataset", f"task.path={tmp_path}",
         "task.dataset.question_column=q.text",
@@ -182,45 +162,49 @@ def test_the_configuration_reaches_the_task(tmp_path: Path) -> None:
 
 
 def test_answers_that_are_no_choice_say_so(tmp_path: Path) -> None:
-    rows = [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}]
-    path = str(saved(tmp_path, rows))
+    path = saved(tmp_path, [{"question": "Which?", "options": ["red", "blue"], "answer": "green"}])
     with pytest.raises(ValueError, match=r"row 1.*'green'"):
-        make_task(TaskConfig("dataset", path=path, dataset=DatasetNames(choices_column="options")))
+        made(path, choices_column="options")
     with pytest.raises(ValueError, match=r"choices_column.*'green'"):
-        make_task(TaskConfig("dataset", path=path, dataset=DatasetNames(choices_column="answer")))
+        made(path, choices_column="answer")
 
 
 def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
     rows = [{"question": f"{i}?", "answer": f"We halve.\nSo $x = \\boxed{{\\frac{{{i}}}{{2}}}}$."} for i in range(40)]
-    task = make_task(TaskConfig("dataset", path=str(saved(tmp_path, rows)), validation=4, evaluation=4))
+    task = made(saved(tmp_path, rows))
     prompt, worked = task.worked("train")[0]
     assert prompt.answer.startswith("\\frac{") and prompt.answer.endswith("}{2}")
     assert worked.startswith(" We halve. So $x") and worked.endswith(f"The answer is {prompt.answer}")
     assert task.verify(prompt, worked).reward == 1.0
 
 
-def test_unusable_files_say_what_is_wrong(tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "all.jsonl", 10)
+@pytest.mark.parametrize(
+    ("name", "file", "content", "names", "parts"),
+    [
+        ("jsonl", "all.jsonl", None, {"question_column": "text"}, "'text' 'question'"),
+        ("dataset", "all.jsonl", None, {}, "task.evaluation 400"),
+        ("gsm8k", "", None, {}, "0 train*"),
+        ("gsm8k", "plain.jsonl", b'{"question": "What is 1 + 1?", "answer": "2"}\n', {}, "####"),
+        ("jsonl", "broken.jsonl", b'{"question": "What is 1 + 1?", "answer"\n', {}, "broken.jsonl"),
+        ("jsonl", "number.jsonl", b"7\n", {}, "number.jsonl"),
+        ("jsonl", "broken.parquet", b"\0\1\2", {}, "broken.parquet"),
+        ("jsonl", "latin.jsonl", '{"question": "é?", "answer": "2"}\n'.encode("latin1"), {}, "latin.jsonl UTF-8"),
+    ],
+)  # fmt: skip
+def test_unusable_files_say_what_is_wrong(
+    tmp_path: Path, name: str, file: str, content: bytes | None, names: dict[str, str], parts: str
+) -> None:
+    write_rows(tmp_path / "all.jsonl", 10)
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        made(tmp_path / file, name, evaluation=400, **names)
+    shown = str(caught.value)
+    assert "\n" not in shown and all(part in shown for part in parts.split()), shown
+
+
+def test_a_path_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
-        make_task(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
-    with pytest.raises(ValueError, match=r"\['text'\].*\['question', 'answer'\]"):
-        make_task(TaskConfig("jsonl", path=str(rows), dataset=DatasetNames(question_column="text")))
-    with pytest.raises(ValueError, match=r"task\.evaluation.*\b400\b"):
-        make_task(TaskConfig("jsonl", path=str(rows)))
-    with pytest.raises(ValueError, match=r"\b0\b.*train\*"):
-        make_task(TaskConfig("gsm8k", path=str(tmp_path)))
+        made(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"task\.path.*gsm8k"):
         make_task(TaskConfig("gsm8k"))
-    (tmp_path / "plain.jsonl").write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
-    with pytest.raises(ValueError, match="'#### <number>'"):
-        make_task(TaskConfig("gsm8k", path=str(tmp_path / "plain.jsonl")))
-    (tmp_path / "broken.jsonl").write_text('{"question": "What is 1 + 1?", "answer"\n')
-    with pytest.raises(ValueError, match=r"broken\.jsonl") as error:
-        make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.jsonl")))
-    assert "\n" not in str(error.value)
-    (tmp_path / "broken.parquet").write_bytes(b"\0\1\2")
-    with pytest.raises(ValueError, match=r"broken\.parquet"):
-        make_task(TaskConfig("jsonl", path=str(tmp_path / "broken.parquet")))
-    (tmp_path / "latin.jsonl").write_bytes('{"question": "é?", "answer": "2"}\n'.encode("latin1"))
-    with pytest.raises(ValueError, match=r"latin\.jsonl.*UTF-8"):
-        make_task(TaskConfig("jsonl", path=str(tmp_path / "latin.jsonl")))

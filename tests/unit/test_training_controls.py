@@ -13,25 +13,22 @@ import pytest
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.schema import AccuracyTarget, DepthPenalty, RunConfig
 from ee_megatron.evaluation.controls import ControlRule, Reference, all_controls, run_controls
-from ee_megatron.evaluation.evaluate import Answer, EvaluationRow
+from ee_megatron.evaluation.evaluate import AnswerRecord, EvaluationRow
 from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
 from ee_megatron.training.stages import trained_as
+from tests.by_hand import a_row, an_answer
 
 OUTCOMES = (2, 4, 6)
 CHECKPOINTS = {"calibrated": Path("calibrated"), "reinforced": Path("reinforced")}
 
 
+def answers(correct: int) -> list[AnswerRecord]:
+    return [an_answer(str(i), [6, 2, 2, 4], i < correct) for i in range(100)]
+
+
 def row(model: str, depth: float, accuracy: float) -> EvaluationRow:
-    return EvaluationRow(model, "x", 100, round(100 * accuracy), accuracy, 0.0, 1.0, depth, 60 * depth, 10.0)
-
-
-def answers(correct: int, depths: tuple[int, ...] = (6, 2, 2, 4)) -> list[Answer]:
-    tokens = [{"text": "x", "depth": d, "logprob": 0.0, "exit_logprob": 0.0, "entropy": None} for d in depths]
-    return [
-        Answer(id=str(i), prompt="", reference="", model="m", exits="x", correct=i < correct, text="", tokens=tokens)  # type: ignore[typeddict-item]
-        for i in range(100)
-    ]
+    return a_row(accuracy, depth, model=model)
 
 
 class PlantedJudge:
@@ -56,7 +53,7 @@ class PlantedJudge:
         self.calls.append(("validation", self.loaded, model))
         return row(model, self.depth(exits), self.depth(exits))
 
-    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[Answer]]:
+    def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[AnswerRecord]]:
         self.calls.append(("test", self.loaded, model))
         depth = 1.1 * self.depth(exits)
         return row(model, depth, depth), answers(round(100 * depth))

@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.evaluate import EvaluationRow
 from ee_megatron.exit_rules import Off, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
+from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool, make_task
-from ee_megatron.training.answer_cache import KeptAnswers
+from ee_megatron.training.answer_cache import AnswerCache
 from ee_megatron.training.evaluate import Measured, Measurer, Part, choose, policy_part
 from ee_megatron.types import Rollout
-from tests.tiny import tiny_hf
+from tests.tiny import firing_policy, tiny_hf
 
 # Right answers of 100 by threshold: validation's own can't tell them apart, wide ones can.
 RIGHT = {"own": {0.1: 75, 0.9: 76}, "wide": {0.1: 40, 0.9: 47}}
@@ -36,6 +35,7 @@ class Planted(Measurer):
         self.context: Any = SimpleNamespace(cfg=load(["experiment=smollm2", "evaluate.thresholds=[0.1,0.9]"]))
         self.validation: Any = "own"
         self.wide: Any = "wide" if wide else []
+        self.bar: Any = SimpleNamespace(advance=lambda *done, **shown: None)
 
     def try_out(self, model: str, rules: Any, prompts: Any) -> list[Measured]:
         assert all(isinstance(exits, Threshold) for exits in rules)
@@ -53,8 +53,6 @@ def test_wide_problems_choose_too_and_the_validation_splits_own_row_is_kept(wide
     assert isinstance(exits, Threshold)
     assert exits.value == threshold == part.meta["threshold_reinforced"] == part.logged["reinforced/threshold"]
     assert answers == ["own"] and row.correct == RIGHT["own"][threshold]
-    assert [entry["accuracy"] for entry in part.meta["validation_reinforced"]] == [0.75, 0.76]
-    assert ("wide_reinforced" in part.meta) == wide
     assert [entry["accuracy"] for entry in part.more["pareto"]["reinforced"]] == [0.75, 0.76]
 
 
@@ -89,7 +87,7 @@ class Small(Measurer):
         decode = str
         self.context: Any = SimpleNamespace(cfg=cfg, spec=SPEC, source=SimpleNamespace(dims=dims), decode=decode)
         self.task, self.verifier, self.pool = TASK, verifier, pool
-        self.kept, self.weights = KeptAnswers(kept, {}), "w"
+        self.cache, self.weights = AnswerCache(kept, {}), "w"
         self.sampling = SamplingParams(0.0, 12, ("\n",))
         self.test, self.validation = TASK.prompts("evaluation"), TASK.prompts("validation")
         self.wide, self.wide_test = self.validation[:2], self.test[:3]
@@ -105,10 +103,7 @@ class Small(Measurer):
 
 def test_a_policy_is_measured_with_no_answer_made_or_read_twice(tmp_path: Path) -> None:
     pool = LocalPool(tiny_hf("llama", tmp_path / "model"), SPEC, rows=8, threads=1)
-    generator = torch.Generator().manual_seed(1)
-    tensors = initial_policy(HFDirectory(tmp_path / "model").dims, SPEC, seed=1)
-    tensors = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
-    pool.load(WeightSet(1, {name: t + 3.5 if name.endswith("fc2.bias") else t for name, t in tensors.items()}))
+    pool.load(firing_policy(tmp_path / "model", SPEC))
     counting = Counting(pool)
     with VerifierPool(TASK, deadline_s=30) as verifier:
         work = Small(counting, verifier, tmp_path / "answers")

@@ -168,8 +168,9 @@ def test_a_verifier_killed_from_outside_while_idle_is_replaced_without_losing_an
 
 
 def test_the_pool_gives_the_verdicts_of_the_task_itself_and_works_in_a_thread() -> None:
-    task = make_task(TaskConfig("arithmetic", train=30))
-    items = [(p, text) for p in task.prompts("train") for text in (f" The answer is {p.answer}", f" {p.answer}1", "?")]
+    task = make_task(TaskConfig("arithmetic", train=6))
+    texts = (" The answer is {}", " {}1", "x" * 2_000_000)
+    items = [(p, text.format(p.answer)) for p in task.prompts("train") for text in texts]
     got: list[Verdict] = []
     with VerifierPool(task, workers=2, deadline_s=20) as pool:
         thread = threading.Thread(target=lambda: got.extend(pool.verify_many(items)))
@@ -178,23 +179,6 @@ def test_the_pool_gives_the_verdicts_of_the_task_itself_and_works_in_a_thread() 
         assert pool.verify_many([]) == []
     assert got == [task.verify(p, text) for p, text in items]
     assert [v.reward for v in got[:3]] == [1.0, 0.0, -1.0]
-
-
-def test_verdicts_do_not_depend_on_how_many_processes_give_them() -> None:
-    items = [(PROMPT, text) for text in ("24", "x", "raise", *map(str, range(20, 30)))]
-    found = []
-    for workers in (1, 3):
-        with VerifierPool(HostileTask(), workers) as pool:
-            found.append(pool.verify_many(items))
-    assert found[0] == found[1] and sum(verdict.correct for verdict in found[0]) == 2
-
-
-def test_large_answers_pass_through() -> None:
-    task = make_task(TaskConfig("arithmetic", train=3))
-    prompt = task.prompts("train")[0]
-    with VerifierPool(task, deadline_s=20) as pool:
-        verdicts = pool.verify_many([(prompt, "x" * 2_000_000), (prompt, f" The answer is {prompt.answer}")])
-    assert [v.reward for v in verdicts] == [-1.0, 1.0]
 
 
 def test_closing_ends_the_processes_and_a_closed_pool_says_so() -> None:

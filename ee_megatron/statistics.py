@@ -110,23 +110,6 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(float(data.mean()), float(data.mean()) - half, float(data.mean()) + half)
 
 
-def welch_interval(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean of `second` minus that of `first` with Welch's interval (Biometrika 34 (1947)). No interval (NaN) if either
-    has fewer than two values."""
-    a, b = (np.asarray(side, dtype=np.float64) for side in (first, second))
-    value = float(b.mean() - a.mean())
-    if min(len(a), len(b)) < 2:
-        return Estimate(value, math.nan, math.nan)
-    parts = [side.var(ddof=1) / len(side) for side in (a, b)]
-    if not sum(parts) > 0:
-        return Estimate(value, value, value)
-    from scipy.special import stdtrit
-
-    freedom = sum(parts) ** 2 / sum(p * p / (len(side) - 1) for p, side in zip(parts, (a, b), strict=True))
-    half = float(stdtrit(freedom, (1 + level) / 2) * math.sqrt(sum(parts)))
-    return Estimate(value, value - half, value + half)
-
-
 def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> Estimate:
     """Accuracy of `second` minus that of `first` on the same items (bool [n] each), with the percentile bootstrap
     interval of whole clusters: items that share one (their operands, say) are right or wrong together.

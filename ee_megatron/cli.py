@@ -301,7 +301,7 @@ def _report(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{named[0]} with {settings[0]}: settings name one run, directories any number; give one kind or the other"
         )
-    from .report.runs import report_directories, report_run
+    from .report.page import report_directories, report_run
 
     print(report_directories(named, options.out) if named else report_run(_configured(options)))
     return 0

@@ -91,21 +91,6 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def welch_interval(first: Sequence[float], second: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean of `second` minus that of `first` with Welch's interval (Biometrika 34 (1947)). No interval (NaN) if either
-    has fewer than two values."""
-    a, b = (np.asarray(side, dtype=np.float64) for side in (first, second))
-    value = float(b.mean() - a.mean())
-    if min(len(a), len(b)) < 2:
-        return Estimate(value, math.nan, math.nan)
-    if not np.ptp(a) + np.ptp(b) > 0:
-        return Estimate(value, value, value)
-    from scipy.stats import ttest_ind
-
-    found = ttest_ind(b, a, equal_var=False).confidence_interval(level)
-    return Estimate(value, float(found.low), float(found.high))
-
-
 def clustered_difference(first: Sequence[bool], second: Sequence[bool], clusters: Sequence[str]) -> Estimate:
     """Accuracy of `second` minus that of `first` on the same items (bool [n] each), with the percentile bootstrap
     interval of whole clusters: items that share one (their operands, say) are right or wrong together.

@@ -16,8 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..observe.rundir import write_atomic
-from ..report.numbers import strict_json
-from ..report.results import Results
+from ..report.results import Results, strict_json
 from ..report.tables import TextTable
 from ..rollout.engine.lens import Lens
 from ..rollout.pool.interface import RolloutPool

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ..report.tables import cell
 from ..statistics import Estimate, t_interval
 from .study import CAP, FREE, LENGTH, NO_EXITS, PADDED, SHAPE, START, STEPS, STYLES, TEACHER, TERSE
 
@@ -141,15 +142,10 @@ def _effect(runs: pd.DataFrame, effect: Effect) -> dict[str, Any]:
 def over_bases(rows: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
     """Cells "mean [low, high]" over bases of columns -> their heads, for each group of `by`; groups in rows' order."""
     means = rows.groupby([*by, "base"], sort=False)[list(columns)].mean()
-    cells = means.groupby(level=list(by), sort=False).agg(lambda values: cell(t_interval(values.dropna().tolist())))
+    cells = means.groupby(level=list(by), sort=False).agg(
+        lambda values: cell(t_interval(values.dropna().tolist())._asdict())
+    )
     return cells.rename(columns=columns).reset_index()
-
-
-def cell(mean: Estimate, form: str = "{:.2f}") -> str:
-    """ "value [low, high]"; a dash where there is none."""
-    if math.isnan(mean.value):
-        return "–"
-    return form.format(mean.value) + (f" [{form}, {form}]".format(*mean[1:]) if math.isfinite(mean.low) else "")
 
 
 def conditions(runs: pd.DataFrame) -> pd.DataFrame:

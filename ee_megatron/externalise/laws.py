@@ -124,22 +124,16 @@ def laws(runs: pd.DataFrame, level: float) -> pd.DataFrame:
     groups = line.sort_values("compared", ascending=False, kind="stable").groupby(
         [*SHAPE, "tau", "hops", "family"], dropna=False
     )
-    found = [
+    return pd.DataFrame(
         _law(runs, of_base, cost, level)
         for _, of_family in groups
         for cost in COSTS
         for _, of_base in of_family.groupby("base")
-    ]
-    shares = sorted({number for _, by_number, _ in found for number in by_number})
-    return pd.DataFrame(
-        row | {f"share_steps_{number:g}": by_number.get(number) for number in shares} | {"runs": count}
-        for row, by_number, count in found
     )
 
 
-def _law(runs: pd.DataFrame, of_base: pd.DataFrame, cost: str, level: float) -> tuple[dict[str, Any], dict, int]:
-    """One base on one family: its columns, share of steps by penalty, and the number of runs behind these. `of_base`:
-    its runs that paid for depth or nothing, the compared ones first."""
+def _law(runs: pd.DataFrame, of_base: pd.DataFrame, cost: str, level: float) -> dict[str, Any]:
+    """One base on one family. `of_base`: its runs that paid for depth or nothing, the compared ones first."""
     one = of_base.iloc[0]
     paid = of_base[of_base["compared"] & ((of_base["condition"] == FREE) | (of_base["kind"] == cost))]
     shares = paid.groupby("number")["share_steps"].mean().to_dict()
@@ -161,4 +155,4 @@ def _law(runs: pd.DataFrame, of_base: pd.DataFrame, cost: str, level: float) -> 
     row |= {"level": level, "layers_per_hop": per_hop, "layers_at_no_hop": at_no_hop}
     for name, price in prices.items():
         row |= {f"price_{name}": price, f"price_{name}_per_layer": None if price is None else price / layers}
-    return row, shares, len(paid)
+    return row | {"runs": len(paid)} | {f"share_steps_{number:g}": share for number, share in shares.items()}

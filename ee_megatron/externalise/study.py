@@ -8,7 +8,7 @@ Columns; NaN where a figure was not measured:
     family, hops, trained_on             of the problems; the families that RL drew problems of
     trained, compared                    RL drew problems of this family; and of it alone, where the study has such runs
     condition, kind, number, priced      what RL was charged for (`condition`)
-    beta ... fixed_depth                 settings of RL (`SETTINGS`)
+    beta, depth_cost, lambda_exit, cost_length, lambda_length, fixed_depth   settings of RL
     corpus.STYLE                         shares of the styles in the worked answers
     MODEL.free.FIGURE, .free.share.STYLE free answers; MODEL: teacher, start (what RL began with) or reinforced
     MODEL.EXITS.STYLE.FIGURE             the style given; EXITS: forced (own gates), forced_full or fixed.DEPTH
@@ -35,7 +35,7 @@ from ..config.load import read_saved
 from ..config.schema import RLConfig, RunConfig
 from ..objectives.optimum import Shares
 from ..observe.rundir import DONE
-from ..report.numbers import or_nan
+from ..report.tables import or_nan
 from ..statistics import least_squares_line
 
 PADDED, OTHER = "padded", "other"
@@ -47,7 +47,6 @@ chain in its layers runs all of them, however long the chain is, and the line wo
 STYLES = (TERSE, STEPS, PADDED)
 TEACHER, START, REINFORCED = MODELS = ("teacher", "start", "reinforced")
 FIGURES = ("correct", "mean_depth", "total_depth", "max_depth", "length")  # depths over an answer's tokens
-SETTINGS = ("beta", "depth_cost", "lambda_exit", "cost_length", "lambda_length", "fixed_depth")
 NO_EXITS, CAP, FREE, LENGTH = "no exits", "cap", "lambda 0", "length"
 COSTS = ("mean", "total", "max")
 SHAPE = ["layers", "width", "parameters", "shape"]
@@ -136,7 +135,7 @@ def _choice_of(stage: Path) -> Mapping[str, Any] | None:
 
 def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dict[str, Any], pd.DataFrame]:
     """The run's columns, and those of each family that any of its models was measured on."""
-    rl, path = cfg.rl, stage / "results.json"
+    rl, penalty, path = cfg.rl, cfg.rl.depth_penalty, stage / "results.json"
     try:
         models = {name: model["families"] for name, model in part["models"].items()}
         families = list(dict.fromkeys(family for found in models.values() for family in found))
@@ -161,15 +160,17 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
     # Not right - lambda cost - beta sum log(pi / reference).
     differs = {
         "rl.kl_penalty.sum=false": rl.kl_penalty.kind == "reward" and not rl.kl_penalty.sum,
-        f"rl.depth_penalty.penalize={rl.depth_penalty.penalize}": rl.depth_penalty.penalize != "all"
-        and bool(rl.depth_penalty.weight or rl.depth_penalty.length_weight),
-        f"rl.credit={rl.credit}": rl.credit != "answer" and bool(rl.depth_penalty.weight),
-        "rl.depth_penalty.target": rl.depth_penalty.target is not None,
+        f"rl.depth_penalty.penalize={penalty.penalize}": penalty.penalize != "all"
+        and bool(penalty.weight or penalty.length_weight),
+        f"rl.credit={rl.credit}": rl.credit != "answer" and bool(penalty.weight),
+        "rl.depth_penalty.target": penalty.target is not None,
     }
     run = {
         **shape_of(cfg, num_layers), "base": cfg.pretrain.seed if cfg.pretrain else 0, "seed": rl.seed, "tau": tau,
         "trained_on": " ".join(trained), "models": " ".join(models), **condition(rl, cfg.exits.first_token, num_layers),
-        **_settings(rl), **corpus,
+        "beta": rl.kl_penalty.weight, "depth_cost": penalty.cost, "lambda_exit": penalty.weight,
+        "cost_length": penalty.cost_tokens, "lambda_length": penalty.length_weight, "fixed_depth": rl.fixed_depth,
+        **corpus,
         "differs": [name for name in differs if differs[name]],
         # Equal for runs that began RL with the same policy under the same gates.
         "origin": str((
@@ -177,15 +178,6 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
         )),
     }  # fmt: skip
     return run, figures.assign(family=families, hops=hops, trained=[family in trained for family in families])
-
-
-def _settings(rl: RLConfig) -> dict[str, Any]:
-    """The columns `SETTINGS`."""
-    penalty = rl.depth_penalty
-    values = (
-        rl.kl_penalty.weight, penalty.cost, penalty.weight, penalty.cost_tokens, penalty.length_weight, rl.fixed_depth,
-    )  # fmt: skip
-    return dict(zip(SETTINGS, values, strict=True))
 
 
 def _with_start(frame: pd.DataFrame) -> pd.DataFrame:

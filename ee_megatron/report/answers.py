@@ -9,8 +9,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .numbers import is_number
 from .results import Results
+from .tables import is_number
 
 # A prompt with worked examples is long; its end is the problem, the whole stands behind a fold.
 PROMPT_SHOWN = 320
@@ -22,19 +22,16 @@ STEPS = 5
 
 
 def problems(results: Results) -> list[dict[str, Any]]:
-    """The answers of results.json by prompt, one column per model in the method's order, its exit rules one below the
-    other: {"heading", "prompt", "reference", "columns": [[{"model", "exits", "text", …}]]}; tokens as of
-    `shown_answer`."""
-    outcomes, models, found = results.outcomes, results.models, dict[str, dict[str, Any]]()
-    for answer in sorted(results.answers, key=lambda a: models.index(str(a.get("model", "")))):
-        prompt, model = str(answer.get("prompt", "")), str(answer.get("model", ""))
-        new = {"heading": heading(prompt), "prompt": prompt, "reference": answer.get("reference", ""), "columns": {}}
-        shown = {"model": model, "exits": answer.get("exits", ""), "text": answer.get("text", "")}
+    """The answers of results.json by prompt, one column per model, its exit rules one below the other: {"heading",
+    "prompt", "reference", "columns": {model: [{"model", "exits", "text", …}]}}; tokens as of `shown_answer`."""
+    found: dict[str, dict[str, Any]] = {}
+    for answer in results.answers:
+        prompt = answer["prompt"]
+        new = {"heading": heading(prompt), "prompt": prompt, "reference": answer["reference"], "columns": {}}
         columns = found.setdefault(prompt, new)["columns"]
-        columns.setdefault(model, []).append({**shown, **shown_answer(answer, outcomes)})
+        columns.setdefault(answer["model"], []).append(shown_answer(answer, results.outcomes))
     # Prompts that every model answered first: they are the comparison.
-    order = dict.fromkeys(str(answer.get("prompt", "")) for answer in results.answers)
-    return sorted((found[prompt] for prompt in order), key=lambda p: -len(p["columns"]))
+    return sorted(found.values(), key=lambda problem: -len(problem["columns"]))
 
 
 def heading(prompt: str) -> str:
@@ -43,21 +40,20 @@ def heading(prompt: str) -> str:
 
 
 def shown_answer(answer: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
-    """{"correct", "mean": mean depth in words, "tokens": [{"text", "index": of its depth, "tip"}], "left_out": how many
-    tokens are missing in the middle}."""
-    tokens = answer.get("tokens") or []
-    depths = [t["depth"] for t in tokens if is_number(t.get("depth"))]
+    """The answer with "mean", its mean depth in words, and "tokens" as [{"text", "index": of its depth, "tip"}];
+    "left_out": how many tokens are missing in the middle."""
+    tokens = answer["tokens"]
+    depths = [token["depth"] for token in tokens]
     return {
-        "correct": answer.get("correct"),
+        "text": "", "left_out": 0, **answer,
         "mean": f"{sum(depths) / len(depths) / outcomes[-1]:.2f}" if depths else "–",
         "tokens": [_token(token, outcomes) for token in tokens],
-        "left_out": answer.get("left_out", 0),
-    }
+    }  # fmt: skip
 
 
 def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
-    depth, text = token.get("depth"), str(token.get("text", ""))
-    lines = [_quoted(text), f"depth {depth if depth is not None else '–'} of {outcomes[-1]}"]
+    depth, text = token["depth"], token["text"]
+    lines = [_quoted(text), f"depth {depth} of {outcomes[-1]}"]
     for key, name in (("logprob", "probability"), ("exit_logprob", "exit probability")):
         if is_number(token.get(key)):
             lines.append(f"{name} {math.exp(token[key]):.3f}")
@@ -66,8 +62,8 @@ def _token(token: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
     for reading in token.get("readings") or []:
         who = "teacher" if reading.get("depth") is None else f"exit {reading['depth']}"
         hazard = f", hazard {reading['hazard']:.2f}" if is_number(reading.get("hazard")) else ""
-        lines.append(f"{who}: {_quoted(str(reading.get('text', '')))} {math.exp(reading['logprob']):.2f}{hazard}")
-    return {"text": visible(text), "index": _place(depth or outcomes[-1], outcomes), "tip": "\n".join(lines)}
+        lines.append(f"{who}: {_quoted(reading['text'])} {math.exp(reading['logprob']):.2f}{hazard}")
+    return {"text": visible(text), "index": _place(depth, outcomes), "tip": "\n".join(lines)}
 
 
 def _place(depth: float, outcomes: Sequence[int]) -> int:
@@ -92,7 +88,7 @@ def differences(results: Results, lines: Sequence[Mapping[str, Any]]) -> dict[st
     middle, "data": JSON that is safe within a script element}. Of an answer: [right, tokens, mean depth as a share of
     the layers, pieces, place of each piece's depth on the scale, place of the gap or -1].
     """
-    labels = list(results.in_order(dict.fromkeys(label for line in lines for label in line["answers"])))
+    labels = sorted(dict.fromkeys(label for line in lines for label in line["answers"]), key=results.rank)
     shared = [line for line in lines if len(line["answers"]) > 1]
     if not shared:
         return None
@@ -111,8 +107,7 @@ def differences(results: Results, lines: Sequence[Mapping[str, Any]]) -> dict[st
         return [int(bool(answer["correct"])), len(depths), mean, pieces, places, gap]
 
     entries = [
-        [heading(str(p["prompt"])), str(p.get("reference", "")), [compact(p["answers"].get(label)) for label in labels]]
-        for p in shared
+        [heading(p["prompt"]), p["reference"], [compact(p["answers"].get(label)) for label in labels]] for p in shared
     ]
     cut = longest if any(len(a["depths"]) > longest for p in shared for a in p["answers"].values()) else 0
     data = embedded({"labels": labels, "outcomes": outcomes, "problems": entries})
@@ -136,7 +131,7 @@ def grids(lens: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
     for answer in sorted(lens["answers"], key=lambda a: results.rank(a["model"])):
         rows = [_row(row, depths, given=i < answer["given"]) for i, row in enumerate(answer["rows"])]
         shown = {"model": answer["model"], "exits": answer["exits"], "rows": rows}
-        found.setdefault(heading(str(answer["prompt"])), []).append(shown)
+        found.setdefault(heading(answer["prompt"]), []).append(shown)
     return {"heads": [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"], "problems": found}
 
 

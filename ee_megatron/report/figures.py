@@ -1,27 +1,53 @@
-"""The report's charts: parts of results.json and training curves, as SVG and PNG.
+"""Charts by matplotlib, as SVG for a page and as PNG: parts of results.json, training curves.
 
-A function returns a list, [] where there is nothing to draw. matplotlib is imported with the first figure.
+Draw within `matplotlib.rc_context(STYLE)`. A function that may find nothing to draw returns a list, then an empty one.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
+import matplotlib
 from markupsafe import Markup
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
+from matplotlib.figure import Figure
 
-from .numbers import number, or_nan
-from .plotting import DASHES, MARKERS, PAGE, QUIET, SERIES, figure, figure_png, figure_svg, ink, scale
 from .results import Results
+from .tables import number, or_nan
 
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.figure import Figure
-
+# For depth and other ordered quantities, ordered by lightness alone, which survives colour blindness and grey print.
+DEPTHS = LinearSegmentedColormap.from_list("depths", ["#f6f0cf", "#bfe0c2", "#62b3c4", "#2f70b3", "#242f79"])
+# Distinguished under the common colour deficiencies, and by MARKERS too. Teacher, calibrated, reinforced, further runs.
+SERIES = ("#6b7280", "#0072b2", "#d55e00", "#8a5a9e", "#00795a", "#8f6a00", "#b3427f", "#2b2f36")
+MARKERS = ("o", "s", "^", "D")
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+INK, QUIET, RULE, PAGE = "#1a1d23", "#5a616e", "#dfe2e8", "#ffffff"
+STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "DejaVu Sans", "text.parse_math": False,
+    "font.size": 8.5, "axes.titlesize": 9, "axes.labelsize": 8.5, "legend.fontsize": 8,
+    "xtick.labelsize": 8, "ytick.labelsize": 8, "text.color": INK, "axes.labelcolor": INK, "axes.titlecolor": INK,
+    "axes.edgecolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6, "ytick.major.size": 0, "ytick.minor.size": 0, "axes.grid": True, "axes.grid.axis": "y",
+    "grid.color": RULE, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.spines.left": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
+    "lines.linewidth": 1.2, "lines.markersize": 5,
+}  # fmt: skip
+# What XML, unlike HTML, refuses.
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 DEPTH, ACCURACY = "mean depth (fraction of the layers)", "accuracy"
-Tips = dict["Artist", list[str]]
+Tips = Mapping[Artist, Sequence[str]]
+"""What the pointer is told of each marker of an artist, in order, or of the whole of it."""
 
 
 class Point(NamedTuple):
@@ -54,9 +80,68 @@ class ReportChart(NamedTuple):
     note: str = ""
 
 
-def _chart(name: str, title: str, drawn: Figure, spoken: Sequence[str], tips: Tips, note: str) -> list[ReportChart]:
-    svg = figure_svg(drawn, f"{title}. {'; '.join(spoken)}.", tips)
-    return [ReportChart(name, title, svg, figure_png(drawn), note)]
+def scale(count: int) -> list[str]:
+    """`count` colours (#rrggbb) at even distances from pale to dark."""
+    return [to_hex(DEPTHS(i / (count - 1) if count > 1 else 1.0)) for i in range(count)]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, 0..1 (WCAG 2.2)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def ink(colour: str) -> str:
+    """Black or white, whichever contrasts more with `colour`: at least 4.5 : 1."""
+    return "#000000" if (luminance(colour) + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
+
+
+def stylesheet(count: int) -> Markup:
+    """CSS: text on the scale of `count` depths (classes k0, k1, …); the variable --c of series (s0, s1, …)."""
+    depths = [f".k{i}{{background:{c};color:{ink(c)}}}" for i, c in enumerate(scale(count))]
+    return Markup("".join([*depths, *(f".s{i}{{--c:{c}}}" for i, c in enumerate(SERIES))]))
+
+
+def figure(width: float = 4.6, height: float = 3.3, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` × `height` inches without a window, and its axes side by side."""
+    made = Figure(figsize=(width, height), layout="constrained")
+    return made, list(made.subplots(1, columns, squeeze=False).flat)
+
+
+def figure_svg(figure: Figure, alt: str, tips: Tips = MappingProxyType({})) -> Markup:
+    """The figure as an <svg> element for a page; text stays text. The same figure gives the same bytes. Texts may hold
+    anything. alt: what a screen reader says instead; tips become `data-tip`, which page.js shows."""
+    for i, artist in enumerate(tips):
+        artist.set_gid(f"tip-{i}")
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": alt}), warnings.catch_warnings():
+        # The page's font may have the characters that matplotlib's lacks.
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    root = ElementTree.fromstring(NO_XML.sub("", buffer.getvalue()))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": NO_XML.sub("", alt)}
+    for i, words in enumerate(tips.values()):
+        group = root.find(f".//*[@id='tip-{i}']")
+        if group is not None:
+            for mark, tip in zip(group.findall(".//{*}use") or group.findall("{*}path"), words, strict=False):
+                mark.set("data-tip", NO_XML.sub("", tip))
+    for element in root.iter():
+        # Those of markers and clips are referred to; the others stand in every figure again.
+        if re.fullmatch(r"[\w.]+_\d+|tip-\d+", element.get("id", "")):
+            del element.attrib["id"]
+        element.tag = element.tag.rpartition("}")[2]
+        for key in [key for key in element.attrib if key.startswith("{")]:
+            element.set(key.rpartition("}")[2], element.attrib.pop(key))
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def figure_png(figure: Figure) -> bytes:
+    """The figure on white, for slides. The same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(buffer, format="png", dpi=150, facecolor=PAGE, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def line_chart(
@@ -65,12 +150,16 @@ def line_chart(
     """Lines with marks and intervals; `unit`: both axes from 0 to 1 with the diagonal. Values of a wide range get a
     logarithmic axis."""
     lines = [line for line in lines if line.points]
-    named = [line for line in lines if line.name]
+    named = sum(1 for line in lines if line.name)
     if not lines:
         return []
-    columns = 2 if max((len(line.name) for line in named), default=0) < 30 else 1
-    drawn, (axes,) = figure(height=3.2 + 0.17 * math.ceil(len(named) / columns) * (len(named) > 1))
-    tips: Tips = {}
+    drawn, (axes,) = figure(height=3.2 + 0.17 * named * (named > 1))
+    values = [point.y for line in lines for point in line.points]
+    if min(values) > 0 and max(values) / min(values) > 30:
+        axes.set_yscale("log", nonpositive="clip")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    tips: dict[Artist, list[str]] = {}
     for line in lines:
         colour, (xs, ys, lows, highs, _) = SERIES[line.series % len(SERIES)], zip(*line.points, strict=True)
         (marks,) = axes.plot(
@@ -84,46 +173,27 @@ def line_chart(
             axes.annotate(word, (at, value), (4, 3), textcoords="offset points", color=QUIET, fontsize=7)
             interval = f" [{number(low)}, {number(high)}]" if math.isfinite(low + high) else ""
             tips[marks].append(f"{word} {line.name}".strip() + f"\n{x}: {number(at)}\n{y}: {number(value)}{interval}")
-    values = [point.y for line in lines for point in line.points]
-    axes.set(xlabel=x, ylabel=y, yscale="log" if min(values) > 0 and max(values) / min(values) > 30 else "linear")
+    axes.set(xlabel=x, ylabel=y)
     if unit:
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         axes.axline((0, 0), (1, 1), color=QUIET, linewidth=0.8, linestyle=DASHES[1])
     if y == ACCURACY:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-    if len(named) > 1:
-        drawn.legend(loc="outside lower center", ncols=columns)
-    ends = ((line.name, line.points[0], line.points[-1]) for line in named)
-    spoken = [f"{n}: {number(a.y)} at {number(a.x)}, {number(b.y)} at {number(b.x)}" for n, a, b in ends]
-    return _chart(name, title, drawn, [f"{y} against {x}", *spoken], tips, note)
+    if named > 1:
+        drawn.legend(loc="outside lower center")
+    svg = figure_svg(drawn, f"{title}: {y} against {x}", tips)
+    return [ReportChart(name, title, svg, figure_png(drawn), note)]
 
 
 def row_point(row: Mapping[str, Any], word: str = "") -> Point:
     """A row's mean depth, and its accuracy with its interval."""
-    return Point(row["mean_depth"], row["accuracy"], or_nan(row.get("low")), or_nan(row.get("high")), word)
+    return Point(row["mean_depth"], row["accuracy"], row["low"], row["high"], word)
 
 
 def front(name: str, series: int, points: Sequence[Point], on_front: Sequence[bool]) -> list[ChartLine]:
     """The points that no other beats, joined by depth, and the rest, loose."""
     rest = list(compress(points, (not on for on in on_front)))
     return [ChartLine(name, series, sorted(compress(points, on_front))), ChartLine("", series, rest, None)]
-
-
-def result_charts(results: Results) -> list[ReportChart]:
-    """Accuracy against depth, depth against entropy, and where tokens exit."""
-    rows = [(i, row) for i, row in enumerate(results.sorted_rows(), start=1)]
-    known = [(i, r) for i, r in rows if math.isfinite(or_nan(r.get("accuracy")) + or_nan(r.get("mean_depth")))]
-    by_model = {m: [row_point(row, str(i)) for i, row in known if row["model"] == m] for m in results.models}
-    lines = [ChartLine(model, results.rank(model), points, None) for model, points in by_model.items()]
-    note = "Bars: 95 % intervals. Numbers: rows of the table."
-    found = line_chart("accuracy_depth", "Accuracy against depth", lines, DEPTH, ACCURACY, note)
-    bins = {
-        label: [Point(b["entropy"], b["depth"] / results.num_layers) for b in part.get("bins") or []]
-        for label, part in results.in_order(results.depth_by_entropy).items()
-    }
-    x, y, note = "teacher's entropy (nats)", "depth (fraction of the layers)", "Means over bins of equal counts."
-    found += line_chart("depth_entropy", "Depth against entropy", _by_label(results, bins), x, y, note)
-    return found + _histogram(results)
 
 
 def _by_label(results: Results, entries: Mapping[str, Sequence[Point]]) -> list[ChartLine]:
@@ -141,36 +211,53 @@ def _estimates(xs: Iterable[float], found: Iterable[Mapping[str, Any]], key: str
     return [point for point in points if math.isfinite(point.y)]
 
 
+def result_charts(results: Results) -> list[ReportChart]:
+    """Accuracy against depth, depth against entropy, and where tokens exit."""
+    by_model: dict[str, list[Point]] = {model: [] for model in results.models}
+    for i, row in enumerate(results.rows, start=1):
+        by_model[row["model"]].append(row_point(row, str(i)))
+    lines = [ChartLine(model, results.rank(model), points, None) for model, points in by_model.items()]
+    note = "Bars: 95 % intervals. Numbers: rows of the table."
+    found = line_chart("accuracy_depth", "Accuracy against depth", lines, DEPTH, ACCURACY, note)
+    bins = {
+        label: [Point(b["entropy"], b["depth"] / results.num_layers) for b in part.get("bins") or []]
+        for label, part in results.depth_by_entropy.items()
+    }
+    x, y, note = "teacher's entropy (nats)", "depth (fraction of the layers)", "Means over bins of equal counts."
+    found += line_chart("depth_entropy", "Depth against entropy", _by_label(results, bins), x, y, note)
+    return found + _histogram(results)
+
+
 def _histogram(results: Results) -> list[ReportChart]:
     """A bar per label, cut into the shares of tokens that exit at each depth."""
-    outcomes, layers, rows = results.outcomes, results.num_layers, results.in_order(results.exit_histogram)
+    outcomes, layers, rows = results.outcomes, results.num_layers, results.exit_histogram
     if not rows:
         return []
     drawn, (axes,) = figure(height=0.8 + 0.24 * len(rows))
-    tips: Tips = {}
-    spoken = []
+    tips: dict[Artist, list[str]] = {}
+    totals = {label: sum(counts.values()) or 1 for label, counts in rows.items()}
+    left = [0.0] * len(rows)
+    for depth, colour in zip(outcomes, scale(len(outcomes)), strict=True):
+        shares = [counts.get(str(depth), 0) / totals[label] for label, counts in rows.items()]
+        bars = axes.barh(range(len(rows)), shares, 0.85, left, color=colour, edgecolor=PAGE, label=str(depth))
+        words = [f"{share:.0%}" if share >= 0.08 else "" for share in shares]
+        axes.bar_label(bars, words, label_type="center", color=ink(colour), fontsize=8)
+        for bar, label, share in zip(bars, rows, shares, strict=True):
+            tips[bar] = [f"{label}\nexit at depth {depth} of {layers}\n{share:.1%} of {totals[label]:,.0f} tokens"]
+        left = [start + share for start, share in zip(left, shares, strict=True)]
     for place, (label, counts) in enumerate(rows.items()):
-        total, left = sum(counts.values()) or 1, 0.0
-        mean = f"{sum(int(depth) * count for depth, count in counts.items()) / total / layers:.2f}"
-        spoken.append(f"{label}: mean depth {mean}")
-        for depth, colour in zip(outcomes, scale(len(outcomes)), strict=True):
-            share = counts.get(str(depth), 0) / total
-            name = "_" if place else str(depth)
-            (bar,) = axes.barh(place, share, 0.85, left, color=colour, edgecolor=PAGE, linewidth=0.6, label=name)
-            tips[bar] = [f"{label}\nexit at depth {depth} of {layers}\n{share:.1%} of {total:,.0f} tokens"]
-            if share >= 0.08:
-                axes.text(
-                    left + share / 2, place, f"{share:.0%}", color=ink(colour), ha="center", va="center", fontsize=8
-                )
-            left += share
-        axes.text(1.01, place, mean, va="center", fontsize=8)
+        mean = sum(int(depth) * count for depth, count in counts.items()) / totals[label] / layers
+        axes.text(1.01, place, f"{mean:.2f}", va="center", fontsize=8)
     axes.set(xlim=(0, 1), xticks=[], ylim=(len(rows) - 0.5, -0.5))
     axes.set_yticks(range(len(rows)), list(rows))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     drawn.legend(loc="outside upper center", ncols=len(outcomes))
-    note = f"Share of generated tokens by exit depth; {layers} means no exit. Right: mean depth."
-    return _chart("exit_histogram", "Where tokens exit", drawn, spoken, tips, note)
+    title, note = (
+        "Where tokens exit",
+        f"Share of generated tokens by exit depth; {layers} means no exit. Right: mean depth.",
+    )
+    return [ReportChart("exit_histogram", title, figure_svg(drawn, title, tips), figure_png(drawn), note)]
 
 
 def exit_charts(results: Results) -> list[ReportChart]:
@@ -189,7 +276,7 @@ def exit_charts(results: Results) -> list[ReportChart]:
     found += line_chart("gates", "Gates: hazard against target", _by_label(results, bins), x, y, note, unit=True)
     kl = {
         label: _estimates(sorted(map(int, part)), [part[str(depth)] for depth in sorted(map(int, part))], "kl")
-        for label, part in results.in_order(results.kl_by_exit).items()
+        for label, part in results.kl_by_exit.items()
     }
     x, y = "exit depth (layers)", "KL to the teacher (nats)"
     note = "Mean over the tokens that exited there; tokens aren't assigned to depths at random."
@@ -215,15 +302,16 @@ def externalisation_charts(results: Results) -> list[ReportChart]:
 
 def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list[ReportChart]:
     """The policy's accuracy minus each control's at equal depth; hollow where the depth was missed."""
-    entries: list[tuple[Mapping[str, Any], float, float, float]] = []
-    for e in controls:
-        value, low, high = (or_nan(e["comparison"]["difference"].get(key)) for key in ("value", "low", "high"))
-        if e["matched_by"] == "depth" and math.isfinite(value):
-            entries.append((e, value, low, high))
+    entries = [
+        (e, *(or_nan(e["comparison"]["difference"].get(key)) for key in ("value", "low", "high")))
+        for e in controls
+        if e["matched_by"] == "depth"
+    ]
+    entries = [entry for entry in entries if math.isfinite(entry[1])]
     if not entries:
         return []
     drawn, (axes,) = figure(height=0.9 + 0.28 * len(entries))
-    tips: Tips = {}
+    tips: dict[Artist, list[str]] = {}
     for place, (e, value, low, high) in enumerate(entries):
         axes.hlines(place, low, high, color=SERIES[1], alpha=1 if e["within"] else 0.5, zorder=1.5)
         (mark,) = axes.plot(value, place, "o", color=SERIES[1], markerfacecolor=SERIES[1] if e["within"] else PAGE)
@@ -232,25 +320,18 @@ def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list
     axes.set_yticks(range(len(entries)), [e["control"] + ("" if e["within"] else " (!)") for e, *_ in entries])
     axes.set(ylim=(len(entries) - 0.5, -0.5))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:+.3g}%")
-    spoken = [tip.partition("\n")[0] for (tip,) in tips.values()]
     note = "Accuracy of the policy minus that of the control at equal mean depth, 95 % intervals."
-    return _chart(name, title, drawn, spoken, tips, note)
+    return [ReportChart(name, title, figure_svg(drawn, title, tips), figure_png(drawn), note)]
 
 
-def training_curve(metric: str, curves: Iterable[tuple[str, int, Sequence[tuple[int, float]]]]) -> Markup:
-    """A small chart of one metric over steps: (run, series, points) each; values that aren't finite leave a gap."""
+def training_curve(metric: str, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Markup:
+    """A small chart of one metric over steps, each run's by its series; values that aren't finite leave a gap."""
     drawn, (axes,) = figure(2.7, 1.4)
     drawn.set_layout_engine("none")
     axes.set_position((0.17, 0.17, 0.8, 0.76))
-    spoken = []
-    for run, series, points in curves:
-        marker, colour = "o" if len(points) == 1 else "", SERIES[series % len(SERIES)]
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker)
-        values = [value for _, value in points if math.isfinite(value)]
-        words = (
-            f"from {number(values[0])} to {number(values[-1])}, {number(min(values))} to {number(max(values))} in all"
-        )
-        spoken.append(f"{run} {words}".strip())
+    for series, points in curves.items():
+        marker = "o" if len(points) == 1 else ""
+        axes.plot(*zip(*points, strict=True), color=SERIES[series % len(SERIES)], marker=marker)
     axes.locator_params(axis="y", nbins=4)
     axes.locator_params(axis="x", nbins=4, integer=True)
-    return figure_svg(drawn, f"{metric}: {'; '.join(spoken)}")
+    return figure_svg(drawn, f"{metric} over steps")

@@ -1,7 +1,7 @@
 """What the report reads: stage directories of one run or several in, plain records out.
 
-A missing or damaged file becomes a remark. What several runs share stands once; their other models are named after the
-settings in which the runs differ.
+Runs are named by their configuration or by directories. A missing or damaged file becomes a remark. What several runs
+share stands once; their other models are named after the settings in which the runs differ.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..config.identity import STAGES, stage_order
+import pandas as pd
+
+from ..config.identity import STAGES, identity, stage_dir, stage_order
+from ..config.load import read_saved
 from ..config.schema import RunConfig
 from ..observe.metrics import read_metrics
-from .results import MADE_BY, Results
+from .results import MADE_BY, NOT_BY_MODEL, Results
 
 T = TypeVar("T")
 # Stages without steps: an evaluation logs its figures once, for trackers.
@@ -25,6 +28,8 @@ Curves = dict[str, list[tuple[int, float]]]
 """Metric -> (step, value) each; a value may be nan, not all of them are."""
 LABEL_LENGTH = 40
 """Characters of a run's settings that still fit beside a model's name."""
+# What pandas has for a setting that a run lacks.
+MISSING = "nan"
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,87 @@ class Inputs:
     @property
     def outcomes(self) -> list[int]:
         """Exit depths and L; before the evaluation those of the rollouts that were kept."""
-        if self.results.rows or self.results.answers:
+        if self.results.meta:
             return self.results.outcomes
         kept = (t["depth"] for s in self.stages for k in s.samples for r in k["rollouts"] for t in r["tokens"])
         return sorted({*kept}) or self.results.outcomes
+
+
+# -- which stages belong to a run -------------------------------------------------------------------------------------
+
+
+def runs_in(named: Sequence[Path]) -> tuple[list[ReportRun], list[Path]]:
+    """All runs that the directories hold, and their last stages' directories.
+
+    A directory is a stage's, which stands for the run that made it, or holds such directories: then every run in it
+    that was evaluated, or, if none was, every one at its last stage. Raises ValueError or FileNotFoundError.
+    """
+    ends = list(dict.fromkeys(end for path in named for end in _ends(path)))
+    configs = [read_saved(end / "config.yaml") for end in ends]
+    found = [stages_of(cfg, end.parent) | {_stage_of(end): end} for cfg, end in zip(configs, ends, strict=True)]
+    if len(found) == 1:
+        return [ReportRun(found[0], config=configs[0])], ends
+    settings = _differing(configs)
+    labels = [settings_label(each) for each in settings]
+    if len(set(labels)) < len(labels):
+        labels = [f"{end.parent.name}/{end.name}" for end in ends]
+    elif max(map(len, labels)) > LABEL_LENGTH:
+        # The table of settings says what they stand for.
+        labels = [f"run {i + 1}" for i in range(len(labels))]
+    return [ReportRun(*each) for each in zip(found, labels, settings, configs, strict=True)], ends
+
+
+def _ends(path: Path) -> list[Path]:
+    """The last stage's directories of the runs that `path` names."""
+    if _stage_of(path) and (path / "config.yaml").is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory; name a run's directory or one of its stages'")
+    for stage in reversed(STAGES):
+        if found := sorted(p.parent for p in path.glob(f"{stage}-*/config.yaml")):
+            return found
+    raise ValueError(
+        f"{path}: no stage's directory in it (expected evaluate-… or another stage with its config.yaml); "
+        "name a run's directory, runs/<name>, or one of its stages'"
+    )
+
+
+def _stage_of(path: Path) -> str:
+    name = path.name.rsplit("-", 1)[0]
+    return name if name in STAGES else ""
+
+
+def stages_of(cfg: RunConfig, directory: Path) -> dict[str, Path]:
+    """Those that exist, looked for in `directory`: a run's directory may have been moved since."""
+    named = {stage: directory / stage_dir(cfg, stage).name for stage in stage_order(cfg)}
+    return {stage: path for stage, path in named.items() if path.is_dir()}
+
+
+def _differing(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
+    """Per run the settings that count and in which not all are alike, by their last part where that is unambiguous."""
+    frame = pd.json_normalize([identity(cfg, "evaluate") for cfg in configs]).map(_word)
+    frame = frame.loc[:, frame.nunique() > 1]
+    # A sweep's `seed` sets them all; said once.
+    seeds = [key for key in frame if key.endswith(".seed")]
+    if (frame[seeds].nunique(axis=1) <= 1).all():
+        frame = frame.drop(columns=seeds[1:])
+    lasts = [key.rsplit(".", 1)[-1] for key in frame]
+    frame.columns = [key if lasts.count(last) > 1 else last for key, last in zip(frame, lasts, strict=True)]
+    return [{key: word for key, word in row.items() if word != MISSING} for row in frame.to_dict("records")]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ",".join(map(_word, value)) if isinstance(value, list) else str(value)
+
+
+def settings_label(settings: Mapping[str, str]) -> str:
+    """ "key=value, key=value"."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
+
+
+# -- what the stages of a run have written ----------------------------------------------------------------------------
 
 
 def read_inputs(runs: Sequence[ReportRun]) -> Inputs:
@@ -94,7 +176,7 @@ def _read_run(run: ReportRun) -> Inputs:
             f"{', '.join(map(str, run.stages.values())) or '(none was named)'}; run a stage first"
         )
     inputs = Inputs()
-    for name in dict.fromkeys((*STAGES, *run.stages)):
+    for name in STAGES:
         # What a stage that isn't through lacks isn't missing.
         missing = [] if name in run.coming else inputs.missing
         if name in run.stages and run.stages[name].is_dir():
@@ -110,9 +192,8 @@ def _read_run(run: ReportRun) -> Inputs:
 
 def _read_evaluation(inputs: Inputs, folder: Path) -> None:
     missing = inputs.missing
-    inputs.results = (
-        _read("evaluate", folder / "results.json", lambda p: Results.from_json(_json(p)), missing) or Results()
-    )
+    results = _read("evaluate", folder / "results.json", lambda path: Results.from_json(_json(path)), missing)
+    inputs.results = results or Results()
     inputs.problems = _read("evaluate", folder / "answers.jsonl", _problems, missing) or []
     inputs.lens = _read("evaluate", folder / "lens.json", _lens, missing) or {}
     parts = ("rows", "answers", "exit_histogram")
@@ -120,14 +201,12 @@ def _read_evaluation(inputs: Inputs, folder: Path) -> None:
 
 
 def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
-    stage = StageData(name, directory)
-    stage.config = (
-        _read(name, directory / "config.yaml", lambda path: path.read_text("utf-8", "replace"), missing) or ""
-    )
+    config = _read(name, directory / "config.yaml", lambda path: path.read_text("utf-8", "replace"), missing)
+    stage = StageData(name, directory, config=config or "")
     if name not in WITHOUT_METRICS:
         stage.curves = _read(name, directory / "metrics.jsonl", _curves, missing) or {}
         stage.timings = _read(name, directory / "timings.jsonl", _curves, []) or {}
-    found = [_read(name, path, _sample, missing) for path in (directory / "samples").glob("step_*.json")]
+    found = [_read(name, path, _json, missing) for path in (directory / "samples").glob("step_*.json")]
     stage.samples = sorted((kept for kept in found if kept), key=lambda kept: kept["step"])
     return stage
 
@@ -149,7 +228,7 @@ def _json(path: Path) -> Any:
 
 def _problems(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line["answers"] is not None and line["prompt"] is not None]
+    return [line for line in lines if line["answers"]]
 
 
 def _lens(path: Path) -> dict[str, Any]:
@@ -158,11 +237,6 @@ def _lens(path: Path) -> dict[str, Any]:
     if any(len(row["readouts"]) != width for answer in found["answers"] for row in answer["rows"]):
         raise ValueError("its readouts don't fit its exits")
     return found
-
-
-def _sample(path: Path) -> dict[str, Any]:
-    kept = _json(path)
-    return {"step": int(kept["step"]), "rollouts": list(kept["rollouts"])}
 
 
 def _curves(path: Path) -> Curves:
@@ -181,14 +255,15 @@ def _curves(path: Path) -> Curves:
 def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
     """The first run that has a model, a stage or an answer to a problem is where it comes from."""
     merged, results = Inputs(), Results(meta={"exit_depths": []})
-    problems: dict[str, dict[str, Any]] = {}
-    stages: dict[Path, StageData] = {}
-    for stage in (stage for _, inputs in read for stage in inputs.stages):
-        stages.setdefault(stage.directory, stage)
+    stages, owners = dict[Path, StageData](), dict[Path, list[ReportRun]]()
+    for run, inputs in read:
+        for stage in inputs.stages:
+            stages.setdefault(stage.directory, stage)
+            owners.setdefault(stage.directory, []).append(run)
     for path, stage in stages.items():
-        owners = [run for run, inputs in read if path in (other.directory for other in inputs.stages)]
-        stage.run = "" if len(owners) == len(read) else _common(owners)
-    merged.stages = sorted(stages.values(), key=lambda stage: (*STAGES, stage.name).index(stage.name))
+        stage.run = "" if len(owners[path]) == len(read) else _common(owners[path])
+    merged.stages = sorted(stages.values(), key=lambda stage: list(STAGES).index(stage.name))
+    problems: dict[str, dict[str, Any]] = {}
     for run, inputs in read:
         # A model is named after the runs that have the stage that made it.
         made = {stage.name: stages[stage.directory].run for stage in inputs.stages}
@@ -198,19 +273,20 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
             names[model] = f"{model} ({of})" if of else model
 
         def renamed(label: str, names: Mapping[str, str] = names) -> str:
-            model = next((m for m in names if label == m or label.startswith(f"{m}, ")), label)
-            return names.get(model, model) + label[len(model) :]
+            model, comma, exits = label.partition(", ")
+            return names.get(model, model) + comma + exits
 
         if found.rows:
-            exits = {*results.meta["exit_depths"], *(found.meta.get("exit_depths") or [])}
+            exits = {*results.meta["exit_depths"], *found.outcomes[:-1]}
             results.meta = {"num_layers": found.num_layers, "exit_depths": sorted(exits)}
-        _add_new(results.rows, found.rows, renamed)
-        _add_new(results.answers, found.answers, renamed)
-        for part in Results.parts_by_model():
+        for part, values in vars(found).items():
             have = getattr(results, part)
-            have |= {renamed(k): v for k, v in getattr(found, part).items() if renamed(k) not in have}
+            if part in ("rows", "answers"):
+                _add_new(have, values, renamed)
+            elif part not in NOT_BY_MODEL:
+                have |= {renamed(label): value for label, value in values.items() if renamed(label) not in have}
         for line in inputs.problems:
-            into = problems.setdefault(str(line.get("id", line["prompt"])), {**line, "answers": {}})
+            into = problems.setdefault(line["id"], {**line, "answers": {}})
             into["answers"] = {renamed(label): answer for label, answer in line["answers"].items()} | into["answers"]
         # Columns of other exits would not line up.
         if inputs.lens and merged.lens.get("exit_depths", inputs.lens["exit_depths"]) == inputs.lens["exit_depths"]:
@@ -218,7 +294,7 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
             _add_new(merged.lens["answers"], inputs.lens["answers"], renamed)
         merged.by_run.append((run.label, found))
         merged.missing += [f"{run.label}: {line}" for line in inputs.missing]
-    merged.results, merged.problems = results, list(problems.values())
+    merged.results, merged.problems = results.in_order(), list(problems.values())
     return merged
 
 
@@ -229,7 +305,7 @@ def _add_new(into: list[dict[str, Any]], rows: Sequence[Mapping[str, Any]], rena
         return row.get("id", row.get("prompt")), row["model"], row.get("exits")
 
     known = {which(row) for row in into}
-    named = [{**row, "model": renamed(str(row.get("model", "")))} for row in rows]
+    named = [{**row, "model": renamed(row["model"])} for row in rows]
     into += [row for row in named if which(row) not in known]
 
 
@@ -239,8 +315,3 @@ def _common(runs: Sequence[ReportRun]) -> str:
     alike = {key: value for key, value in runs[0].settings.items() if all(r.settings.get(key) == value for r in runs)}
     words = settings_label(alike)
     return words if len(runs) > 1 and 0 < len(words) <= LABEL_LENGTH else ", ".join(run.label for run in runs)
-
-
-def settings_label(settings: Mapping[str, str]) -> str:
-    """ "key=value, key=value"."""
-    return ", ".join(f"{key}={value}" for key, value in settings.items())

@@ -8,37 +8,31 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib import rc_context
 
 from ..config.command import settings_of
+from ..config.schema import RunConfig
 from ..observe.rundir import write_atomic
-from ..statistics import welch_interval
 from . import figures, tables
 from .answers import differences, grids, problems, shown_answer
-from .inputs import Inputs, ReportRun, read_inputs, settings_label
-from .numbers import estimate, is_number, number, pareto_front, span
-from .plotting import stylesheet
-from .results import MADE_BY
-from .tables import TextTable
-from .template import FOLDER, render, style
+from .inputs import Inputs, ReportRun, read_inputs, runs_in, settings_label, stages_of
+from .results import pareto_front, report_path
+from .tables import TextTable, cell, number
 
+FOLDER = Path(__file__).parent
 # The RL loop's own figures first, housekeeping after them.
 LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", "kl")
 MEASURES = {"accuracy": "{:+.1%}", "depth": "{:+.3f}", "total_depth": "{:+.1f}", "length": "{:+.1f}"}
 """What models are compared by: depth as a share of the layers, total depth in layers, length in tokens."""
 SPREAD = {"accuracy": "{:.1%}", "mean_depth": "{:.3f}", "total_depth": "{:.0f}", "length": "{:.1f}"}
-FILES = {
-    "results.json": "every figure of the evaluation",
-    "answers.jsonl": "every answer, a line per problem",
-    "lens.json": "what every exit would write, for a few answers",
-    "table.txt": "the table as text",
-    "metrics.jsonl": "a line per step",
-    "timings.jsonl": "clocks, a line per step",
-}
+FILES = ("results.json", "answers.jsonl", "lens.json", "table.txt", "metrics.jsonl", "timings.jsonl")
 TITLES = {
     "verdict": "Verdict", "results": "Results", "runs": "Runs", "tasks": "Tasks", "choice": "Choice of style",
     "exits": "Thresholds and gates", "controls": "Controls", "depth": "Depth by kind of token",
@@ -46,7 +40,7 @@ TITLES = {
 }  # fmt: skip
 VERDICT = (
     "Held-out problems, each model at the exits that validation chose for it. Intervals: bootstrap over groups of "
-    "problems; Welch's over steps for rollouts. They don't cover training runs with other seeds. p: McNemar, exact."
+    "problems; they don't cover training runs with other seeds. p: McNemar, exact."
 )
 RESULTS = (
     "Held-out problems. p: McNemar's exact test against the teacher. Mean depth: layers per generated token as a share "
@@ -63,10 +57,42 @@ PHASE = "Median over steps; FLOPs by the lengths and exits that there were, reco
 class ReportSection(NamedTuple):
     """What stands under one heading. `tables`: caption and table each."""
 
-    name: str
     title: str
     tables: list[tuple[str, TextTable]]
     charts: list[figures.ReportChart]
+
+
+def style() -> Markup:
+    """The style sheet of the report, and of pages that are to look like it; no colours of series or depths."""
+    return Markup((FOLDER / "page.css").read_text(encoding="utf-8"))
+
+
+def render(template: Path, **context: Any) -> str:
+    """The page of a Jinja template, which may import from parts.html.j2. What it is given is escaped unless it is
+    Markup; what it lacks is an error."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, FOLDER]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template.name).render(context)
+
+
+def report_run(cfg: RunConfig, coming: Sequence[str] = ()) -> Path:
+    """report.html of one configuration, from whatever stages there are. `coming`: stages that will finish yet, with
+    which there may be none. Raises ValueError if there is none else."""
+    folder = report_path(cfg).parent
+    found = stages_of(cfg, folder)
+    if not found and not coming:
+        raise ValueError(f"{folder}: no stage has run with these settings; start with `ee-megatron run`")
+    return write_report([ReportRun(found, config=cfg, coming=coming)], report_path(cfg))
+
+
+def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
+    """One report of all runs that the directories hold (`inputs.runs_in`); `out` is by default report.html in the
+    deepest directory that holds them all. Raises ValueError or FileNotFoundError."""
+    runs, ends = runs_in(named)
+    common = os.path.commonpath([end.parent.resolve() for end in ends])
+    return write_report(runs, out or Path(common) / "report.html")
 
 
 def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
@@ -78,24 +104,26 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
     """
     inputs, output = read_inputs(runs), Path(output)
     results, outcomes = inputs.results, inputs.outcomes
-    parts, changes = sections(inputs, runs), differences(results, inputs.problems)
+    with rc_context(figures.STYLE):
+        parts, training = sections(inputs, runs), _training(inputs)
+    changes = differences(results, inputs.problems)
     scripts = ["page.js", *(["differences.js"] if changes else [])]
     meta, config = dict(results.meta), runs[0].config
     title = str(meta.pop("name", "") or (config.name if config else "Early-exit run"))
     settings = [(run.label, settings_of(run.config)) for run in runs if run.config is not None]
     page = render(
         FOLDER / "page.html.j2",
-        style=style() + stylesheet(len(outcomes)),
+        style=style() + figures.stylesheet(len(outcomes)),
         script=Markup("".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)),
         title=title if len(runs) == 1 else f"{len(runs)} early-exit runs",
-        facts=[(str(key).replace("_", " "), _plain(value)) for key, value in meta.items()],
+        meta=meta,
         coming=list(dict.fromkeys(stage for run in runs for stage in run.coming)),
         written=time.strftime("%Y-%m-%d %H:%M"),
         outcomes=outcomes,
         sections=parts,
-        training=_training(inputs),
+        training=training,
         rollouts=[(stage.run, kept["step"], kept["rollouts"]) for stage in inputs.stages for kept in stage.samples],
-        shown=lambda answer: {**answer, **shown_answer(answer, outcomes)},
+        shown=lambda answer: shown_answer(answer, outcomes),
         problems=problems(results),
         lens=grids(inputs.lens, results),
         differences=changes,
@@ -106,22 +134,22 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
     )
     folder = output.parent / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for chart in (chart for section in parts for chart in section.charts):
+    for chart in (chart for section in parts.values() for chart in section.charts):
         write_atomic(folder / f"{chart.name}.png", chart.png)
     write_atomic(output, page)
     return output
 
 
-def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
-    """Those that there is something to show in."""
+def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, ReportSection]:
+    """Those that there is something to show in, by name."""
     results = inputs.results
-    made = {name: ReportSection(name, title, [], []) for name, title in TITLES.items()}
-    if (changes := verdict(inputs)).rows:
-        made["verdict"].tables.append((VERDICT, changes))
+    made = {name: ReportSection(title, [], []) for name, title in TITLES.items()}
+    if results.compared:
+        made["verdict"].tables.append((VERDICT, verdict(results.compared)))
     if results.rows:
-        made["results"].tables.append((RESULTS, tables.results_table(results.sorted_rows(), results.paired)))
+        made["results"].tables.append((RESULTS, tables.results_table(results.rows, results.paired)))
     for section, part, table, caption in tables.BY_MODEL:
-        if found := {label: value for label, value in results.in_order(getattr(results, part)).items() if value}:
+        if found := {label: value for label, value in getattr(results, part).items() if value}:
             made[section].tables.append((caption, table(found)))
     made["results"].charts.extend(figures.result_charts(results))
     made["exits"].charts.extend(figures.exit_charts(results))
@@ -141,62 +169,44 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> list[ReportSection]:
             made["phases"].tables.append((caption, tables.phase_table(timings)))
     if len(runs) > 1:
         _compare_runs(made["runs"], inputs, runs)
-    return [section for section in made.values() if section.charts or section.tables]
+    return {name: section for name, section in made.items() if section.charts or section.tables}
 
 
-def verdict(inputs: Inputs) -> TextTable:
-    """What changed from each model to the one before it, and of RL's rollouts over training: effect, 95 % interval, and
-    whether that excludes zero."""
-    results, rows = inputs.results, list[tuple[str, ...]]()
-    by_label = {f"{row.get('model')}, {row.get('exits')}": row for row in results.rows}
-    for label, found in results.in_order(results.compared).items():
-        names, n = (label, str(found["against"])), str(found["n"])
+def verdict(compared: Mapping[str, Mapping[str, Any]]) -> TextTable:
+    """What changed from each model to the one before it: effect, 95 % interval, and whether that excludes zero."""
+    rows = []
+    for label, found in compared.items():
         for measure, form in MEASURES.items():
-            p = tables.cell(found, "p_value", "{:.2g}") if measure == "accuracy" else "–"
-            rows.append((*names, measure.replace("_", " "), *_effect(found.get(measure) or {}, form), n, p))
-        model = label.partition(", ")[0]
-        full = next((name for name in (f"{model}, full depth", names[1]) if name in by_label), "")
-        speed, whole = (by_label.get(name, {}).get("tokens_per_s") for name in (label, full))
-        if is_number(speed) and is_number(whole) and whole > 0:
-            rows.append((label, full, "tokens/s", f"{speed / whole:.2f}×", "–", "timed once", n, "–"))
-    for stage in inputs.stages:
-        depths = [value for _, value in stage.curves.get("mean_depth", [])] if stage.name == "rl" else []
-        if (size := len(depths) // 4) > 1:
-            change = welch_interval(depths[:size], depths[-size:])._asdict()
-            names = (f"rollouts of RL's last {size} steps" + (f", {stage.run}" if stage.run else ""), "its first")
-            rows.append((*names, "depth", *_effect(change, MEASURES["depth"]), "–", "–"))
-    heads = ("", "against", "figure", "effect", "95 % interval", "status", "n", "p")
-    return TextTable(heads, [row for row in rows if row[3] != "–"], names=3)
-
-
-def _effect(change: Mapping[str, Any], form: str) -> tuple[str, str, str]:
-    """Effect, interval, status."""
-    value, low, high = (change.get(key) for key in ("value", "low", "high"))
-    effect = form.format(value) if is_number(value) else "–"
-    if not (is_number(low) and is_number(high)):
-        return effect, "–", "no interval"
-    status = "higher" if low > 0 else "lower" if high < 0 else "no measurable effect"
-    return effect, f"[{form.format(low)}, {form.format(high)}]", status
+            effect, _, interval = cell(found, measure, form).partition(" ")
+            low, high = (tables.or_nan((found.get(measure) or {}).get(end)) for end in ("low", "high"))
+            status = "higher" if low > 0 else "lower" if high < 0 else "no measurable effect"
+            p = cell(found, "p_value", "{:.2g}") if measure == "accuracy" else "–"
+            figures_of = (effect, interval or "–", status if interval else "no interval", str(found["n"]), p)
+            rows.append((label, str(found["against"]), measure.replace("_", " "), *figures_of))
+    return TextTable(("", "against", "figure", "effect", "95 % interval", "status", "n", "p"), rows, names=3)
 
 
 def _compare_runs(section: ReportSection, inputs: Inputs, runs: Sequence[ReportRun]) -> None:
-    keys = list(dict.fromkeys(key for run in runs for key in run.settings))
-    rows = [(run.label, *(run.settings.get(key, "–") for key in keys)) for run in runs]
-    section.tables.append(("Settings in which the runs differ", TextTable(("run", *keys), rows, names=1 + len(keys))))
+    """The settings in which runs differ; figures over seeds; the runs' front."""
+    settings = pd.DataFrame([run.settings for run in runs], index=[run.label for run in runs])
+    rows = [tuple(map(str, row)) for row in settings.fillna("–").itertuples()]
+    heads = ("run", *settings.columns)
+    section.tables.append(("Settings in which the runs differ", TextTable(heads, rows, names=len(heads))))
     chosen = {label: row for label, found in inputs.by_run if (row := found.last_chosen()) is not None}
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         rest = {key: value for key, value in run.settings.items() if key.rsplit(".", 1)[-1] != "seed"}
         if run.label in chosen and len(rest) < len(run.settings):
             groups.setdefault(settings_label(rest) or "all runs", []).append(chosen[run.label])
-    spreads = [
-        (name, str(len(group)), *(_spread([row[key] for row in group], form) for key, form in SPREAD.items()))
-        for name, group in groups.items()
-        if len(group) > 1
-    ]
-    if spreads:
-        heads = ("settings", "runs", *(key.replace("_", " ") for key in SPREAD))
-        section.tables.append((SEEDS, TextTable(heads, spreads)))
+    if spreads := [(name, pd.DataFrame(of_group)) for name, of_group in groups.items() if len(of_group) > 1]:
+        columns = [(key.replace("_", " "), key, form) for key, form in SPREAD.items()]
+        entries = []
+        for name, of_group in spreads:
+            values = of_group[list(SPREAD)].astype(float).agg(["mean", "min", "max"])
+            values.index = pd.Index(["value", "low", "high"])
+            entries.append(((name, str(len(of_group))), values.to_dict()))
+        table = tables.figures_table(("settings", "runs"), entries, columns)
+        section.tables.append((SEEDS, TextTable(table.heads, table.rows)))
     points = [figures.row_point(row, label) for label, row in chosen.items()]
     if len(points) > 1:
         on_front = pareto_front((point.x for point in points), (point.y for point in points))
@@ -207,52 +217,35 @@ def _compare_runs(section: ReportSection, inputs: Inputs, runs: Sequence[ReportR
         )
 
 
-def _spread(values: Sequence[float], form: str) -> str:
-    """ "mean [least, greatest]"."""
-    return estimate({"value": fmean(values), "low": min(values), "high": max(values)}, form)
-
-
 def _training(inputs: Inputs) -> list[dict[str, Any]]:
     """Per stage that logged steps a small chart for each metric, the loop's own first; several runs share it.
     `constant`: (name, value) of metrics that never changed."""
-    found, models = [], inputs.results.models
-    makers = {stage: model for model, stages in MADE_BY.items() for stage in stages}
+    found = []
     for name in dict.fromkeys(stage.name for stage in inputs.stages if stage.curves):
-        # In the colour of the model that the stage made; where that isn't in the results, by place.
-        group = []
-        for place, stage in enumerate(stage for stage in inputs.stages if stage.name == name):
-            model = f"{makers.get(name)} ({stage.run})" if stage.run else makers.get(name)
-            group.append((stage.run, models.index(model) if model in models else place, stage.curves))
-        entry: dict[str, Any] = {"name": name, "runs": group, "panels": [], "constant": []}
-        entry["steps"] = max(step for _, _, curves in group for points in curves.values() for step, _ in points)
-        metrics = dict.fromkeys(metric for _, _, curves in group for metric in curves)
+        stages = [stage for stage in inputs.stages if stage.name == name]
+        metrics = dict.fromkeys(metric for stage in stages for metric in stage.curves)
+        panels, constant = [], []
         for metric in sorted(metrics, key=lambda n: LEADING.index(n) if n in LEADING else len(LEADING)):
-            lines = [(run, series, curves[metric]) for run, series, curves in group if metric in curves]
-            last = [next(v for _, v in reversed(points) if math.isfinite(v)) for _, _, points in lines]
-            shown, values = metric.replace("_", " "), {value for _, _, points in lines for _, value in points}
-            if len(values) == 1 and max(len(points) for _, _, points in lines) > 1:
-                entry["constant"].append((shown, number(last[0])))
+            lines = {series: stage.curves[metric] for series, stage in enumerate(stages, 1) if metric in stage.curves}
+            last = [next(v for _, v in reversed(points) if math.isfinite(v)) for points in lines.values()]
+            shown, values = metric.replace("_", " "), [value for points in lines.values() for _, value in points]
+            if len(set(values)) == 1 and len(values) > len(lines):
+                constant.append((shown, number(last[0])))
             else:
-                entry["panels"].append((shown, span(last, number), figures.training_curve(shown, lines)))
-        found.append(entry)
+                ends = dict.fromkeys(map(number, (min(last), max(last))))
+                panels.append((shown, " to ".join(ends), figures.training_curve(shown, lines)))
+        steps = max(step for stage in stages for points in stage.curves.values() for step, _ in points)
+        runs = [(stage.run, series) for series, stage in enumerate(stages, 1)]
+        found.append({"name": name, "runs": runs, "panels": panels, "constant": constant, "steps": steps})
     return found
 
 
-def links(inputs: Inputs, output: Path) -> list[dict[str, str]]:
-    """{"href", "name", "what"} of the files that the stages left, relative to the page."""
+def links(inputs: Inputs, output: Path) -> list[tuple[str, str]]:
+    """Address, relative to the page, and name of the files that the stages left."""
     found = []
     for stage in inputs.stages:
-        for name, what in FILES.items():
-            file = stage.directory / name
-            if file.is_file():
-                href = quote(Path(os.path.relpath(file.resolve(), output.parent.resolve())).as_posix())
-                label = f"{stage.name}{f', {stage.run}' if stage.run else ''}: {name}"
-                # A colon in the first part of a relative address would make it a scheme.
-                found.append({"href": f"./{href}", "name": label, "what": what})
+        for file in (stage.directory / name for name in FILES if (stage.directory / name).is_file()):
+            href = quote(Path(os.path.relpath(file.resolve(), output.parent.resolve())).as_posix())
+            # A colon in the first part of a relative address would make it a scheme.
+            found.append((f"./{href}", f"{stage.name}{f', {stage.run}' if stage.run else ''}: {file.name}"))
     return found
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
-    return ", ".join(map(_plain, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from ..config.schema import RunConfig
 
 # Models in the order of the method, with the stages that can have made each; the first that a run has did.
 MADE_BY = {
@@ -55,51 +59,66 @@ class Results:
         """All parts, but for OPTIONAL ones that are empty."""
         return {name: part for name, part in vars(self).items() if part or name not in OPTIONAL}
 
-    @classmethod
-    def parts_by_model(cls) -> list[str]:
-        return [part.name for part in fields(cls) if part.name not in NOT_BY_MODEL]
-
     @property
     def num_layers(self) -> int:
-        """From meta; else the greatest depth that occurs."""
-        return int(self.meta.get("num_layers") or max(self._depths(), default=1))
+        return int(self.meta.get("num_layers") or 1)
 
     @property
     def outcomes(self) -> list[int]:
-        """Exit depths and L, from meta or from what occurs."""
-        return sorted({*map(int, self.meta.get("exit_depths") or []), *self._depths(), self.num_layers})
-
-    def _depths(self) -> set[int]:
-        """Those of the histogram and of the kept answers' tokens."""
-        tokens = {int(t["depth"]) for a in self.answers for t in a.get("tokens", []) if "depth" in t}
-        return tokens | {int(depth) for counts in self.exit_histogram.values() for depth in counts}
+        """Exit depths and L."""
+        return sorted({*self.meta.get("exit_depths", ()), self.num_layers})
 
     @property
     def models(self) -> list[str]:
         """In the order of the method, "calibrated (seed=1)" of several runs with its like; unknown names last."""
-        names = [str(r.get("model", "")) for r in (*self.rows, *self.answers)]
+        names = dict.fromkeys(row["model"] for row in (*self.rows, *self.answers))
         places = {model: place for place, model in enumerate(MADE_BY)}
-        return sorted(dict.fromkeys(names), key=lambda n: places.get(n.split(" (")[0], len(places)))
-
-    def sorted_rows(self) -> list[dict[str, Any]]:
-        """The rows by model, models in order."""
-        models = self.models
-        return sorted(self.rows, key=lambda row: models.index(str(row.get("model", ""))))
+        return sorted(names, key=lambda name: places.get(name.split(" (")[0], len(places)))
 
     def rank(self, label: str) -> int:
         """Place of the model that a label begins with; behind all for a stranger."""
         models = self.models
         return next((i for i, m in enumerate(models) if label == m or label.startswith(f"{m}, ")), len(models))
 
-    def in_order(self, part: Mapping[str, Any]) -> dict[str, Any]:
-        """A part by label, models in order."""
-        return dict(sorted(part.items(), key=lambda item: self.rank(item[0])))
-
-    def chosen(self, model: str) -> dict[str, Any] | None:
-        """The row of a model at the threshold that validation chose for it; the teacher's at full depth."""
-        rule = "full depth" if model == "teacher" else f"hazard > {self.meta.get(f'threshold_{model}')}"
-        return next((row for row in self.rows if row.get("model") == model and row.get("exits") == rule), None)
+    def in_order(self) -> Results:
+        """The same with every part by model, models in order."""
+        for name, part in vars(self).items():
+            if name in ("rows", "answers"):
+                part.sort(key=lambda row: self.rank(row["model"]))
+            elif name not in NOT_BY_MODEL:
+                setattr(self, name, dict(sorted(part.items(), key=lambda item: self.rank(item[0]))))
+        return self
 
     def last_chosen(self) -> dict[str, Any] | None:
-        """That of the last model for which a threshold was chosen."""
-        return next((row for m in reversed(self.models) if m != "teacher" and (row := self.chosen(m))), None)
+        """The row of the last model for which validation chose a threshold, at this threshold."""
+        for model in reversed(self.models):
+            rule = f"hazard > {self.meta.get(f'threshold_{model}')}"
+            for row in self.rows:
+                if (row["model"], row["exits"]) == (model, rule):
+                    return row
+        return None
+
+
+def report_path(cfg: RunConfig) -> Path:
+    """Where a run's report is written."""
+    return Path(cfg.runs) / cfg.name / "report.html"
+
+
+def strict_json(value: Any) -> Any:
+    """The value with null for every float that isn't finite, which some readers of JSON refuse; keys become strings."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): strict_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict_json(item) for item in value]
+    return value
+
+
+def pareto_front(costs: Iterable[float], values: Iterable[float]) -> list[bool]:
+    """Which of n points no other beats: none costs no more, is worth no less, and is better in one of the two.
+
+    Of equal points all stand. Pareto efficiency; bool [n].
+    """
+    points = list(zip(costs, values, strict=True))
+    return [not any(a <= c and b >= v and (a, b) != (c, v) for a, b in points) for c, v in points]

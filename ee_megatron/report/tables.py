@@ -1,12 +1,11 @@
-"""Parts of results.json as tables of words, the same for the terminal and the report."""
+"""Numbers in words, and parts of results.json as tables of words, the same for the terminal and the report."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from .numbers import estimate, is_number
+from typing import Any, TypeGuard
 
 Column = tuple[str, ...]
 """Head, path of a figure ("a/b": found["a"]["b"]), its format, and, if it stands beside it, its interval's keys."""
@@ -78,16 +77,32 @@ class TextTable:
         return "\n".join(line(cells) for cells in (self.heads, ["-" * width for width in widths], *self.rows))
 
 
-def cell(found: Any, path: str, form: str = "{:.2f}", *interval: str) -> str:
-    """A figure as a `Column` names it, an estimate with its interval; a dash where there is none."""
-    for key in path.split("/"):
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number, which a truth value is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def or_nan(value: Any) -> float:
+    """The number as a float; nan for what is none."""
+    return float(value) if is_number(value) else math.nan
+
+
+def number(value: float) -> str:
+    """Three significant digits; whole from a thousand on."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def cell(found: Any, path: str = "", form: str = "{:.2f}", *interval: str) -> str:
+    """A figure as a `Column` names it, an estimate as "value [low, high]"; a dash where there is none."""
+    parent: Any = {}
+    for key in path.split("/") if path else ():
         parent, found = found, found.get(key) if isinstance(found, Mapping) else None
-    if interval and found is not None:
-        low, high = interval
-        found = {"value": found, "low": parent.get(low), "high": parent.get(high)}
     if isinstance(found, Mapping):
-        return estimate(found, form)
-    return form.format(found) if is_number(found) else "–"
+        parent, found, interval = found, found.get("value"), ("low", "high")
+    if not is_number(found):
+        return "–"
+    ends = [parent.get(key) for key in interval]
+    return form.format(found) + (f" [{form}, {form}]".format(*ends) if ends and all(map(is_number, ends)) else "")
 
 
 def figures_table(
@@ -102,8 +117,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], paired: Part) -> TextTable:
     """The results' rows, numbered; the difference to the teacher with its interval over groups of problems."""
     entries = []
     for i, row in enumerate(rows, start=1):
-        model, exits = str(row.get("model", "")), str(row.get("exits") or "–")
-        entries.append(((str(i), model, exits), {**row, "paired": paired.get(f"{model}, {exits}")}))
+        paired_row = paired.get(f"{row['model']}, {row['exits']}")
+        entries.append(((str(i), row["model"], row["exits"]), {**row, "paired": paired_row}))
     return figures_table(("#", "model", "exits"), entries, RESULTS)
 
 
@@ -142,60 +157,42 @@ def externalisation_table(models: Part) -> TextTable:
     heads = ("figure", *(f"{model}, {found['exits']}" for model, found in models.items()))
     rows = [(name, *(cell(found, path) for found in models.values())) for name, path in EXTERNALISATION.items()]
     probes = [found.get("planning_probe") or [] for found in models.values()]
-    for ahead in sorted({probe["ahead"] for found in probes for probe in found}):
-        name = f"probe uplift at its best depth, {ahead} ahead"
-        rows.append((name, *(estimate(_best(found, ahead)) for found in probes)))
+    for ahead in sorted({probe["ahead"] for of_model in probes for probe in of_model}):
+        uplifts = [[e for p in of_model if p["ahead"] == ahead for e in p["uplift"]] for of_model in probes]
+        known = [[e for e in of_model if is_number(e.get("value"))] for of_model in uplifts]
+        best = [max(of_model, key=lambda e: e["value"], default=None) for of_model in known]
+        rows.append((f"probe uplift at its best depth, {ahead} ahead", *map(cell, best)))
     return TextTable(heads, rows)
 
 
-def _best(probes: Sequence[Mapping[str, Any]], ahead: int) -> Mapping[str, Any] | None:
-    uplifts = [e for probe in probes if probe["ahead"] == ahead for e in probe["uplift"] if is_number(e.get("value"))]
-    return max(uplifts, key=lambda e: e["value"], default=None)
-
-
 def choice_tables(choice: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
-    """Caption and table each: the styles of free answers, the styles one by one, and answers after a wrong step."""
-    weights = ", ".join(f"{s} {w:.0%}" for s, w in zip(choice["styles"], choice["weights"], strict=True))
-    free = (
-        f"Styles of {choice['answers_per_family']} sampled answers per family (trained on: {weights}); depths as shares"
-    )
-    forced = "Each style by itself, its opening given: under the model's own exits, at full depth, held to one depth"
-    wrong = "Answers after a first step that was made wrong: right all the same, or where the wrong step leads"
-    return [(free, free_table(choice)), (forced, forced_table(choice)), (wrong, corrupted_table(choice))]
-
-
-def _by_family(choice: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(model, family, what was found) in order."""
-    return [(m, family, found) for m, of in choice["models"].items() for family, found in of["families"].items()]
-
-
-def free_table(choice: Mapping[str, Any]) -> TextTable:
-    """Shares of the styles, accuracy, length and depths of free answers, per model and family."""
-    shares = [(kind, f"share/{kind}", "{:.1%}") for kind in (*choice["styles"], "other")]
-    entries = [((m, choice["models"][m]["exits"], family), found["free"]) for m, family, found in _by_family(choice)]
-    return figures_table(("model", "exits", "family"), entries, (*shares, ("right", "correct", "{:.1%}"), *COSTS))
-
-
-def forced_table(choice: Mapping[str, Any]) -> TextTable:
-    """Accuracy, length and depths of answers in a given style, and its accuracy at other depths. Dashes: not asked."""
-    entries, depths = [], dict[str, None]()
-    for model, family, found in _by_family(choice):
-        fixed = found.get("fixed") or {}
-        depths |= dict.fromkeys(depth for depth in fixed if int(depth) < choice["num_layers"])
-        for style in choice["styles"]:
-            held = {depth: (by_style or {}).get(style) for depth, by_style in fixed.items()}
-            own = {**found["forced"][style], "full": found["forced_full"][style], **held}
-            entries.append(((model, family, style), own))
-    columns = [("right", "correct", "{:.1%}"), *COSTS, ("right at full depth", "full/correct", "{:.1%}")]
-    columns += [(f"at {depth}", f"{depth}/correct", "{:.1%}") for depth in depths]
-    return figures_table(("model", "family", "style"), entries, columns)
-
-
-def corrupted_table(choice: Mapping[str, Any]) -> TextTable:
-    """Answers after a first step that was made wrong, where that was asked."""
-    entries = [((m, family), wrong) for m, family, found in _by_family(choice) if (wrong := found["corrupted"])]
-    columns = (("n", "n", "{}"), ("right", "correct", "{:.1%}"), ("where the step leads", "followed", "{:.1%}"))
-    return figures_table(("model", "family"), entries, columns)
+    """Caption and table each: the styles of free answers; the styles one by one, also at other depths; answers after a
+    first step that was made wrong. Dashes: not asked; a table without rows: nobody asked."""
+    styles, free, forced, wrong, depths = choice["styles"], [], [], [], dict[str, None]()
+    for model, of in choice["models"].items():
+        for family, found in of["families"].items():
+            free.append(((model, of["exits"], family), found["free"]))
+            if found["corrupted"]:
+                wrong.append(((model, family), found["corrupted"]))
+            fixed = found.get("fixed") or {}
+            depths |= dict.fromkeys(depth for depth in fixed if int(depth) < choice["num_layers"])
+            for style in styles:
+                held = {depth: (by_style or {}).get(style) for depth, by_style in fixed.items()}
+                own = {**found["forced"][style], "full": found["forced_full"][style], **held}
+                forced.append(((model, family, style), own))
+    weights = ", ".join(f"{style} {weight:.0%}" for style, weight in zip(styles, choice["weights"], strict=True))
+    right, full = ("right", "correct", "{:.1%}"), ("right at full depth", "full/correct", "{:.1%}")
+    shares = [(kind, f"share/{kind}", "{:.1%}") for kind in (*styles, "other")]
+    held_to = [(f"at {depth}", f"{depth}/correct", "{:.1%}") for depth in depths]
+    leads = (("n", "n", "{}"), right, ("where the step leads", "followed", "{:.1%}"))
+    return [
+        (f"Styles of {choice['answers_per_family']} sampled answers a family (trained on: {weights}); depths as shares",
+         figures_table(("model", "exits", "family"), free, (*shares, right, *COSTS))),
+        ("Each style by itself, its opening given: under the model's own exits, at full depth, held to one depth",
+         figures_table(("model", "family", "style"), forced, (right, *COSTS, full, *held_to))),
+        ("Answers after a first step that was made wrong: right all the same, or where the wrong step leads",
+         figures_table(("model", "family"), wrong, leads)),
+    ]  # fmt: skip
 
 
 def _by_label(part: Part, columns: Sequence[Column], name: str = "model, exits") -> TextTable:
@@ -215,12 +212,8 @@ def task_table(tasks: Part) -> TextTable:
         for label, entry in tasks.items()
         if task in entry
     ]
-    columns = (
-        ("n", "n", "{:,}"),
-        ("accuracy", "accuracy", "{:.1%}", "low", "high"),
-        ("depth", "mean_depth/value", "{:.1f}"),
-    )
-    return figures_table(("task", "model, exits"), entries, columns)
+    accuracy, depth = ("accuracy", "accuracy", "{:.1%}", "low", "high"), ("depth", "mean_depth/value", "{:.1f}")
+    return figures_table(("task", "model, exits"), entries, (("n", "n", "{:,}"), accuracy, depth))
 
 
 def depth_table(depth: Part) -> TextTable:

@@ -15,6 +15,7 @@ import pandas as pd
 from .. import __version__
 from ..arguments import Parser
 from ..observe.rundir import write_atomic
+from ..report.results import strict_json
 from .bootstrap import Refused
 from .compare import FormComparison, compare
 from .forecast import check_forecast, forecast_losses, forecast_metric, forecast_optimum, read_forecast
@@ -48,20 +49,19 @@ def main(argv: Sequence[str]) -> int:
     """Run one sub-command; returns 0. Raises ValueError (Refused among them) or FileNotFoundError for what a user can
     put right."""
     given = _parser().parse_args(list(argv))
-    draws, seed, options = getattr(given, "bootstrap", MIN_BOOTSTRAP), getattr(given, "seed", 0), _options(given)
-    if draws < MIN_BOOTSTRAP or seed < 0:
+    if given.bootstrap < MIN_BOOTSTRAP or given.seed < 0:
         wanted = f"expected at least {MIN_BOOTSTRAP} resamples, for a 2.5 % quantile, and a seed >= 0"
-        raise ValueError(f"--bootstrap {draws}, --seed {seed}: {wanted}")
-    if (options.get("metric") is None) != (options.get("against") is None):
-        raise ValueError("--metric and --against: found one of them; expected both or neither")
-    if given.command == "compare" and given.metric is None:
-        raise ValueError("compare: found no --metric and --against; expected both")
+        raise ValueError(f"--bootstrap {given.bootstrap}, --seed {given.seed}: {wanted}")
+    if (given.metric is None) != (given.against is None) or (given.command == "compare" and given.metric is None):
+        raise ValueError(f"{given.command}: found not both of --metric and --against; expected both")
     if given.command == "plot" and given.out is None:
         raise ValueError("plot: found no --out; expected a directory for the pictures")
     whole = read_table(given.table)
     table = whole.where(given.where)
+    kept = {name: value for name, value in vars(given).items() if name not in ("handler", "command", "table", "out")}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    rows = f"{table.name}: {len(table.frame)} of {len(whole.frame)} rows, seed {given.seed}"
     result = given.handler(given, table)
-    rows = f"{table.name}: {len(table.frame)} of {len(whole.frame)} rows, seed {seed}"
     source = {"table": table.name, "sha256": whole.digest, "options": options}
     _write(given, {**source, **result, "notes": [rows, *result["notes"]]})
     return 0
@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
     parser: argparse.ArgumentParser = Parser(prog="ee-megatron scaling", formatter_class=form, epilog=EPILOG)
     parser.description = "Scaling laws from a table of runs."
+    # For commands that don't have these options.
+    parser.set_defaults(bootstrap=MIN_BOOTSTRAP, seed=0, metric=None, against=None)
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for handler, parents in (
         (_fit, [rows, draws, laws]),
@@ -106,22 +108,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(given: argparse.Namespace) -> dict[str, Any]:
-    kept = {name: value for name, value in vars(given).items() if name not in ("handler", "command", "table", "out")}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
-
-
-def _fits(given: argparse.Namespace, obs: pd.DataFrame) -> dict[str, ScalingFit | Refused]:
-    """Each method's fit, or why it was refused. Raises Refused with every reason in one line if nothing was fitted."""
-    found: dict[str, ScalingFit | Refused] = {}
+def _fits(
+    given: argparse.Namespace, table: RunTable
+) -> tuple[pd.DataFrame, dict[str, ScalingFit], dict[str, str], list[str]]:
+    """What the laws are fitted to, each method's fit, why others were refused, and notes. Raises Refused with every
+    reason in one line if nothing was fitted."""
+    obs, notes = observations(table, vars(given))
+    fits, refused = dict[str, ScalingFit](), dict[str, str]()
     for method in METHODS if given.method == "all" else (given.method,):
         try:
-            found[method] = METHODS[method](obs, given.bootstrap, given.seed)
+            fits[method] = METHODS[method](obs, given.bootstrap, given.seed)
         except Refused as refusal:
-            found[method] = refusal
-    if all(isinstance(fit, Refused) for fit in found.values()):
-        raise Refused(" | ".join(f"{method}: {refusal}" for method, refusal in found.items()))
-    return found
+            refused[method] = str(refusal)
+    if not fits:
+        raise Refused(" | ".join(f"{method}: {reason}" for method, reason in refused.items()))
+    return obs, fits, refused, notes
 
 
 def _against(given: argparse.Namespace) -> list[str]:
@@ -134,27 +135,20 @@ def _against(given: argparse.Namespace) -> list[str]:
 
 
 def _comparison(given: argparse.Namespace, table: RunTable) -> FormComparison:
-    return compare(table, _options(given), given.metric, _against(given), given.bootstrap, given.seed)
+    return compare(table, vars(given), given.metric, _against(given), given.bootstrap, given.seed)
 
 
 def _fit(given: argparse.Namespace, table: RunTable) -> Result:
-    obs, notes = observations(table, _options(given))
-    result: Result = {"notes": notes}
-    for method, fit in _fits(given, obs).items():
-        if isinstance(fit, Refused):
-            result[method] = {"refused": str(fit)}
-        else:
-            budgets = {"budgets": fit.budgets.to_dict("records")} if len(fit.budgets) else {}
-            result[method] = {**fit.details, "parameters": fit.table.to_dict("index"), **budgets}
-    return result
+    _, fits, refused, notes = _fits(given, table)
+    found = {method: {**fit.details, "parameters": fit.table, "budgets": fit.budgets} for method, fit in fits.items()}
+    return {**found, "refused": refused, "notes": notes}
 
 
 def _compare(given: argparse.Namespace, table: RunTable) -> Result:
     found = _comparison(given, table)
     shown = [] if found.best == "constant" else [found.best, *found.near]
-    slopes = {f"slopes of {name}, {found.fits[name][0].formula}": found.slopes(name).to_dict("index") for name in shown}
-    forms = {"forms": found.forms.to_dict("index"), **slopes, "refused": found.refused}
-    return {**forms, "verdict": found.verdict(), "notes": found.notes}
+    slopes = {f"slopes of {name}, {found.fits[name][0].formula}": found.slopes(name) for name in shown}
+    return {"forms": found.forms, **slopes, "refused": found.refused, "verdict": found.verdict(), "notes": found.notes}
 
 
 def _predict(given: argparse.Namespace, table: RunTable) -> Result:
@@ -166,23 +160,22 @@ def _predict(given: argparse.Namespace, table: RunTable) -> Result:
     # Before anything is fitted: a refusal should not take a minute.
     if given.out and (given.out / "predict.json").exists() and not given.again:
         raise ValueError(f"{given.out}: holds a forecast already; give another --out, or --again to replace it")
-    forecasts = []
+    forecasts, refused = [], dict[str, str]()
     if given.metric is not None:
         found = _comparison(given, table)
         notes = [*found.notes, found.verdict()]
         forecasts += [one for point in points for one in forecast_metric(found, point)]
     else:
-        obs, notes = observations(table, _options(given))
-        for method, fit in _fits(given, obs).items():
-            if isinstance(fit, Refused):
-                notes.append(f"{method}: refused: {fit}")
-                continue
-            forecasts += forecast_losses(fit, obs, points, given.seed) if method == "huber" else []
-            forecasts += [forecast_optimum(method, fit, obs, flops) for flops in budgets]
+        obs, fits, refused, notes = _fits(given, table)
+        if "huber" in fits:
+            forecasts += forecast_losses(fits["huber"], obs, points, given.seed)
+        forecasts += [forecast_optimum(method, fit, obs, flops) for method, fit in fits.items() for flops in budgets]
     if not forecasts:
-        raise Refused(f"no law of losses for --at ({'; '.join(notes)}); expected --compute beside isoflop alone")
+        raise Refused(
+            f"no law of losses for --at ({refused.get('huber', '')}); expected --compute beside isoflop alone"
+        )
     made = {"made": datetime.now(UTC).isoformat(timespec="seconds"), "ee_megatron": __version__}
-    return {**made, "forecasts": forecasts, "notes": notes}
+    return {**made, "forecasts": pd.DataFrame(forecasts), "refused": refused, "notes": notes}
 
 
 def _numbers(option: str, text: str, names: Sequence[str], may_be_zero: str = "") -> list[float]:
@@ -199,31 +192,33 @@ def _check(given: argparse.Namespace, table: RunTable) -> Result:
     stored = read_forecast(given.forecast)
     points, note = check_forecast(stored, table, given.run, given.within)
     given.out = given.out or given.forecast.parent
-    return {"points": points, "notes": [note, f"forecast of {stored['made']} from {stored['table']}"]}
+    return {"points": pd.DataFrame(points), "notes": [note, f"forecast of {stored['made']} from {stored['table']}"]}
 
 
 def _plot(given: argparse.Namespace, table: RunTable) -> Result:
     # matplotlib takes a second to load; the other commands don't need it.
+    from matplotlib import rc_context
+
+    from ..report.figures import STYLE, figure_png
     from . import figures
 
-    pictures, notes = {}, list[str]()
-    if given.metric is not None:
-        pictures["metric"] = figures.metric(_comparison(given, table))
-    try:
-        obs, notes = observations(table, _options(given))
-        for method, fit in _fits(given, obs).items():
-            if isinstance(fit, Refused):
-                notes.append(f"{method}: refused: {fit}")
-            else:
+    notes, refused = list[str](), dict[str, str]()
+    # Powers of ten on logarithmic axes are set as formulas.
+    with rc_context({**STYLE, "text.parse_math": True}):
+        pictures = {"metric": figures.metric(_comparison(given, table))} if given.metric is not None else {}
+        try:
+            obs, fits, refused, notes = _fits(given, table)
+            for method, fit in fits.items():
                 pictures[method] = figures.loss_law(fit, obs) if method == "huber" else figures.isoflop(fit, obs)
-    except ValueError as error:
-        if not pictures:
-            raise
-        notes.append(f"no law of losses: {error}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    for name, png in pictures.items():
-        write_atomic(given.out / f"{name}.png", png)
-    return {"pictures": [f"{name}.png" for name in pictures], "notes": notes}
+        except ValueError as error:
+            # A table of a metric need not have losses.
+            if not pictures:
+                raise
+            notes.append(f"no law of losses: {error}")
+        given.out.mkdir(parents=True, exist_ok=True)
+        for name, drawn in pictures.items():
+            write_atomic(given.out / f"{name}.png", figure_png(drawn))
+    return {"pictures": [f"{name}.png" for name in pictures], "refused": refused, "notes": notes}
 
 
 def _write(given: argparse.Namespace, result: Result) -> None:
@@ -233,21 +228,27 @@ def _write(given: argparse.Namespace, result: Result) -> None:
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
         # JSON last: it is what says that there is a forecast.
-        for kind, content in (("txt", text), ("json", json.dumps(result, indent=2, ensure_ascii=False))):
+        for kind, content in (
+            ("txt", text),
+            ("json", json.dumps(result, indent=2, ensure_ascii=False, default=_plain)),
+        ):
             write_atomic(given.out / f"{given.command}.{kind}", content + "\n")
             print(given.out / f"{given.command}.{kind}")
 
 
+def _plain(frame: pd.DataFrame) -> Any:
+    """A frame as JSON has it: its rows by name, or in order where they have none."""
+    return strict_json(frame.to_dict("records" if isinstance(frame.index, pd.RangeIndex) else "index"))
+
+
 def _lines(result: Result) -> list[str]:
-    """A result as text: records as tables, everything else by name."""
+    """A result as text: frames as tables, everything else by name; nothing of what is empty."""
     lines = []
     for name, value in result.items():
-        records = list(value.values()) if isinstance(value, dict) else value
-        if isinstance(records, list) and records and all(isinstance(one, dict) for one in records):
-            index = list(value) if isinstance(value, dict) else [""] * len(records)
-            lines += [f"{name}:", *pd.DataFrame(records, index=index).map(_cell).to_string().splitlines(), ""]
+        if isinstance(value, pd.DataFrame):
+            lines += [f"{name}:", value.map(_cell).to_string(), ""] if len(value) else []
         elif isinstance(value, dict):
-            lines += [f"{name}:", *_lines(value), ""]
+            lines += [f"{name}:", *_lines(value), ""] if value else []
         else:
             lines += [f"{name}: {_cell(one)}" for one in (value if isinstance(value, list) else [value])]
     return lines

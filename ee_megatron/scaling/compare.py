@@ -1,14 +1,13 @@
 """Which form a metric (mean depth, accuracy) follows in size, tokens and penalty, judged by runs left out of the fit.
 
-Columns enter as t = ln x, the penalty lambda as itself since it may be 0; standardised while fitting. Shape suffixes: S
-resamples, P parameters, R rows, C columns, G runs, F forms.
+Columns enter as t = ln x, the penalty lambda as itself since it may be 0; less their means while fitting. Shape
+suffixes: S resamples, P parameters, R rows, C columns, G runs, F forms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,8 +60,6 @@ FORMS = (
     MetricForm("linear", "c + Σ b t"),
     MetricForm("power", "exp(c + Σ b t)", _exp, _log, low=0),
     MetricForm("logistic", "1 / (1 + exp(-c - Σ b t))", expit, _logit, 0, 1),
-    MetricForm("linear × lambda", "c + Σ b t + λ Σ g t"),
-    MetricForm("logistic × lambda", "1 / (1 + exp(-c - Σ b t - λ Σ g t))", expit, _logit, 0, 1),
 )
 
 
@@ -70,17 +67,17 @@ FORMS = (
 class FormComparison:
     """Forms of a metric, fitted and judged.
 
-    raw [C, R]: ln x of the columns `against`, or lambda as it is; `penalty`: lambda's place among them, or None; values
-    and runs [R]: metric and run of rows. forms: a row per form's name, best first, with columns held_out_rms (in the
-    metric's unit), less_constant (its mean squared error less the constant's; low and high over runs), beats_constant
-    (at the level that holds for all forms together) and ties (the errors leave open whether it or the best form is
-    better). fits: each form and its parameters [P]; refused: forms with their reason.
+    columns: a column for each of `against`, a row for each of the metric's `values` and `runs` [R]; raw [C, R]: the
+    same as ln x, or lambda as it is; penalty: its name. forms: a row per form's name, best first, with columns
+    held_out_rms (in the metric's unit), less_constant (its mean squared error less the constant's; low and high over
+    runs), beats_constant (at the level that holds for all forms together) and ties (the errors leave open whether it
+    or the best form is better). fits: each form and its parameters [P]; refused: forms with their reason.
     """
 
     metric: str
-    against: list[str]
+    columns: pd.DataFrame
     raw: Array
-    penalty: int | None
+    penalty: str
     values: Array
     runs: Array
     draws: int
@@ -89,6 +86,10 @@ class FormComparison:
     forms: pd.DataFrame = field(default_factory=pd.DataFrame)
     fits: dict[str, tuple[MetricForm, Array]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def against(self) -> list[str]:
+        return list(self.columns)
 
     @property
     def run_count(self) -> int:
@@ -106,17 +107,10 @@ class FormComparison:
         rivals = self.forms["ties"] & (self.forms["beats_constant"] | (self.best == "constant"))
         return [name for name in self.forms.index[rivals] if name not in (self.best, "constant")]
 
-    def crossed(self, values: Sequence[Any], combine: Callable[[Any, Any], Any]) -> list[Any]:
-        """Each of the columns' values [C] but lambda's, combined with lambda's."""
-        at = self.penalty
-        return [] if at is None else [combine(v, values[at]) for c, v in enumerate(values) if c != at]
-
     def design(self, form: MetricForm, raw: Array) -> Array:
-        """Regressors [P, R'] at raw columns [C, R']: 1, the standardised columns, and their products with lambda."""
-        standardised = (raw - self.raw.mean(axis=1)[:, None]) / self.raw.std(axis=1)[:, None]
-        values = [] if form.name == "constant" else list(standardised)
-        crossed = self.crossed(values, np.multiply) if form.name.endswith("× lambda") else []
-        return np.stack([np.ones(raw.shape[1]), *values, *crossed])
+        """Regressors [P, R'] at raw columns [C, R']: 1, and the columns less their means."""
+        columns = [] if form.name == "constant" else list(raw - self.raw.mean(axis=1)[:, None])
+        return np.stack([np.ones(raw.shape[1]), *columns])
 
     def sample(self, name: str) -> Array:
         """Parameters [1 + S, P] of a form, and of its fits to resampled runs."""
@@ -132,13 +126,9 @@ class FormComparison:
         return form.link(self.sample(name) @ self.design(form, raw))
 
     def slopes(self, name: str) -> pd.DataFrame:
-        """Columns value, low and high of a form's slopes, per unit of ln x or of lambda; `x × lambda` per unit of both,
-        and then the slopes of x and lambda hold at the other's mean."""
-        scale, theta = self.raw.std(axis=1), self.sample(name)
-        names = [*self.against, *self.crossed(self.against, "{} × {}".format)]
-        scales = [*scale, *self.crossed(scale, np.multiply)]
-        slopes = {n: column / unit for n, column, unit in zip(names, theta.T[1:], scales, strict=False)}
-        return interval_table(slopes, self.run_count - theta.shape[1])
+        """Columns value, low and high of a form's slopes, per unit of ln x or of lambda."""
+        theta = self.sample(name)
+        return interval_table(dict(zip(self.against, theta.T[1:], strict=True)), self.run_count - theta.shape[1])
 
     def verdict(self) -> str:
         if self.best == "constant":
@@ -157,11 +147,10 @@ def compare(
     do not vary or vary as one.
     """
     y, penalty = table.numbers(metric, "--metric"), columns.get("lambda") or "lambda"
-    raw = np.stack([table.numbers(name, "--against", positive=name != penalty) for name in against])
-    raw = np.stack([x if name == penalty else np.log(x) for name, x in zip(against, raw, strict=True)])
+    known = pd.DataFrame({name: table.numbers(name, "--against", positive=name != penalty) for name in against})
+    raw = np.stack([x if name == penalty else np.log(x) for name, x in known.items()])
     runs, note = run_index(table, columns)
-    place = list(against).index(penalty) if penalty in against else None
-    found = FormComparison(metric, list(against), raw, place, y, runs, draws, seed, [note])
+    found = FormComparison(metric, known, raw, penalty, y, runs, draws, seed, [note])
     count, folds = found.run_count, min(found.run_count, MAX_FOLDS)
     if count < MIN_RUNS:
         raise Refused(f"{count} runs; expected at least {MIN_RUNS} to compare forms by runs left out; add runs")
@@ -196,8 +185,6 @@ def _misfit(found: FormComparison, form: MetricForm) -> str:
     low, high = found.values.min(), found.values.max()
     if low < form.low or high > form.high or (form.name == "power" and low == 0):
         return f"the metric runs from {low:.4g} to {high:.4g}, the form from {form.low:g} to {form.high:g}"
-    if form.name.endswith("× lambda") and (found.penalty is None or len(found.against) < 2):
-        return "needs lambda and another column in --against"
     parameters = len(found.design(form, found.raw))
     few = found.run_count < 2 * parameters
     return f"{found.run_count} runs for {parameters} parameters; expected at least {2 * parameters}" if few else ""

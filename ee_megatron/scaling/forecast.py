@@ -49,11 +49,8 @@ def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[
 
     A run's noise is the held-out error, added as independent errors are.
     """
-    is_log = (np.arange(len(point)) != comparison.penalty)[:, None]
-    values = np.array(point)[:, None]
-    raw = np.where(is_log, np.log(values, where=is_log, out=np.zeros_like(values)), values)
-    known = pd.DataFrame(np.where(is_log, np.exp(comparison.raw), comparison.raw).T, columns=comparison.against)
     at, found = dict(zip(comparison.against, point, strict=True)), []
+    raw = np.array([[x if name == comparison.penalty else np.log(x)] for name, x in at.items()])
     for name in (comparison.best, *comparison.near):
         form, theta = comparison.fits[name]
         freedom = comparison.run_count - len(theta)
@@ -61,9 +58,8 @@ def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[
         low, high = percentile_interval(np.array(draws), freedom)
         noise = comparison.forms["held_out_rms"][name] * stdtrit(freedom, (1 + LEVEL) / 2)
         run = value + np.array([-np.hypot(value - low, noise), np.hypot(high - value, noise)])
-        found.append(
-            _record(name, at, comparison.metric, value, [low, high, *np.clip(run, form.low, form.high)], known)
-        )
+        ends = [low, high, *np.clip(run, form.low, form.high)]
+        found.append(_record(name, at, comparison.metric, value, ends, comparison.columns))
     if len(found) > 1:
         ends = {end: (min if end.endswith("low") else max)(one[end] for one in found) for end in ENDS}
         found.append({**found[0], "method": "any of these", **ends})
@@ -73,12 +69,14 @@ def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[
 def _record(
     method: str, at: dict[str, float], quantity: str, value: float, ends: Sequence[Any], known: pd.DataFrame
 ) -> Forecast:
-    ranges = {name: (float(known[name].min()), float(known[name].max())) for name in at}
-    # Equal but for rounding is not beyond.
-    outside = [n for n, (low, high) in ranges.items() if not low * (1 - 1e-9) <= at[n] <= high * (1 + 1e-9)]
-    beyond = ", ".join(f"{name} beyond {ranges[name][0]:.3g} to {ranges[name][1]:.3g}" for name in outside)
-    intervals = {end: x if x is None else float(x) for end, x in zip(ENDS, ends, strict=True)}
-    return {"method": method, "at": at, "quantity": quantity, "value": float(value), **intervals, "beyond": beyond}
+    beyond = []
+    for name, x in at.items():
+        low, high = known[name].min(), known[name].max()
+        # Equal but for rounding is not beyond.
+        if not low * (1 - 1e-9) <= x <= high * (1 + 1e-9):
+            beyond.append(f"{name} beyond {low:.3g} to {high:.3g}")
+    intervals = dict(zip(ENDS, ends, strict=True))
+    return {"method": method, "at": at, "quantity": quantity, "value": value, **intervals, "beyond": ", ".join(beyond)}
 
 
 def read_forecast(path: Path) -> dict[str, Any]:

@@ -41,8 +41,7 @@ class RunTable:
         """A column's cells. Raises ValueError that names the nearest column if there is none of this name."""
         if column in self.frame:
             return self.frame[column]
-        folded = {name.lower(): name for name in reversed(self.frame.columns)}
-        near = folded[difflib.get_close_matches(column.lower(), folded, n=1, cutoff=0.0)[0]]
+        near = difflib.get_close_matches(column, self.frame.columns, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"{self.name}: no column {column!r}; the nearest is {near!r} (of {', '.join(self.frame)}); name the right "
             f"one with {option}"

@@ -34,7 +34,7 @@ from ..evaluation.results import Records, compared, on_wide, table, write_result
 from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
 from ..planning.flops import answer_cost
 from ..policy import open_policy, sharpened
-from ..report.numbers import pareto_front
+from ..report.results import pareto_front
 from ..report.tables import choice_tables, controls_table, externalisation_table, wide_table
 from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.sampling import SamplingParams

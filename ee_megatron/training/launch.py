@@ -190,7 +190,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     if not all(stages.is_done(cfg, stage) for stage in stage_order(cfg)):
         pick_device(cfg, ranks(cfg))
     stages.check_given(cfg)
-    from ..report.runs import report_path, report_run
+    from ..report.results import report_path
 
     evaluated = stages.is_done(cfg, "evaluate")
     if not evaluated:
@@ -204,6 +204,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         if code:
             raise SystemExit(code)
     exported = export(cfg)
+    from ..report.page import report_run
+
     page = report_run(cfg)
     if evaluated:
         # Else the stage has just printed it.
@@ -213,7 +215,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
 
 def _report_so_far(cfg: RunConfig) -> None:
     """The report of the stages that are done, if any. Training goes on whatever is wrong with it."""
-    from ..report.runs import report_run
+    from ..report.page import report_run
 
     coming = [stage for stage in stage_order(cfg) if not stages.is_done(cfg, stage)]
     if len(coming) == len(stage_order(cfg)):

@@ -31,14 +31,9 @@ def write_run(root: Path, steps: int = 40, prompts: int = 4) -> dict[str, Path]:
             for s in range(1, steps + 1)
         ]
         (stages[stage] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    clocks = {"seconds_sync": 0.5, "seconds_rollout": 4.0, "seconds_verify": 0.1, "seconds_score": 2.0}
-    clocks |= {
-        "seconds_update": 3.0,
-        "seconds_step": 10.0,
-        "tokens_per_s": 400.0,
-        "tokens_per_s_device/rollout": 1234.0,
-    }
-    clocks |= {"flops_per_s_device/update": 3.21e14, "mfu/update": 0.325}
+    seconds = {"sync": 0.5, "rollout": 4.0, "verify": 0.1, "score": 2.0, "update": 3.0, "step": 10.0}
+    clocks = {f"seconds_{phase}": value for phase, value in seconds.items()}
+    clocks |= {"tokens_per_s_device/rollout": 1234.0, "flops_per_s_device/update": 3.21e14, "mfu/update": 0.325}
     rows = [{"step": s} | {k: v * (3 if s == 1 else 1) for k, v in clocks.items()} for s in range(1, steps + 1)]
     (stages["rl"] / "timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = results(rng, prompts)
@@ -80,13 +75,9 @@ def write_records(stages: dict[str, Path], found: dict, rng: random.Random) -> N
     (stages["rl"] / "samples").mkdir()
     for step in (1, 20, 40):
         tokens = [{"text": p, "depth": rng.choice(DEPTHS), "logprob": -0.3, "exit_logprob": -0.2} for p in PIECES]
-        rollout = {
-            "prompt": "Question: What is 5 x 9?",
-            "reference": "45",
-            "correct": step > 1,
-            "reward": float(step > 1),
-        }
-        kept = {"step": step, "rollouts": [rollout | {"left_out": 0, "tokens": tokens}] * 2}
+        asked = {"prompt": "Question: What is 5 x 9?", "reference": "45"}
+        rollout = asked | {"correct": step > 1, "reward": float(step > 1), "left_out": 0, "tokens": tokens}
+        kept = {"step": step, "rollouts": [rollout] * 2}
         (stages["rl"] / "samples" / f"step_{step}.json").write_text(json.dumps(kept))
 
 
@@ -113,15 +104,9 @@ def results(rng: random.Random, prompts: int) -> dict:
                 tokens.append({"text": piece, "depth": depth, "logprob": -entropy / 3, "exit_logprob": exit_logprob})
                 tokens[-1]["entropy"] = entropy
                 tokens[-1]["readings"] = readings(piece, depth if i else 0, m)
-            answers.append(
-                {
-                    "prompt": f"Question: What is {p + 3} x 8?",
-                    "reference": "24",
-                    "model": model,
-                    "exits": RULES[model][-1],
-                }
-                | {"correct": not (p == 1 and m == 1), "text": "".join(PIECES), "tokens": tokens}
-            )
+            asked = {"id": f"p{p + 3}", "prompt": f"Question: What is {p + 3} x 8?", "reference": "24"}
+            said = {"correct": not (p == 1 and m == 1), "text": "".join(PIECES), "tokens": tokens}
+            answers.append({**asked, "model": model, "exits": RULES[model][-1], **said})
     meta = {"name": "demo: SmolLM2-135M", "num_layers": LAYERS, "exit_depths": DEPTHS, "date": "2026-03-01"}
     meta |= {"command": "ee-megatron run experiment=demo_cpu", "versions": {"torch": "2.13", "megatron-core": "0.16.1"}}
     labels = [label for label in histogram if not label.startswith("teacher")]
@@ -129,28 +114,15 @@ def results(rng: random.Random, prompts: int) -> dict:
     for i, label in enumerate(labels):
         bins = [{"entropy": 0.1 + 0.4 * b, "depth": 18.0 - 1.5 * i + 2.8 * b, "tokens": 387} for b in range(5)]
         correlation[label] = {"spearman": 0.5 - i / 50, "low": 0.3, "high": 0.6, "tokens": 3100, "bins": bins}
-    paired = {
-        label: {
-            "n": 400,
-            "only_teacher": 21,
-            "only_model": 14,
-            "p_value": 0.3105,
-            "difference": -0.0175,
-            "low": -0.03,
-            "high": -0.005,
-            "group_low": -0.041,
-            "group_high": 0.006,
-            "groups": 120,
-        }
-        for label in labels
-    }
+    test = {"n": 400, "only_teacher": 21, "only_model": 14, "p_value": 0.3105, "groups": 120}
+    test |= {"difference": -0.0175, "group_low": -0.041, "group_high": 0.006}
     return {
         "meta": meta | {"threshold_calibrated": 0.9, "threshold_reinforced": 0.9},
         "rows": rows,
         "answers": answers,
         "depth_by_entropy": correlation,
         "exit_histogram": histogram,
-        "paired": paired,
+        "paired": dict.fromkeys(labels, test),
         "compared": {"reinforced, hazard > 0.9": compared()},
         **figures(list(histogram)),
         "controls": controls(),
@@ -198,20 +170,14 @@ def figures(labels: list[str]) -> dict:
         | {"mean_depth": 0.5 + 0.3 * t, "exits": f"hazard > {t}", "front": t != 0.7}
         for t in (0.3, 0.5, 0.7, 0.9)
     ]
+    divergences = {str(d): {"kl": 40 / d**2, "low": 30 / d**2, "high": 50 / d**2} for d in (*DEPTHS, 30)}
+    correlations = {group: estimate(0.5) for group in ("all", "digits", "answer")}
     return {
         "depth": {label: depth if label == labels[0] else {**depth, "flops": estimate(5.2e9, 1e8)} for label in labels},
         "by_task": {label: {"sum": by_task(0.9, 18.0), "word": by_task(0.71, 22.0)} for label in labels},
         "wide": {label: on_wide(label) for label in labels},
-        "kl_by_exit": {
-            label: {
-                str(d): {"kl": 40 / d**2, "low": 30 / d**2, "high": 50 / d**2, "tokens": 500} for d in (*DEPTHS, 30)
-            }
-            for label in policies
-        },
-        "depth_correlations": {
-            label: {"entropy": {g: {**estimate(0.5), "tokens": 900} for g in ("all", "digits", "answer")}}
-            for label in policies
-        },
+        "kl_by_exit": dict.fromkeys(policies, divergences),
+        "depth_correlations": {label: {"entropy": correlations} for label in policies},
         "gates": {"calibrated": gates, "reinforced": gates},
         "pareto": {
             "calibrated": thresholds,
@@ -223,10 +189,8 @@ def figures(labels: list[str]) -> dict:
 def on_wide(label: str) -> dict:
     row = {"n": 959, "accuracy": 0.444, "low": 0.413, "high": 0.476, "mean_depth": 0.612, "length": 21.8}
     counts = {"only_teacher": 92, "only_model": 81, "groups": 439, "p_value": 0.45}
-    test = (
-        {} if label.startswith("teacher") else {"difference": -0.011, "group_low": -0.041, "group_high": 0.02, **counts}
-    )
-    return {"row": row, "paired": test, "by_task": {}}
+    test = {"difference": -0.011, "group_low": -0.041, "group_high": 0.02, **counts}
+    return {"row": row, "paired": {} if label.startswith("teacher") else test, "by_task": {}}
 
 
 def by_task(accuracy: float, depth: float) -> dict:
@@ -265,14 +229,8 @@ def choice() -> dict:
 
 def externalisation(model: int) -> dict:
     fractions = [0.0, 0.25, 0.5, 0.75, 1.0]
-    names = (
-        "chain_necessity",
-        "filler_uplift",
-        "step_necessity",
-        "mistake_sensitivity",
-        "accuracy_with",
-        "accuracy_without",
-    )
+    names = ["chain_necessity", "filler_uplift", "step_necessity", "mistake_sensitivity"]
+    names += ["accuracy_with", "accuracy_without"]
     serial = {"mean": estimate(20, 1), "quantiles": {q: estimate(25, 2) for q in ("0.5", "0.9", "1")}, "tokens": 4000}
     probes = [{"ahead": k, "uplift": [estimate(0.1 / k + d / 200) for d in (*DEPTHS, 30)]} for k in (1, 2)]
     return {

@@ -17,8 +17,8 @@ from ee_megatron.evaluation.choice import ChoiceBench, by_family, cycled
 from ee_megatron.exit_rules import Off
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import initial_policy, save_policy
+from ee_megatron.report.page import report_run
 from ee_megatron.report.results import Results
-from ee_megatron.report.runs import report_run
 from ee_megatron.rollout import LocalPool, SamplingParams
 from ee_megatron.tasks import VerifierPool
 from ee_megatron.tasks.chains import HopsTask

@@ -18,7 +18,7 @@ from ee_megatron.exit_rules import Sample
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.rundir import DONE, RunDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy, save_policy
-from ee_megatron.report.runs import report_run
+from ee_megatron.report.page import report_run
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
 from ee_megatron.tasks import make_task
 from ee_megatron.training.evaluate import evaluate

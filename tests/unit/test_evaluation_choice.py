@@ -13,7 +13,7 @@ from ee_megatron.config.schema import StyleChoice, TaskConfig
 from ee_megatron.evaluation.choice import ChoiceBench, Judged, by_family, choice, cycled, figures
 from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.externalise.study import depth_of_hops
-from ee_megatron.report.tables import choice_tables, corrupted_table, forced_table, free_table
+from ee_megatron.report.tables import choice_tables
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.sweeps.run_metrics import styles_of_answers
 from ee_megatron.tasks.chains import HopsTask
@@ -159,8 +159,7 @@ def whole() -> dict:
 def test_the_tables_show_every_figure() -> None:
     found = whole()
     free, forced, wrong = (
-        [" ".join(line.split()) for line in made.text().splitlines()[2:]]
-        for made in (free_table(found), forced_table(found), corrupted_table(found))
+        [" ".join(line.split()) for line in made.text().splitlines()[2:]] for _, made in choice_tables(found)
     )
     assert free[0] == "start sampled hop1 50.0% 50.0% 0.0% 0.0% 100.0% 3.00 0.556 1.667 0.333"
     assert [line[:23] for line in free[2:]] == ["reinforced fixed 3 hop1", "reinforced fixed 3 hop3"]

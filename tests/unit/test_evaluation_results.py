@@ -25,7 +25,7 @@ from ee_megatron.evaluation.results import (
 )
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import answer_cost, gate, prefill_cost
-from ee_megatron.report.numbers import pareto_front
+from ee_megatron.report.results import pareto_front
 from ee_megatron.statistics import wilson_interval
 from ee_megatron.tasks import Verdict
 from ee_megatron.types import Prompt, Rollout

@@ -7,18 +7,29 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from matplotlib import rc_context
 from report_samples import PIECES, RULES, write_run
 
 from ee_megatron.report.answers import differences, embedded
-from ee_megatron.report.inputs import Inputs, ReportRun, StageData, read_inputs
+from ee_megatron.report.figures import (
+    ACCURACY,
+    SERIES,
+    STYLE,
+    ChartLine,
+    Point,
+    figure,
+    figure_png,
+    figure_svg,
+    ink,
+    line_chart,
+    luminance,
+    scale,
+)
+from ee_megatron.report.inputs import ReportRun, read_inputs
 from ee_megatron.report.page import verdict, write_report
-from ee_megatron.report.plotting import DARK, LIGHT, SERIES, figure, figure_png, figure_svg, ink, luminance, scale
-from ee_megatron.report.results import Results
-from ee_megatron.statistics import welch_interval
 from tests.snapshot import assert_as_stored, page_text
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\x01$\\frac{'
@@ -118,8 +129,7 @@ def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(stages, t
     assert "0.640" in page.text and page.text.count("teacher: config.yaml") == 1
     assert "rl, lambda_exit=0.5: config.yaml" in page.text
     assert (tmp_path / "plots" / "front_runs.png").is_file() and (tmp_path / "plots" / "controls_1.png").is_file()
-    reward = next(a["aria-label"] for a in page.of("svg") if a["aria-label"].startswith("reward"))
-    assert "lambda_exit=0 from" in reward and "lambda_exit=0.5 from" in reward
+    assert [a["aria-label"] for a in page.of("svg")].count("reward over steps") == 1, "one chart for both"
     edit(two, lambda data: data["meta"].update(num_layers=12))
     with pytest.raises(ValueError, match="layers"):
         write_report(runs, tmp_path / "none.html")
@@ -131,7 +141,6 @@ def test_answers_stand_by_prompt_a_column_for_each_model(stages):
 
     def change(data):
         data["answers"] += [{**a, "exits": "sampled"} for a in data["answers"] if a["model"] == "reinforced"]
-        data["answers"].reverse()
         for answer in data["answers"]:
             answer["prompt"] = answer["prompt"].replace("Question: What is 3 x 8?", long)
 
@@ -201,45 +210,15 @@ def test_missing_and_damaged_files_are_named_and_the_rest_is_shown(stages, tmp_p
     assert not (tmp_path / "other.html").exists()
 
 
-def test_rows_without_optional_figures_and_answers_without_tokens_are_shown(stages):
-    def strip(data):
-        data["rows"] = [{"model": "teacher", "exits": "off", "accuracy": 0.5}, {"model": "other", "mean_depth": None}]
-        data["answers"] = [{"prompt": "p", "model": "teacher", "correct": True, "text": "plain answer", "tokens": []}]
-        for part in ("meta", "depth_by_entropy", "exit_histogram", "paired"):
-            del data[part]
-
-    edit(stages, strip)
-    text = Page(stages).text
-    assert "50.0%" in text and "plain answer" in text and "exit_histogram" in text
-
-
-def changes(accuracy: list[float], depth: list[float], **more: Any) -> list[dict[str, str]]:
-    """The verdict's rows by head."""
-    found = {
-        key: dict(zip(("value", "low", "high"), v, strict=True))
-        for key, v in (("accuracy", accuracy), ("depth", depth))
-    }
-    rows = [{"model": "reinforced", "exits": exits, "n": 400, "tokens_per_s": speed} for exits, speed in
-            (("full depth", 500.0), ("hazard > 0.8", 400.0))]  # fmt: skip
-    against = {"against": "calibrated, hazard > 0.5", "n": 400, "p_value": 0.03}
-    results = Results(rows=rows, compared={"reinforced, hazard > 0.8": {**against, **found}})
-    table = verdict(Inputs([StageData("rl", Path("rl"), **more)], results))
-    return [dict(zip(table.heads, row, strict=True)) for row in table.rows]
-
-
 def test_the_verdict_gives_effect_interval_and_whether_it_differs_from_none():
-    accuracy, depth, speed = changes([-0.027, -0.05, -0.004], [0.006, -0.004, 0.016])
+    changes = {"accuracy": (-0.027, -0.05, -0.004), "depth": (0.006, -0.004, 0.016), "length": (1.0, None, None)}
+    found = {key: dict(zip(("value", "low", "high"), change, strict=True)) for key, change in changes.items()}
+    table = verdict({"reinforced, hazard > 0.8": {"against": "calibrated", "n": 400, "p_value": 0.03, **found}})
+    accuracy, depth, total, length = (dict(zip(table.heads, row, strict=True)) for row in table.rows)
     assert (accuracy["effect"], accuracy["95 % interval"], accuracy["status"]) == ("-2.7%", "[-5.0%, -0.4%]", "lower")
-    assert (accuracy["n"], accuracy["p"], accuracy["against"]) == ("400", "0.03", "calibrated, hazard > 0.5")
-    assert (depth["effect"], depth["status"]) == ("+0.006", "no measurable effect")
-    assert speed["effect"] == "0.80×" and speed["95 % interval"] == "–"
-    rising = [(s, 0.77 + 0.001 * s + 0.0001 * (s % 2)) for s in range(1, 21)]
-    *_, training = changes([0.02, 0.01, 0.03], [math.nan] * 3, curves={"mean_depth": rising})
-    assert training["status"] == "higher" and "RL" in training[""]
-    assert verdict(Inputs()).rows == []
-    # Equal variances and sizes: Welch's is Student's, t(0.975, 8) = 2.306004.
-    half = 2.306004 * (2 * 2.5 / 5) ** 0.5
-    assert welch_interval([1, 2, 3, 4, 5], [2, 3, 4, 5, 6]) == pytest.approx((1.0, 1.0 - half, 1.0 + half), abs=1e-5)
+    assert (accuracy["n"], accuracy["p"], accuracy["against"]) == ("400", "0.03", "calibrated")
+    assert (depth["effect"], depth["status"], depth["p"]) == ("+0.006", "no measurable effect", "–")
+    assert total["effect"] == "–" and (length["effect"], length["status"]) == ("+1.0", "no interval")
 
 
 def test_answers_are_paired_by_problem_and_long_ones_lose_their_middle(stages):
@@ -248,7 +227,11 @@ def test_answers_are_paired_by_problem_and_long_ones_lose_their_middle(stages):
     assert found is not None and (found["count"], found["cut"]) == (35, 0)
     assert (found["first"], found["second"]) == ("calibrated, hazard > 0.9", "reinforced, hazard > 0.9")
     long = {"correct": True, "pieces": [f"w{i}" for i in range(5000)], "depths": [10] * 5000}
-    problem = {"prompt": "p", "answers": {found["first"]: long, found["second"]: {**long, "correct": False}}}
+    problem = {
+        "prompt": "p",
+        "reference": "",
+        "answers": {found["first"]: long, found["second"]: {**long, "correct": False}},
+    }
     cut = differences(inputs.results, [problem])
     assert cut is not None and cut["cut"] == 400
     right, tokens, depth, pieces, places, gap = json.loads(cut["data"])["problems"][0][2][0]
@@ -257,29 +240,34 @@ def test_answers_are_paired_by_problem_and_long_ones_lose_their_middle(stages):
     assert differences(inputs.results, [{"prompt": "p", "answers": {found["first"]: long}}]) is None
 
 
-def test_a_figure_follows_the_mode_keeps_its_text_and_survives_hostile_labels():
+def test_a_figure_keeps_its_text_and_survives_hostile_labels():
     def drawn() -> tuple[str, bytes]:
-        made, (axes,) = figure()
-        (line,) = axes.plot([1, 100], [1e-3, 10], "o-", color=SERIES[1], label=EVIL)
-        axes.set(xlabel=EVIL, title="plain title", yscale="log", xscale="log")
-        axes.legend()
-        svg = figure_svg(made, EVIL, {line: ["first", EVIL]})
-        return svg, figure_png(made)
+        with rc_context(STYLE):
+            made, (axes,) = figure()
+            (line,) = axes.plot([1, 100], [1e-3, 10], "o-", color=SERIES[1], label=EVIL)
+            axes.set(xlabel=EVIL, title="plain title")
+            axes.legend()
+            return figure_svg(made, EVIL, {line: ["first", EVIL]}), figure_png(made)
 
     svg, png = drawn()
     assert (svg, png) == drawn(), "the same bytes"
-    assert (
-        png[:4] == b"\x89PNG" and ">plain title</text>" in svg and ">0.001</text>" in svg and "mathdefault" not in svg
-    )
-    assert f"var(--c{SERIES[1][1:]}, {SERIES[1]})" in svg and "prefers-color-scheme:dark" in svg
+    assert png[:4] == b"\x89PNG" and ">plain title</text>" in svg
     assert svg.count('data-tip="') == 2 and "\x01" not in svg and "<script" not in svg and "http" not in svg
 
 
-@pytest.mark.parametrize("stops", [LIGHT, DARK])
-def test_the_depth_scale_is_ordered_by_lightness_and_its_text_is_legible(stops):
+@pytest.mark.filterwarnings("error")
+def test_values_of_a_wide_range_get_a_logarithmic_axis_though_their_intervals_reach_zero():
+    points = [Point(0, 0.001, -0.01, 0.01), Point(1, 1.0, 0.5, 2.0)]
+    with rc_context(STYLE):
+        (chart,) = line_chart("n", "title", [ChartLine("a", 0, points)], "x", "y")
+        (shares,) = line_chart("n", "title", [ChartLine("a", 0, [Point(0, 0.5), Point(1, 0.75)])], "x", ACCURACY)
+    assert ">0.001</text>" in chart.svg and ">70%</text>" in shares.svg
+
+
+def test_the_depth_scale_is_ordered_by_lightness_and_its_text_is_legible():
     for count in (2, 6, 31):
-        levels = [luminance(c) for c in scale(count, stops)]
-        assert levels == sorted(levels, reverse=stops is LIGHT) and len(set(levels)) == count
-        for colour in scale(count, stops):
+        levels = [luminance(c) for c in scale(count)]
+        assert levels == sorted(levels, reverse=True) and len(set(levels)) == count
+        for colour in scale(count):
             high, low = sorted((luminance(colour), luminance(ink(colour))), reverse=True)
             assert (high + 0.05) / (low + 0.05) >= 4.5

@@ -16,7 +16,8 @@ from ee_megatron.config.command import settings_of
 from ee_megatron.config.identity import STAGES, stage_dir, to_yaml
 from ee_megatron.config.load import load, read_saved
 from ee_megatron.observe.rundir import DONE
-from ee_megatron.report.runs import report_directories, report_path, report_run
+from ee_megatron.report.page import report_directories, report_run
+from ee_megatron.report.results import report_path
 from ee_megatron.training import launch
 from tests.integration.report_samples import write_run
 
@@ -131,14 +132,7 @@ def test_a_run_that_was_saved_under_older_names_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        ["experiment=demo_cpu"],
-        [
-            "experiment=demo_cpu",
-            "rl.depth_penalty.weight=0.3",
-            "name=x1",
-            "calibrate.adapter_lr=7e-4",
-            "exits.depths=[5,10]",
-        ],
+        ["experiment=demo_cpu", "rl.depth_penalty.weight=0.3", "name=x1", "exits.depths=[5,10]"],
         ["experiment=rl_7b", "model.path=no/such model", "name='007'", "rl.depth_penalty.target.margin=2"],
         ["experiment=smollm2", 'rollout.stop=["a,b", "\n", "c\\"d", "e f=[g]"]', "evaluate.controls=true"],
     ],

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from ee_megatron.observe.rundir import write_atomic
-from ee_megatron.report.numbers import number
-from ee_megatron.report.template import render, style
+from ee_megatron.report.page import render, style
+from ee_megatron.report.tables import number
 
 ROOT = Path(__file__).parents[2]
 # The whole model, the small one twice, its export, checkpoints; and what is left to spare.

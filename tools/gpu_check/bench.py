@@ -25,7 +25,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.devices import Device, Reach
 from ee_megatron.planning.plan import Assumptions, make_plan, published_config
 from ee_megatron.policy import PolicySpec
-from ee_megatron.report.numbers import strict_json
+from ee_megatron.report.results import strict_json
 from ee_megatron.rollout import Decoder
 
 if TYPE_CHECKING:

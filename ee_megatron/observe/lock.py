@@ -11,8 +11,8 @@ import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
@@ -80,9 +80,7 @@ class RunLock:
             self._token = uuid.uuid4().hex
             pid = os.getpid()
             record = {"host": socket.gethostname(), "pid": pid, "start": process_start(pid), "token": self._token}
-            job = _own_job()
-            slurm = {"job": job.number, "restart": job.restart, "cluster": job.cluster}
-            self.path.write_text(json.dumps({**record, **slurm, "pid_namespace": pid_namespace()}))
+            self.path.write_text(json.dumps({**record, **_own_job(), "pid_namespace": pid_namespace()}))
 
     def is_held(self) -> bool:
         """Whether another process that is alive holds it, as far as can be known here. Nothing is changed."""
@@ -110,37 +108,28 @@ class RunLock:
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
+        """Where the file system has no flock (NFS or Lustre mounted without), by a file beside the lock that only one
+        process can create. It is there for a moment only; one killed in that moment on another machine leaves it."""
         # Preserved: filelock neither unlinks the file nor writes into it.
-        guard: BaseFileLock = FileLock(
-            self.path, GUARD_DEADLINE_S, mode=0o644, poll_interval=0.02, preserve_lock_file=True
-        )
-        try:
-            guard.acquire()
-        except Timeout:
-            raise RuntimeError(f"{self.path}: another process has kept it busy for {GUARD_DEADLINE_S:g} s") from None
-        except OSError as error:
-            if error.errno not in NO_FLOCK:
-                raise
-            guard = self._without_flock(error)
+        flock = FileLock(self.path, GUARD_DEADLINE_S, mode=0o644, poll_interval=0.02, preserve_lock_file=True)
+        marker = SoftFileLock(f"{self.path}.guard", GUARD_DEADLINE_S, poll_interval=0.02)
+        guard: BaseFileLock
+        for guard in (flock, marker):
+            try:
+                guard.acquire()
+                break
+            except Timeout:
+                raise RuntimeError(
+                    f"{guard.lock_file}: kept busy for {GUARD_DEADLINE_S:g} s; delete it if no process is at work in "
+                    "this directory"
+                ) from None
+            except OSError as error:
+                if guard is marker or error.errno not in NO_FLOCK:
+                    raise
         try:
             yield
         finally:
             guard.release()
-
-    def _without_flock(self, error: OSError) -> BaseFileLock:
-        """Where the file system has no flock (NFS or Lustre mounted without): a file beside the lock that only one
-        process can create. It is there for a moment only; a process killed in that moment on another machine leaves it,
-        and then somebody has to delete it."""
-        marker = self.path.with_name(f"{self.path.name}.guard")
-        guard = SoftFileLock(marker, GUARD_DEADLINE_S, poll_interval=0.02)
-        try:
-            guard.acquire()
-        except Timeout:
-            raise RuntimeError(
-                f"{marker}: there for {GUARD_DEADLINE_S:g} s (this file system has no flock: {error.strerror}); delete "
-                "it if no process is at work in this directory"
-            ) from None
-        return guard
 
 
 def _hidden(holder: dict) -> bool:
@@ -153,43 +142,38 @@ def _alive(holder: dict, ours: bool) -> bool:
     if not holder:
         return False
     if holder.get("host") != socket.gethostname() or _hidden(holder):
-        job, here = _Job(str(holder.get("job", "")), holder.get("restart", 0), holder.get("cluster", "")), _own_job()
-        if here.number and job.number == here.number and job.restart < here.restart:
+        here = _own_job()
+        if here["job"] and holder.get("job") == here["job"] and holder.get("restart", 0) < here["restart"]:
             return False
-        return not (ours and _has_ended(job))
+        return not (ours and _has_ended(holder))
     pid = int(holder.get("pid", -1))
     start = process_start(pid) if pid > 0 else None
     return start is not None and start == holder.get("start") and pid != os.getpid()
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One start of a Slurm job: its number, how often it had been requeued, its cluster's name. Number "": no job."""
-
-    number: str = ""
-    restart: int = 0
-    cluster: str = ""
-
-
-def _own_job() -> _Job:
-    """This process's."""
+def _own_job() -> dict[str, Any]:
+    """This start of a Slurm job, as its locks record it: number ("" for none), how often it was requeued, cluster."""
     e = os.environ
-    restart = int(e.get("SLURM_RESTART_COUNT") or 0)
-    return _Job(e.get("SLURM_JOB_ID", ""), restart, e.get("SLURM_CLUSTER_NAME", ""))
+    return {
+        "job": e.get("SLURM_JOB_ID", ""),
+        "restart": int(e.get("SLURM_RESTART_COUNT") or 0),
+        "cluster": e.get("SLURM_CLUSTER_NAME", ""),
+    }
 
 
-def _has_ended(job: _Job) -> bool:
-    """Whether that start of the job is over, by what Slurm says. False where nobody can say: no job or cluster known,
-    no Slurm here or another cluster's, no answer."""
-    if not (job.number and job.cluster) or job.cluster != (_own_job().cluster or _cluster_here()):
+def _has_ended(holder: dict) -> bool:
+    """Whether the holder's start of its job is over, by what Slurm says. False where nobody can say: no job or cluster
+    known, no Slurm here or another cluster's, no answer."""
+    number, cluster = holder.get("job"), holder.get("cluster")
+    if not (number and cluster) or cluster != (_own_job()["cluster"] or _cluster_here()):
         return False
-    code, said = _scontrol("show", "job", "--oneliner", job.number)
+    code, said = _scontrol("show", "job", "--oneliner", str(number))
     if code:
         return "Invalid job id" in said
     state, restarts = re.search(r"\bJobState=(\w+)", said), re.search(r"\bRestarts=(\d+)", said)
     if state is None or restarts is None:
         return False
-    return state[1] not in AT_WORK or int(restarts[1]) > job.restart
+    return state[1] not in AT_WORK or int(restarts[1]) > holder.get("restart", 0)
 
 
 def _cluster_here() -> str:

@@ -165,7 +165,15 @@ def _start_tracker(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, A
     if tracking.wandb not in WANDB_MODES:
         raise ValueError(f"tracker.wandb: {tracking.wandb!r} is none of {', '.join(WANDB_MODES)}; choose one of them")
     try:
-        return _wandb(run_dir, tracking, rows)
+        mode = wandb_mode(tracking.wandb, os.environ)
+        if mode == "online":
+            try:
+                return _wandb_run(run_dir, tracking, mode)
+            except Exception as error:
+                said = " ".join(str(error).split())
+                logger.warning("wandb: no run online (%s); it is written offline, `wandb sync` sends it later", said)
+                _forget_wandb()
+        return None if mode == "disabled" else _offline(run_dir, tracking, rows)
     except Exception as error:
         logger.warning("wandb is not used: %s: %s", type(error).__name__, error)
         return None
@@ -181,20 +189,6 @@ def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
     if asked and asked not in SPOKEN:
         raise ValueError(f"WANDB_MODE={asked}: expected online, offline or disabled")
     return SPOKEN.get(asked) or ("online" if environment.get("WANDB_API_KEY") else "offline")
-
-
-def _wandb(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]]) -> Any:
-    mode = wandb_mode(tracking.wandb, os.environ)
-    if mode == "disabled":
-        return None
-    if mode == "online":
-        try:
-            return _wandb_run(run_dir, tracking, mode)
-        except Exception as error:
-            said = " ".join(str(error).split())
-            logger.warning("wandb: no run online (%s); it is written offline, `wandb sync` sends it later", said)
-            _forget_wandb()
-    return _offline(run_dir, tracking, rows)
 
 
 def _forget_wandb() -> None:

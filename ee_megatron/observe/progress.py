@@ -38,16 +38,13 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stage, self.total, self.done, self.enabled = stage, total, done, enabled
-        self._stream = stream or sys.stdout
-        self._interval, self._clock = interval, clock
-        self._first = done
-        self._written: int | None = None
+        self._stream, self._interval, self._clock = stream or sys.stdout, interval, clock
+        self._first, self._written = done, -1
         self._start = self._last_line = clock()
         self._values: dict[str, float] = {}
         self._detail = ""
-        # Name, count and time of the first sign of what the step is busy with, and the last count.
-        self._busy: tuple[str, int, float] | None = None
-        self._busy_done = 0
+        # What the step is busy with: name, count and time of its first sign, last count.
+        self._busy = "", 0, 0.0, 0
         self._rich: RichProgress | None = None
         self._task = TaskID(0)
 
@@ -67,41 +64,36 @@ class Progress:
         """`steps` more are done; `values` (reward, accuracy, depth, loss, …) replace the figures of the same name."""
         self.done += steps
         self._values.update({name: float(value) for name, value in values.items()})
-        self._detail, self._busy = "", None
+        self._detail, self._busy = "", ("", 0, 0.0, 0)
         self._show()
 
     def detail(self, name: str, done: int, total: int) -> None:
         """What the step in progress is busy with, and for how long still; gone at the next `advance`. What begins anew,
         by name or by count, is extrapolated anew."""
-        now = self._clock()
-        if self._busy is None or self._busy[0] != name or done < self._busy_done:
-            self._busy = name, done, now
-        _, first, since = self._busy
-        self._busy_done = done
-        self._detail = f"{name} {done:,}/{total:,}"
-        if first < done < total:
-            self._detail += f", {duration((now - since) / (done - first) * (total - done))} left"
+        before, first, since, last = self._busy
+        if before != name or done < last:
+            first, since = done, self._clock()
+        self._busy = name, first, since, done
+        left = self._left(done, total, first, since)
+        self._detail = f"{name} {done:,}/{total:,}{left and f', {left}'}"
         self._show()
 
     def _fields(self) -> dict[str, Any]:
-        return {"figures": self._figures(), "left": self._left(), "detail": self._detail}
+        figures = "  ".join(f"{n} {v:.1%}" if n in PERCENT else f"{n} {v:.3g}" for n, v in self._values.items())
+        left = self._left(self.done, self.total, self._first, self._start)
+        return {"figures": figures, "left": left, "detail": self._detail}
 
-    def _figures(self) -> str:
-        return "  ".join(
-            f"{name} {value:.1%}" if name in PERCENT else f"{name} {value:.3g}" for name, value in self._values.items()
-        )
-
-    def _left(self) -> str:
-        new = self.done - self._first
-        if new <= 0 or self.done >= self.total:
+    def _left(self, done: int, total: int, first: int, since: float) -> str:
+        """The time that the rest takes, by the pace since the `first`."""
+        if not first < done < total:
             return ""
-        seconds = (self._clock() - self._start) / new * (self.total - self.done)
-        return f"{duration(seconds)} left"
+        return f"{duration((self._clock() - since) / (done - first) * (total - done))} left"
 
     def line(self) -> str:
         """The plain form: stage step/total, figures, elapsed, time left, detail."""
-        parts = [f"{self.stage} {self.done}/{self.total}", self._figures(), duration(self._clock() - self._start)]
-        return "  ".join(part for part in (*parts, self._left(), self._detail) if part)
+        fields, elapsed = self._fields(), duration(self._clock() - self._start)
+        parts = f"{self.stage} {self.done}/{self.total}", fields["figures"], elapsed, fields["left"], fields["detail"]
+        return "  ".join(part for part in parts if part)
 
     def _show(self) -> None:
         if not self.enabled:

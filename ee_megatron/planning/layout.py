@@ -90,11 +90,6 @@ class Parameters:
     adapters: int
     gates: int
 
-    @property
-    def total(self) -> int:
-        """Parameters on the rank."""
-        return self.base + self.copy + self.adapters + self.gates
-
     def trained(self, full: bool) -> int:
         """Parameters with a gradient; full: the base's too."""
         return self.adapters + self.gates + (self.base + self.copy if full else 0)

@@ -148,7 +148,7 @@ def _slurm_options(given: Sequence[str]) -> dict[str, str]:
 
 def _look(command: str, *arguments: str) -> int:
     parser = Parser(prog=f"ee-megatron sweep {command}", description="by name or directory")
-    parser.add_argument("name", metavar="NAME", help="the runs' name, NAME/sweep-<hash>, or a sweep's directory")
+    parser.add_argument("name", metavar="NAME", help="the runs' name, or a sweep's directory")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are (default: runs)")
     parser.add_argument("--last", default="", choices=list(STAGES), help="of several sweeps, the one up to this stage")
     if command == "collect":

@@ -83,21 +83,20 @@ class IsoFlop:
 
 @dataclass
 class Grid:
-    """`fixed` settings (by key, whole) are every point's. An axis is a list of entries, each a setting or several that
-    change together (zip); a point takes one entry of each axis, the last axis running fastest."""
+    """`fixed` settings are every point's. An axis is a list of entries, each a setting or several that change together
+    (zip); a point takes one entry of each axis, the last axis running fastest."""
 
-    fixed: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, Value] = field(default_factory=dict)
     axes: list[list[dict[str, Value]]] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
         return [key for axis in self.axes for key in axis[0]]
 
-    def add(self, text: str, axis: bool = False) -> None:
-        """One setting; of two with one value the later one counts. `axis`: also one value makes an axis. Raises
-        ValueError: not a setting, an axis that can't be one, an axis and something else of the same key."""
+    def add(self, text: str) -> None:
+        """One setting; of two with one value the later one counts. Raises ValueError: not a setting, an axis that can't
+        be one, an axis and something else of the same key."""
         key, values, several = parse(text)
-        several = several or axis
         if key in self.keys or (several and key in self.fixed):
             raise ValueError(f"{key}: given twice; give all its values in one setting, {key}=a,b,c")
         if several and key in FIXED_ONLY:
@@ -106,7 +105,7 @@ class Grid:
             self.axes.append([{key: value} for value in values])
         else:
             self.fixed.pop(key, None)
-            self.fixed[key] = text
+            self.fixed[key] = values[0]
 
     def zip(self, keys: Sequence[str]) -> None:
         """Make these axes run together, in the place of the first. Raises ValueError."""
@@ -129,30 +128,27 @@ class Grid:
             raise ValueError(f"{size} points: expected at most {MOST_POINTS}; take fewer values of an axis")
         return [_merged(entries) for entries in itertools.product(*self.axes)]
 
-    def overrides(self, point: Mapping[str, Value]) -> list[str]:
+    def overrides(self, point: dict[str, Value]) -> list[str]:
         """The point as settings that `config.load` takes, `seed` spelt out, without those of a budget."""
-        settings = [*self.fixed.values(), *(f"{key}={value.text}" for key, value in point.items())]
-        parts = [text.partition("=") for text in settings]
-        own = [(SEEDS if key == SEED else (key,), value) for key, _, value in parts if key not in self._of_budget]
-        return [f"{name}={value}" for names, value in own for name in names]
+        settings = {key: value for key, value in (self.fixed | point).items() if not self._of_budget(key)}
+        names = {key: SEEDS if key == SEED else (key,) for key in settings}
+        return [f"{name}={value.text}" for key, value in settings.items() for name in names[key]]
 
-    @property
-    def _of_budget(self) -> list[str]:
-        """The keys that say what a budget is and buys; none without one."""
-        keys = [*self.fixed, *self.keys]
-        return [key for key in keys if key == BUDGET or key.startswith(ISOFLOP)] if BUDGET in keys else []
+    def _of_budget(self, key: str) -> bool:
+        """Whether a setting says what the grid's budget is or buys."""
+        return key == BUDGET or (key.startswith(ISOFLOP) and BUDGET in (*self.fixed, *self.keys))
 
-    def budget(self, point: Mapping[str, Value]) -> IsoFlop | None:
+    def budget(self, point: dict[str, Value]) -> IsoFlop | None:
         """The point's budget, if it has one. Raises ValueError for a wrong one, and beside a value of what it buys."""
-        values = {key: point[key] if key in point else parse(self.fixed[key])[1][0] for key in self._of_budget}
-        if not values:
+        values = self.fixed | point
+        if BUDGET not in values:
             return None
-        given = {key.removeprefix(ISOFLOP): value.plain for key, value in values.items()}
+        given = {key.removeprefix(ISOFLOP): value.plain for key, value in values.items() if self._of_budget(key)}
         try:
             found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), given))
         except OmegaConfBaseException as error:
             raise ValueError(f"budget, isoflop: {str(error).splitlines()[0]}") from None
-        if found.set in (*self.fixed, *self.keys):
+        if found.set in values:
             raise ValueError(f"{found.set}: follows from budget; leave one of them out")
         return found
 
@@ -229,30 +225,30 @@ def read_file(path: Path, given: Collection[str] = ()) -> Grid:
     try:
         found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
         fixed = found.settings | {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
-        for key, value in fixed.items():
+        texts = {key: f"{key}={_text(key, value)}" for key, value in fixed.items()}
+        for key, text in [*texts.items(), *((key, _axis(key, values)) for key, values in found.axes.items())]:
             if key not in given:
-                grid.add(f"{key}={_text(key, value)}")
-        for key, values in found.axes.items():
-            if key not in given:
-                _add_axis(grid, key, values)
+                grid.add(text)
         for table in found.zip:
             if wrong := [row for row in table.rows if len(row) != len(table.keys)]:
                 raise ValueError(f"zip: expected {len(table.keys)} values in every row, found {wrong[0]}")
             if both := [key for key in table.keys if key in given]:
                 raise ValueError(f"{both[0]}: zipped in this file ({', '.join(table.keys)}); change it here")
             for index, key in enumerate(table.keys):
-                _add_axis(grid, key, [row[index] for row in table.rows])
+                grid.add(_axis(key, [row[index] for row in table.rows]))
             grid.zip(table.keys)
     except (ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return grid
 
 
-def _add_axis(grid: Grid, key: str, values: Any) -> None:
-    """`values`: a list, or text as on the command line."""
-    if not isinstance(values, list | str) or not values:
+def _axis(key: str, values: Any) -> str:
+    """An axis as a setting; `values`: a list, or text as on the command line. Raises ValueError."""
+    if isinstance(values, str):
+        return f"{key}={values}"
+    if not isinstance(values, list) or not values:
         raise ValueError(f"{key}: expected a list of values or text such as range(0,4), found {values!r}")
-    grid.add(f"{key}={values if isinstance(values, str) else ','.join(_text(key, v) for v in values)}", axis=True)
+    return f"{key}=choice({','.join(_text(key, value) for value in values)})"
 
 
 def _text(key: str, value: Any) -> str:

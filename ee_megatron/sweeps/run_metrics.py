@@ -20,7 +20,7 @@ from ..observe.metrics import read_metrics
 from ..observe.rundir import write_atomic
 from ..planning.flops import pretrain_flops
 from ..planning.layout import Layout, rank_parameters
-from .sweep import FAILED, FINISHED, Sweep, SweepRun, read_spent
+from .sweep import FAILED, FINISHED, Sweep, SweepRun
 
 EVALUATED = {
     "exits": "exits", "accuracy": "accuracy", "accuracy_low": "low", "accuracy_high": "high", "answers": "n",
@@ -32,8 +32,6 @@ REINFORCED = {
 }  # fmt: skip
 """Columns of the table and what they are called in results.json and metrics.jsonl."""
 FLOPS = {"flops_rollouts": "flops/rollout", "flops_scoring": "flops/score", "flops_update": "flops/update"}
-CHOSEN = ("correct", "length", "mean_depth", "total_depth", "max_depth")
-"""Of free answers in results.json's part "choice"; columns have the family behind the name, as in correct_hop3."""
 TAIL = 0.25
 """Share of the RL steps, the last ones, that `reward` and its like are means of."""
 
@@ -52,16 +50,11 @@ def figures_of(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     if "pretrain" in stages:
         row |= pretrained(json.loads((stages["pretrain"] / "pretrain.json").read_text()), cfg, dims)
     if "evaluate" in stages:
-        results = json.loads((stages["evaluate"] / "results.json").read_text())
-        row |= evaluated(results) | styles_of_answers(results.get("choice") or {}, bool(cfg.rl.fixed_depth))
+        row |= evaluated(json.loads((stages["evaluate"] / "results.json").read_text()))
     if "rl" in stages:
         row |= reinforced(read_metrics(stages["rl"] / "metrics.jsonl"))
-    return row | parameters(dims, one_rank(cfg, dims)) | spent(stages)
-
-
-def one_rank(cfg: RunConfig, dims: ModelDims) -> Layout:
-    """The run's model and policy as a single rank would hold them, with the exits of the real layout."""
-    return Layout.of(cfg, dims).on_one_rank()
+    # As a single rank would hold them, with the exits of the real layout.
+    return row | parameters(dims, Layout.of(cfg, dims).on_one_rank())
 
 
 def imported(figures: Mapping[str, int]) -> dict[str, Any]:
@@ -99,23 +92,6 @@ def evaluated(results: Mapping[str, Any]) -> dict[str, Any]:
     return figures | ({"flops_answer": flops["value"]} if flops else {})
 
 
-def styles_of_answers(choice: Mapping[str, Any], one_depth: bool) -> dict[str, Any]:
-    """With evaluate.style_choice.models, by family: the last model's free answers, and how often it is
-    right and how many layers the deepest token takes when it is given a style. one_depth: of an RL run held to one
-    depth, where depths say nothing about a style."""
-    models = [model["families"] for model in choice.get("models", {}).values()]
-    columns: dict[str, Any] = {}
-    for family, entry in (models[-1] if models else {}).items():
-        columns |= {f"share_{style}_{family}": share for style, share in entry["free"]["share"].items()}
-        columns |= {f"{name}_{family}": entry["free"][name] for name in CHOSEN}
-        for style, given in (entry.get("forced") or {}).items():
-            columns[f"right_{style}_{family}"] = given.get("correct")
-            depth = given.get("max_depth")
-            if not one_depth:
-                columns[f"layers_{style}_{family}"] = None if depth is None else choice["num_layers"] * depth
-    return columns
-
-
 def reinforced(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Tokens trained on, the reward at the end, FLOPs of all steps by phase."""
     if not rows:
@@ -141,17 +117,6 @@ def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
         "parameters_gates": count.gates,
         "parameters_trained": count.trained(layout.spec.full),
     }
-
-
-def spent(stages: Mapping[str, Path]) -> dict[str, float | None]:
-    """Wall-clock and device seconds of RL, and of all stages; None where a stage was made outside a sweep."""
-    columns: dict[str, float | None] = {}
-    for kind in ("seconds", "device_seconds"):
-        values = {stage: read_spent(path).get(kind) for stage, path in stages.items()}
-        known = [value for value in values.values() if value is not None]
-        columns[f"{kind}_rl"] = values.get("rl")
-        columns[f"{kind}_all_stages"] = round(sum(known), 3) if known and len(known) == len(values) else None
-    return columns
 
 
 # ---- the table of a sweep ----

@@ -82,15 +82,12 @@ def submit(
     for _, level in itertools.groupby(tasks, key=lambda task: task.level):
         every = list(level)
         pieces = [every[start : start + largest] for start in range(0, len(every), largest)]
-        before = ""
         for piece in pieces:
             needed = {each.key for task in piece for each in sweep.chain(task)[:-1]}
-            waits = {job.split("_")[0] for key, job in {**earlier, **jobs}.items() if key in needed}
-            # Arrays run at most `parallel` together; where that is less than one each, one after another.
-            after = sorted(waits | ({before} if before and parallel < len(pieces) else set()))
-            share, dependency = max(1, parallel // len(pieces)), ":".join(["afterany", *after]) if after else ""
+            waits = sorted({job.split("_")[0] for key, job in {**earlier, **jobs}.items() if key in needed})
+            dependency = ":".join(["afterany", *waits]) if waits else ""
             asked = sbatch_options(piece, options)
-            executor = make_executor(sweep, asked, share, requeues, dependency)
+            executor = make_executor(sweep, asked, max(1, parallel // len(pieces)), requeues, dependency)
             try:
                 with executor.batch():
                     submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in piece]
@@ -98,9 +95,8 @@ def submit(
                 raise RuntimeError(f"sbatch refused the sweep's job: {' '.join(str(error).split())}") from None
             jobs |= {task.key: job.job_id for task, job in zip(piece, submitted, strict=True)}
             sweep.note_submitted(jobs)
-            before = submitted[0].job_id.split("_")[0]
             what = f"{len(piece)} tasks in an array" if len(piece) > 1 else sweep.describe(piece[0])
-            print(f"submitted job {before}: {what} ({spelt(asked)})", flush=True)
+            print(f"submitted job {submitted[0].job_id.split('_')[0]}: {what} ({spelt(asked)})", flush=True)
 
 
 def make_executor(sweep: Sweep, asked: Mapping[str, str], parallel: int, requeues: int, after: str) -> Any:

@@ -3,13 +3,12 @@
 A run's stages form a chain, and runs with equal settings upstream have equal stage directories. A task is a stretch of
 stages that the same runs need: shared ones come first, each run's own stretch last. Files, each whole or not there:
 
-<runs>/<name>/sweep-<hash>/   manifest.json, tasks/<task>.json (`TaskRecord`), results/<run>.json, submitted.json (Slurm
+<runs>/<name>/sweep-<last>/   manifest.json, tasks/<task>.json (`TaskRecord`), results/<run>.json, submitted.json (Slurm
                               jobs), logs/<task>.log, .lock (held by a local sweep at work), table.csv
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -29,7 +28,7 @@ from ..observe.lock import RunLock
 from ..observe.rundir import DONE, write_atomic
 from .grid import SEED, SEEDS, Grid
 
-MANIFEST, SPENT = "manifest.json", "spent.json"
+MANIFEST = "manifest.json"
 WAITING, QUEUED, RUNNING, STOPPED, KILLED, FAILED, FINISHED = STATES = (
     "waiting", "queued", "running", "stopped", "killed", "failed", "finished",
 )  # fmt: skip
@@ -91,7 +90,7 @@ class TaskRecord:
 
 @dataclass
 class Sweep:
-    """`directory`: <runs>/<name>/sweep-<hash of its first runs>; stage directories are its siblings. `last`: the stage
+    """`directory`: <runs>/<name>/sweep-<last>; stage directories are its siblings. `last`: the stage
     that runs end with; `tasks` by key, those that others need first."""
 
     directory: Path
@@ -255,8 +254,7 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
         f"{points[0]}{f' and {len(points) - 1} other(s), up to {points[-1]}' if len(points) > 1 else ''}: {line}"
         for line, points in errors.items()
     )
-    digest = hashlib.sha256(" ".join([last, *sorted(runs)]).encode()).hexdigest()[:8]
-    return Sweep(home / f"sweep-{digest}", last, list(runs.values()))
+    return Sweep(home / f"sweep-{last}", last, list(runs.values()))
 
 
 def _step(cfg: RunConfig, stage: str) -> RunStage:
@@ -291,25 +289,20 @@ def open_sweep(directory: Path) -> Sweep:
 
 
 def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
-    """By the runs' name, by name/sweep-<hash> or by directory; `last`: of several, the one that ends with that stage.
+    """By the runs' name or by directory; `last`: of several, the one that ends with that stage.
 
     Raises FileNotFoundError if there is none, ValueError if several are left."""
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
-    found = sweeps_in(runs / name, last)
+    found = sorted((runs / name).glob(f"sweep-{last or '*'}/{MANIFEST}"))
     if len(found) > 1:
-        listed = ", ".join(f"{name}/{sweep.directory.name}" for sweep in found)
+        listed = ", ".join(f"{name}/{file.parent.name}" for file in found)
         raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
     if not found:
         others = sorted({file.parent.parent.name for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
         raise FileNotFoundError(f"{runs / name}: no such sweep; {runs} has {', '.join(others) or 'none'}")
-    return found[0]
-
-
-def sweeps_in(folder: Path, last: str = "") -> list[Sweep]:
-    found = [open_sweep(file.parent) for file in sorted(folder.glob(f"sweep-*/{MANIFEST}"))]
-    return [sweep for sweep in found if last in ("", sweep.last)]
+    return open_sweep(found[0].parent)
 
 
 def placed(new: Sweep, extend: bool) -> Sweep:
@@ -318,14 +311,13 @@ def placed(new: Sweep, extend: bool) -> Sweep:
     A name has one sweep for each last stage. A grid that has all of its runs extends it, and one that has some of them
     is a part of it. Others are added with `extend` only. Nothing is written. Raises ValueError for others without it.
     """
-    name = new.directory.parent
-    old = next(iter(sweeps_in(name, new.last)), None)
-    if old is None:
+    if not (new.directory / MANIFEST).is_file():
         return new
+    old = open_sweep(new.directory)
     if not (extend or old.ids <= new.ids or new.ids <= old.ids):
         raise ValueError(
-            f"{name} has a sweep of {len(old.runs)} run(s) up to {new.last}, and {len(new.ids - old.ids)} of these "
-            "points are not among them: --extend adds them; or give all of its points too, or another --name"
+            f"{new.directory} has {len(old.runs)} run(s), and {len(new.ids - old.ids)} of these points are not among "
+            "them: --extend adds them; or give all of its points too, or another --name"
         )
     before, ours = ({run.id: run for run in sweep.runs} for sweep in (old, new))
     both = ours if old.ids <= new.ids else before | ours
@@ -337,7 +329,7 @@ def placed(new: Sweep, extend: bool) -> Sweep:
             cfg = OmegaConf.structured(load(run.overrides))
             known |= {key: _setting(cfg, key) for key in missing}
         run.settings = {key: known[key] for key in keys if known[key] is not None}
-    return Sweep(old.directory, new.last, list(both.values()))
+    return Sweep(new.directory, new.last, list(both.values()))
 
 
 def _setting(cfg: Any, key: str) -> Any:
@@ -345,17 +337,6 @@ def _setting(cfg: Any, key: str) -> Any:
     value = OmegaConf.select(cfg, SEEDS[-1] if key == SEED else key, default=None)
     value = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
     return value if isinstance(value, bool | int | float | str | list) else None
-
-
-def read_spent(stage: Path) -> dict[str, float]:
-    """{"seconds", "device_seconds", "starts"} of all starts of a stage in sweeps; {} where there was none."""
-    return json.loads((stage / SPENT).read_text()) if (stage / SPENT).is_file() else {}
-
-
-def write_spent(stage: Path, before: Mapping[str, float], seconds: float, devices: int) -> None:
-    """Add a start that has taken `seconds` so far, on so many devices, to what was spent `before` it."""
-    now = {"seconds": seconds, "device_seconds": seconds * devices, "starts": 1}
-    write_atomic(stage / SPENT, json.dumps({name: round(before.get(name, 0) + now[name], 3) for name in now}))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

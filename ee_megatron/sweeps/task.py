@@ -26,26 +26,14 @@ from ..observe.progress import Progress
 from ..observe.rundir import DONE
 from ..training.preemption import STOPPED as TOLD_TO_STOP
 from ..training.preemption import WITH_PARENT
-from .sweep import (
-    FAILED,
-    FINISHED,
-    KILLED,
-    RUNNING,
-    STOPPED,
-    RunStage,
-    StageTask,
-    Sweep,
-    TaskRecord,
-    read_spent,
-    write_spent,
-)
+from .sweep import FAILED, FINISHED, KILLED, RUNNING, STOPPED, RunStage, StageTask, Sweep, TaskRecord
 
 LOCK_DEADLINE_S = 12 * 3600.0
 """For a stage that another task or sweep is making."""
 GRACE_S = 60.0
 """From the request to stop to the end of a stage that does not heed it. A step's learning may take as long."""
-BEAT_S, POLL_S = 5.0, 1.0
-"""How often the time that a stage has taken is written down, and a stage that another process makes is looked at."""
+POLL_S = 1.0
+"""How often a stage that another process makes is looked at."""
 LAST_LINES = 200
 CLUSTER_STAGE = '. slurm/common.sh || exit 2; run_stage "$@"'
 _loading = threading.Lock()
@@ -108,13 +96,11 @@ def run_task(
 
 def _check_needed(sweep: Sweep, task: StageTask) -> None:
     """What failed, or was killed (for memory, say), would be so again, once for every task that needs it."""
+    if reason := sweep.failure(task):
+        raise StageEnded(1, reason)
     for each in sweep.chain(task)[:-1]:
         record = sweep.record(each.key)
-        if record is None or sweep.is_done(each):
-            continue
-        if record.state == FAILED:
-            raise StageEnded(1, f"needs {each.key}, which failed: {record.error}")
-        if record.state == KILLED:
+        if record is not None and record.state == KILLED and not sweep.is_done(each):
             raise StageEnded(-signal.SIGKILL, f"needs {each.key}, which was killed: start the sweep again to resume it")
 
 
@@ -137,39 +123,30 @@ def _make(
             continue
         log = sweep.directory / "logs" / f"{task.key}.log"
         offset = log.stat().st_size if log.is_file() else 0
-        code = _run(path, step.stage, task.overrides, cfg, log, stop, grace_s, devices)
-        # Where it is held now another process was faster, and the stage has said so.
-        if not lock.is_held() and (code or not (path / DONE).is_file()):
+        command, environment = command_of(cfg, step.stage, task.overrides)
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
+        code = _run(command, environment, log, stop, grace_s)
+        # Refused where another process was a moment faster; what is left of a killed stage may hold the lock, too.
+        refused = code in (1, 2) and lock.is_held()
+        if not refused and (code or not (path / DONE).is_file()):
             text = f"{step.stage} ended with exit code 0 but left no {DONE}"
             raise StageEnded(code or 1, last_words(log, offset, code) if code else text)
 
 
-def _run(
-    path: Path, stage: str, overrides: Sequence[str], cfg: RunConfig, log: Path, stop: Callable[[], bool],
-    grace_s: float, devices: str | None,
-) -> int:  # fmt: skip
-    """Run a stage, whose directory is `path`, in a child process; its exit code."""
-    command, environment = command_of(cfg, stage, overrides)
-    if devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = devices
+def _run(command: list[str], environment: dict[str, str], log: Path, stop: Callable[[], bool], grace_s: float) -> int:
+    """The exit code of a process that is asked to stop, and killed `grace_s` later, once `stop` is true."""
     with log.open("ab") as file:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
         )
-    begun, beat, deadline = time.monotonic(), BEAT_S, math.inf
-    before, width = read_spent(path), devices_of(cfg, stage)
+    deadline = math.inf
     try:
-        while True:
-            code, taken = child.poll(), time.monotonic() - begun
-            if path.is_dir() and (code is not None or taken > beat):
-                write_spent(path, before, taken, width)
-                beat = taken + BEAT_S
-            if code is not None:
-                return code
+        while child.poll() is None:
             if stop() and deadline == math.inf:
                 child.terminate()
-                deadline = taken + grace_s
-            if taken > deadline:
+                deadline = time.monotonic() + grace_s
+            if time.monotonic() > deadline:
                 _kill_group(child)
             time.sleep(0.1)
     finally:
@@ -177,6 +154,7 @@ def _run(
             # Only on an error of this process' own: the child must not outlive the task.
             _kill_group(child)
             child.wait()
+    return child.returncode
 
 
 def _kill_group(child: subprocess.Popen) -> None:
@@ -195,14 +173,6 @@ def command_of(cfg: RunConfig, stage: str, overrides: Sequence[str]) -> tuple[li
         return ["bash", "-c", CLUSTER_STAGE, "sweep", stage, *overrides], environment
     environment[WITH_PARENT] = str(os.getpid())
     return [sys.executable, "-m", "ee_megatron.cli", stage, *overrides], environment
-
-
-def devices_of(cfg: RunConfig, stage: str) -> int:
-    """GPUs of the stage's nodes; on a cluster without them, and on this machine, ranks and actors."""
-    shape = job_shape(cfg, stage)
-    if shape.gpus_per_node:
-        return shape.nodes * shape.gpus_per_node
-    return shape.ranks + (cfg.rollout.actors if shape.rollout_nodes else 0)
 
 
 def last_words(log: Path, offset: int, code: int) -> str:

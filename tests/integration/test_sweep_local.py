@@ -113,7 +113,6 @@ def test_a_sweep_survives_failures_and_kills_and_does_nothing_twice(tmp_path):
     assert [sweep.record(shared.key).starts, *(record_of(sweep, index).starts for index in range(3))] == [1, 1, 1, 3]
     result = sweep.result(sweep.runs[2])
     assert result["steps"] == LONG and result["flops_rl"] > 0
-    assert result["seconds_all_stages"] > result["seconds_rl"] > 0
     assert len(list(runs.glob("traces-*"))) == len(list(runs.glob("calibrate-*"))) == 1
 
     last = finish(begin(tmp_path))

@@ -15,7 +15,6 @@ from ee_megatron.exit_rules import ExitRule, Fixed, Off, Sample
 from ee_megatron.externalise.study import depth_of_hops
 from ee_megatron.report.tables import choice_tables
 from ee_megatron.rollout.engine.sampling import SamplingParams
-from ee_megatron.sweeps.run_metrics import styles_of_answers
 from ee_megatron.tasks.chains import HopsTask
 from ee_megatron.training.evaluate import choosing
 from ee_megatron.types import Prompt, Rollout
@@ -167,20 +166,6 @@ def test_the_tables_show_every_figure() -> None:
     assert forced[6] == "reinforced hop1 terse 100.0% 3.00 0.667 2.000 0.500 100.0% –"
     assert wrong == ["start hop3 30 0.0% 100.0%", "reinforced hop3 30 0.0% 100.0%"]
     assert "terse 40%, steps 40%, padded 20%" in choice_tables(found)[0][0]
-
-
-def test_a_sweep_has_the_last_models_columns_by_family() -> None:
-    """Depths in layers: the planted reinforced one's answers take three of the six."""
-    columns = styles_of_answers(whole(), one_depth=False)
-    assert columns["share_steps_hop3"] == 0.5 == columns["share_terse_hop1"] and columns["share_other_hop1"] == 0.0
-    assert columns["max_depth_hop1"] == 0.5, "that of the reinforced one"
-    assert columns["correct_hop1"] == 1.0 and columns["length_hop3"] == 4.0
-    assert (columns["layers_terse_hop3"], columns["layers_steps_hop3"]) == (3.0, 3.0)
-    assert columns["right_padded_hop1"] == 0.0
-    assert styles_of_answers({}, one_depth=False) == {}
-    # Held to one depth by RL, depths say nothing about a style.
-    capped = styles_of_answers(whole(), one_depth=True)
-    assert capped["right_terse_hop3"] == 1.0 and not [name for name in capped if name.startswith("layers_")]
 
 
 def test_layers_per_hop_are_those_of_chains_that_are_followed() -> None:

@@ -86,12 +86,3 @@ def test_what_survives_is_counted_and_tests_that_fail_without_a_fault_end_it(
     failed[None] = "test_a.py::test"
     with pytest.raises(RuntimeError, match=r"test_a\.py::test"):
         mutants.check(found, rooms, 2, 9.0)
-
-
-def test_a_copy_has_what_git_has_and_links_what_it_has_not(tmp_path: Path) -> None:
-    mutants.copy_tree(tmp_path)
-    assert (tmp_path / "tools" / "mutants.toml").read_bytes() == (ROOT / "tools" / "mutants.toml").read_bytes()
-    assert not (tmp_path / ".git").exists() and not list(tmp_path.rglob("__pycache__"))
-    assert (tmp_path / "slurm" / "ray_node.sh").stat().st_mode & 0o111
-    for name in mutants.SHARED:
-        assert (tmp_path / name).is_symlink() == (ROOT / name).exists()

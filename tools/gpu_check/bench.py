@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from ee_megatron.config.derive import policy_spec
 from ee_megatron.config.schema import DeepspeedConfig, RunConfig
 from ee_megatron.families import ModelDims, dims_from_config
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.observe.rundir import write_atomic
 from ee_megatron.planning.devices import Device, Reach
 from ee_megatron.planning.plan import Assumptions, make_plan, published_config
 from ee_megatron.policy import PolicySpec
@@ -71,16 +71,9 @@ class Findings:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         self._add("tables", title=title, columns=list(columns), rows=[list(row) for row in rows])
 
-    @property
-    def failed(self) -> list[str]:
-        """Names of the checks that failed."""
-        return [check["name"] for check in self.content["checks"] if check["status"] == "failed"]
-
     def _add(self, kind: str, **entry: Any) -> None:
         self.content[kind].append(strict_json(entry))
-        temporary = self.file.with_suffix(".new")
-        temporary.write_text(json.dumps(self.content, allow_nan=False))
-        os.replace(temporary, self.file)
+        write_atomic(self.file, json.dumps(self.content, allow_nan=False))
 
 
 @dataclass(frozen=True)

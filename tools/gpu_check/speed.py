@@ -23,7 +23,7 @@ from ee_megatron.planning.devices import Device, board, this_cpu
 from ee_megatron.planning.plan import RunPlan
 from ee_megatron.planning.roofline import Roofline
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
-from tools.workloads import answer_all, exits_with_mean, make_batch, spread
+from tools.workloads import answer_all, exits_with_mean, interleaved, make_batch, ratio, spread
 
 from .bench import GROWTH, Bench, Findings, ideal, tokenizer
 
@@ -175,8 +175,8 @@ def decode(findings: Findings, bench: Bench) -> None:
     seconds = timed(findings, bench, cases, "repeats")
     table = []
     for name, taken in seconds.items():
-        ratios = [theirs / ours for theirs, ours in zip(seconds["transformers"], taken, strict=True)]
-        table.append((name, *(tokens / s for s in (spread(taken)[0], max(taken), min(taken))), *spread(ratios)))
+        speeds = (tokens / s for s in (spread(taken)[0], max(taken), min(taken)))
+        table.append((name, *speeds, *ratio(seconds["transformers"], taken)))
     findings.table(
         "Tokens/s, prompts included; a repeat runs all of them in turn",
         ("what", "median", "least", "most", "of transformers' speed", "least", "most"), table,
@@ -205,12 +205,9 @@ def timed(
     findings: Findings, bench: Bench, cases: Mapping[str, Callable[[], Any]], what: str
 ) -> dict[str, list[float]]:
     """Seconds of every case, all of them in turn in each repeat, after which no more memory may be in use."""
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    live = []
-    for _ in range(bench.size.repeats):
-        for name, action in cases.items():
-            seconds[name].append(bench.seconds(action))
-        live.append(bench.live_bytes())
+    clocks: dict[str, Callable[[], float]] = {name: partial(bench.seconds, action) for name, action in cases.items()}
+    seconds = interleaved(clocks | {"live": bench.live_bytes}, bench.size.repeats)
+    live = seconds.pop("live")
     findings.check(f"live memory grows over {what} by", max(live) - live[0], at_most=GROWTH, unit="bytes")
     return seconds
 

@@ -126,7 +126,7 @@ def test_twelve_runs_come_to_eleven_results_whatever_happens_to_their_jobs(site)
     table = list(csv.DictReader(io.StringIO((current.directory / "table.csv").read_text())))
     assert [row["status"] for row in table] == states
     assert "not finite" in table[1]["error"] and not table[1]["reward"]
-    assert all(row["reward"] and float(row["flops_rl"]) > 0 and row["seconds_rl"] for row in table if not row["error"])
+    assert all(row["reward"] and float(row["flops_rl"]) > 0 for row in table if not row["error"])
     shown = sweep(site, "status", "array", "--runs", str(site.folder / "runs")).stdout
     assert "11 finished, 1 failed" in shown and "not finite" in shown
     assert "0 to start" in sweep(site, *command).stdout

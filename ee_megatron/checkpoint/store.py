@@ -7,7 +7,7 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..families.hf_directory import read_json
-from ..tensors import DTYPES, Block, Digest, Entries, Hasher, Stream, tensor_bytes
+from ..tensors import DTYPES, Digest, Entries, Hasher, Stream, tensor_bytes
 from .workspace import OutputFile
 
 MANIFEST = "manifest.json"
@@ -77,8 +77,8 @@ class SafetensorsWriter:
         self._file.__exit__(kind, *rest)
 
 
-def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
-    """Wrap a stream of float32 tensors: write a file of it while it is consumed; returns the digest.
+def write_stream(path: Path, stream: Stream) -> str:
+    """Write a file of a stream of float32 tensors; returns the digest.
 
     One block is hashed while the next comes: blocks are large, and a leader has little room beside its model. The file
     has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
@@ -90,18 +90,7 @@ def write_through(path: Path, stream: Stream) -> Generator[Block, None, str]:
             if block.data.dtype != torch.float32:
                 raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
             writer.write(block.data)
-            yield block
         return found.hexdigest()
-
-
-def write_stream(path: Path, stream: Stream) -> str:
-    """`write_through` for a stream that goes nowhere else."""
-    passing = write_through(path, stream)
-    while True:
-        try:
-            next(passing)
-        except StopIteration as end:
-            return end.value
 
 
 def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:

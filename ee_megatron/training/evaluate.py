@@ -47,10 +47,9 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .answer_cache import ANSWERS
-from .collect import exits_of, prompts_of
+from .collect import exits_of, prompts_of, wide_test, wide_validation
 from .context import StageContext
-from .dataset_mixing import wide_test, wide_validation
-from .preemption import listener
+from .ranks import listener
 
 SEED = 0
 

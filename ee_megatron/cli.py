@@ -286,7 +286,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _job(options: argparse.Namespace) -> int:
     cfg = _ready(options.overrides, options.stage, starts_here=False)
-    from .training.slurm import describe_job
+    from .training.launch import describe_job
 
     found = describe_job(cfg, options.stage, os.environ)
     print("\n".join(f"{key}={value}" for key, value in found.items()))

@@ -6,7 +6,7 @@
   { echo "error: $(hostname): bash $BASH_VERSION: job scripts need 4.4 or newer; name one in their first line" >&2; exit 2; }
 set -euo pipefail
 
-STOPPED=85 # exit code of a stage that was told to stop (ee_megatron/training/stopping.py)
+STOPPED=85 # exit code of a stage that was told to stop (ee_megatron/training/ranks.py)
 
 KEYS=(nodes learner_nodes ranks ranks_per_node rollout_nodes ray_cpus ray_gpus start_timeout_s directory requeue_limit 'done')
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,9 @@ from torch import Tensor
 from ..families import ModelDims, features
 from ..families.hf_directory import HFDirectory
 from ..policy import POLICY_JSON, PolicySpec, open_policy, read_policy_json, write_policy_json
-from ..tensors import Block, FileTensors, LazyTensors, ModelSource, Stream, drain, shape_of, tensor_bytes
+from ..tensors import FileTensors, LazyTensors, ModelSource, Stream, shape_of, tensor_bytes
 from .sources import TunedSource, check_finite
-from .store import write_through
+from .store import write_stream
 
 Policy = tuple[PolicySpec, Mapping[str, Tensor]]
 BASE = "base"
@@ -137,15 +137,8 @@ def check_base(
 
 def write_policy(directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None) -> None:
     """As `policy.save_policy`, for tensors that come in blocks and are not held."""
-    drain(policy_written(directory, spec, stream, base))
-
-
-def policy_written(
-    directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None
-) -> Iterator[Block]:
-    """Wrap a stream: write it as `write_policy` does while it is consumed."""
-    finish = partial(write_policy_json, directory, spec, base=base)
-    return write_through(directory / "policy.safetensors", stream, finish)
+    sha256 = write_stream(directory / "policy.safetensors", stream)
+    write_policy_json(directory, spec, sha256, base)
 
 
 def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> None:

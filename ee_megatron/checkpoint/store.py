@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..families.hf_directory import read_json
-from ..tensors import DTYPES, Block, Digest, Entries, Hasher, Stream, drain, tensor_bytes
+from ..tensors import DTYPES, Digest, Entries, Hasher, Stream, tensor_bytes
 from .workspace import OutputFile
 
 MANIFEST = "manifest.json"
@@ -75,8 +76,8 @@ class SafetensorsWriter:
         self._file.__exit__(kind, *rest)
 
 
-def write_through(path: Path, stream: Stream, done: Callable[[str], None]) -> Iterator[Block]:
-    """Wrap a stream of float32 tensors: write a file of it while it is consumed; `done` is told the digest at the end.
+def write_stream(path: Path, stream: Stream) -> str:
+    """Write a file of a stream of float32 tensors; returns the digest.
 
     One block is hashed while the next comes: blocks are large, and a leader has little room beside its model. The file
     has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
@@ -88,20 +89,11 @@ def write_through(path: Path, stream: Stream, done: Callable[[str], None]) -> It
             if block.data.dtype != torch.float32:
                 raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
             writer.write(block.data)
-            yield block
-        sha256 = found.hexdigest()
-    done(sha256)
+        return found.hexdigest()
 
 
-def write_stream(path: Path, stream: Stream) -> str:
-    """`write_through` for a stream that goes nowhere else."""
-    digests: list[str] = []
-    drain(write_through(path, stream, digests.append))
-    return digests[0]
-
-
-def write_small(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Write a file of tensors that are in memory anyway; returns their lines of the manifest."""
+def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of tensors that are in memory anyway."""
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, entries) as writer:
         for name in aligned(entries):

@@ -47,6 +47,7 @@ REMOVED = {
     "rl.overlong_buffer": Removed(0.2, "rl.loss.overlong=filter leaves cut answers out"),
     "rl.entropy_bonus": Removed(0.0, hashed=True),
     "rl.warmup": Removed(0, hashed=True),
+    "rl.replay": Removed("", "steps learn from a pool's rollouts; rl.dump_rollouts keeps them", True),
     "rl.keep": Removed(None, "calibrate.wise_ft_alpha scales what calibration changed"),
     "rollout.partial": Removed("finish", hashed=True),
     "rollout.check_weights": Removed(False),

@@ -46,7 +46,7 @@ def exits_judged(rl: RLConfig) -> bool:
 
 def exits_read(rl: RLConfig) -> bool:
     """Whether the pool reads rollouts again for the divergences of all exits that their tokens came by."""
-    return rl.exit_credit is not None and exits_judged(rl) and rl.exit_credit.divergence == "all" and not rl.replay
+    return rl.exit_credit is not None and exits_judged(rl) and rl.exit_credit.divergence == "all"
 
 
 def scoring(rl: RLConfig) -> Scoring:

@@ -318,8 +318,6 @@ class RLConfig:
     """Learning rate: constant, linear or cosine, to a tenth at the last update."""
     dump_rollouts: bool = setting(False, execution=True)
     """Keep every step's rollouts in the stage's rollouts/ directory."""
-    replay: str = setting("")
-    """Train on the rollouts of this directory, as dumped, instead of a pool's."""
     gate_centre: float = setting(0.5, above=0, below=1)
     gate_sharpness: float = setting(1.0, above=0)
     """The gates start with logits sharpness * (z - logit(centre)) in place of z; .5 and 1: unchanged."""

@@ -190,8 +190,6 @@ def _rl(cfg: RunConfig) -> Iterator[Rule]:
            "compares the rollouts of one prompt; expected at least 2, or rl.loss.advantage=none")
     yield (rl.fixed_depth and rl.exit_credit, "rl.fixed_depth rl.exit_credit",
            "no exit is chosen that could answer for itself; set rl.exit_credit=null")
-    yield (penalty.target and rl.replay, "rl.depth_penalty.target rl.replay",
-           "recorded rollouts don't tell what lambda does; set rl.depth_penalty.target=null")
     yield (CREDITS[penalty.credit].to_go and DEPTH_COSTS[penalty.cost].largest,
            "rl.depth_penalty.credit rl.depth_penalty.cost",
            "the largest depth is no sum over tokens; set rl.depth_penalty.credit=answer, or rl.exit_credit=true")
@@ -211,7 +209,6 @@ def _scoring(cfg: RunConfig) -> Iterator[Rule]:
     of_exits = "rl.exit_credit rl.exit_credit.kl_weight rl.kl_penalty.weight"
     every = exits and exits.divergence == "all" and exits_judged(rl)
     for wrong, key, why in (
-        (rl.replay, "rl.replay", "recorded rollouts have no pool to read them"),
         (rl.temperature != 1, "rl.temperature", "the pool reads exits at 1"),
         (stale, "rollout.max_staleness", "reading would wait for rollouts of later steps"),
     ):

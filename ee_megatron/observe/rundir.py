@@ -183,15 +183,12 @@ class RunDirectory:
         """`latest_checkpoint` of this run."""
         return latest_checkpoint(self.path, examine)
 
-    def keep_last(self, count: int, also: int | None = None) -> None:
-        """Delete all checkpoints older than the `count` newest usable ones, but not that of step `also`. Raises
-        ValueError if count < 1."""
+    def keep_last(self, count: int) -> None:
+        """Delete all checkpoints older than the `count` newest usable ones. Raises ValueError if count < 1."""
         if count < 1:
             raise ValueError(f"keep_last: {count} checkpoints would leave none to resume from; keep at least 1")
         usable = 0
-        for step, directory in _checkpoints(self.path):
-            if step == also:
-                continue
+        for _, directory in _checkpoints(self.path):
             if usable >= count:
                 # Renamed first, so that a half-deleted checkpoint is never taken for a checkpoint.
                 doomed = _sibling(directory, "new")

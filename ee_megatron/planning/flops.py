@@ -213,12 +213,10 @@ def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packin
 
 
 def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, float]:
-    """FLOPs of all ranks and actors by phase of one RL step, as they are computed: vLLM runs all layers for all tokens.
-    No rollouts where recorded ones are learned from."""
+    """FLOPs of all ranks and actors by phase of one RL step, as computed: vLLM runs all layers for all tokens."""
     sequences, vllm = rollouts_per_step(cfg), cfg.rollout.backend == "vllm"
     read = cfg.rl.prompts_per_step * prefill_cost(layout.dims, load.prompt - load.first_token)
-    made = read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)
-    of_actors = {} if cfg.rl.replay else {"rollouts": made}
+    of_actors = {"rollouts": read + sequences * decode_cost(layout, load.at_full_depth() if vllm else load)}
     if exits_read(cfg.rl):
         of_actors["exits read"] = sequences * exits_read_cost(layout, load, cfg.rl.group_size)
     return of_actors | {

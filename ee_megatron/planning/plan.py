@@ -59,9 +59,7 @@ class RunPlan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the whole pool over the rollout phase, prompts included; 0 where recorded rollouts are learned from."""
-        if self.cfg.rl.replay:
-            return 0.0
+        """Of the whole pool over the rollout phase, prompts included."""
         return rollouts_per_step(self.cfg) * self.load.answer / self.phases["rollouts"].likely
 
     def device_bytes(self, kinds: dict[str, float]) -> float:
@@ -70,9 +68,9 @@ class RunPlan:
 
     def shortage(self) -> str:
         """Which device lacks how much memory and what would help, in one line; empty if everything fits."""
-        device, rollout, generates = self.device, self.cfg.rollout, not self.cfg.rl.replay
+        device, rollout = self.device, self.cfg.rollout
         stages = [self.device_bytes(kinds) for kinds in self.learner]
-        actor = self.device_bytes(self.actor.kinds) if generates else 0.0
+        actor = self.device_bytes(self.actor.kinds)
         worst = max(range(len(stages)), key=lambda stage: stages[stage])
         learns = "parallel.recompute=true, fewer parallel.tokens_per_micro_batch, more parallel.tensor or pipeline"
         answers = (
@@ -84,7 +82,7 @@ class RunPlan:
             whole = self.layout.ranks // len(stages) * sum(stages) + rollout.actors * self.actor.devices * actor
             what = f"{self.layout.ranks} learner rank(s) and {rollout.actors} actor(s) on one machine"
             needs = [(what, whole, f"{learns}; {answers}")]
-        elif self.shared and generates:
+        elif self.shared:
             what = f"a device with learner stage {worst} and a rollout actor"
             needs = [(what, stages[worst] + actor, f"{learns}; {answers}")]
         for what, size, remedy in needs:
@@ -92,7 +90,7 @@ class RunPlan:
                 has = f"{device.name} has {gib(device.memory)}, {gib(device.reserved)} of them reserved"
                 return f"{what} needs {gib(size + device.reserved)}, {has}; try {remedy}, or more devices"
         positions, sequence = self.actor.positions, self.actor.sequence
-        if generates and positions is not None and positions < sequence:
+        if positions is not None and positions < sequence:
             return (
                 f"the cache of a rollout actor holds {positions} positions (rollout.cache_gib={rollout.cache_gib:g}), "
                 f"one longest sequence needs {sequence}; try more rollout.cache_gib (0: as much as there is) or "
@@ -157,10 +155,10 @@ def dry_run_lines(cfg: RunConfig, dims: ModelDims) -> list[str]:
     plan = make_plan(cfg, dims, find_device(default_device(cfg)), Assumptions(mean_depth=depth))
     lack = plan.shortage()
     times = ", ".join(f"{name} {t.best:.3g} to {t.likely:.3g} s" for name, t in plan.phases.items() if t.likely)
-    actor = "" if cfg.rl.replay else f", {gib(plan.device_bytes(plan.actor.kinds))} per device of a rollout actor"
+    learner, actor = gib(max(map(plan.device_bytes, plan.learner))), gib(plan.device_bytes(plan.actor.kinds))
     return [
-        f"parameters: {plan.trained:,} trained" + ("" if cfg.rl.replay else f", {gib(plan.sync)} a version"),
-        f"memory: up to {gib(max(map(plan.device_bytes, plan.learner)))} per learner rank{actor}",
+        f"parameters: {plan.trained:,} trained, {gib(plan.sync)} a version",
+        f"memory: up to {learner} per learner rank, {actor} per device of a rollout actor",
         f"estimate per RL step on {plan.device.name}: {times} (ee-megatron plan shows how)",
         *([f"does not fit: {lack}; `ee-megatron plan --on` plans for other devices"] if lack else []),
     ]
@@ -216,25 +214,21 @@ def to_text(plan: RunPlan, command: str) -> str:
     rows += [[f"parameters: {name}", *(f"{vars(count)[name]:,}" for count in counts)] for name in vars(counts[0])]
     rows += [[kind, *(gib(found.get(kind, 0.0)) for found in plan.learner)] for kind in kinds]
     lines += table([*rows, ["on the device", *(gib(plan.device_bytes(found)) for found in plan.learner)]])
-    if cfg.rl.replay:
-        lines.append(f"\nrollouts: recorded ones, from {cfg.rl.replay}; no actors")
-    else:
-        where = "the learner's devices" if plan.shared else "devices of their own"
-        rows = [[f"a rollout actor ({cfg.rollout.backend}: {cfg.rollout.actors} x {actor.devices} on {where})", ""]]
-        rows += [[kind, gib(value)] for kind, value in actor.kinds.items()]
-        lines += ["", *table([*rows, ["on each device", gib(plan.device_bytes(actor.kinds))]])]
-        cache = "" if actor.positions is None else f"its cache holds {actor.positions:,} positions; "
-        lines.append(f"  {cache}one longest answer needs {actor.sequence:,}; {actor.rows} of {actor.wanted} at a time")
+    where = "the learner's devices" if plan.shared else "devices of their own"
+    rows = [[f"a rollout actor ({cfg.rollout.backend}: {cfg.rollout.actors} x {actor.devices} on {where})", ""]]
+    rows += [[kind, gib(value)] for kind, value in actor.kinds.items()]
+    lines += ["", *table([*rows, ["on each device", gib(plan.device_bytes(actor.kinds))]])]
+    cache = "" if actor.positions is None else f"its cache holds {actor.positions:,} positions; "
+    lines.append(f"  {cache}one longest answer needs {actor.sequence:,}; {actor.rows} of {actor.wanted} at a time")
     rows = [[f"an RL step on {device.name}", "PFLOP", "best s", "likely s", "bound by"]]
     for name, phase in plan.phases.items():
         flops = f"{plan.flops[name] / 1e15:.3g}" if name in plan.flops else ""
         rows.append([name, flops, f"{phase.best:.3g}", f"{phase.likely:.3g}", phase.bound_by])
     ends = (f"{sum(getattr(phase, end) for phase in plan.phases.values()):.3g}" for end in ("best", "likely"))
     lines += ["", *table([*rows, ["one after another", f"{sum(plan.flops.values()) / 1e15:.3g}", *ends, ""]])]
-    if not cfg.rl.replay:
-        call, limit = 2 * plan.longest.answer * plan.roofline.round_seconds(), call_timeout(cfg.rollout)
-        lines.append(f"  rollouts make {plan.tokens_per_s:,.0f} tokens/s; a version of the weights is {gib(plan.sync)}")
-        lines.append(f"  a call on an actor takes up to {call:.3g} s of {limit:.4g} (rollout.timeout_s)")
+    call, limit = 2 * plan.longest.answer * plan.roofline.round_seconds(), call_timeout(cfg.rollout)
+    lines.append(f"  rollouts make {plan.tokens_per_s:,.0f} tokens/s; a version of the weights is {gib(plan.sync)}")
+    lines.append(f"  a call on an actor takes up to {call:.3g} s of {limit:.4g} (rollout.timeout_s)")
     shares = ", ".join(f"{depth}: {share:.2f}" for depth, share in zip(load.outcomes, load.shares, strict=True))
     return "\n".join([
         *lines,

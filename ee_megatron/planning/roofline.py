@@ -76,7 +76,7 @@ class Roofline:
     longest: int
 
     def phases(self) -> dict[str, PhaseTime]:
-        """Phase -> estimate. Where recorded rollouts are learned from none are made or sent weights."""
+        """Phase -> estimate."""
         rl, ranks, cores = self.cfg.rl, self.layout.ranks, self.device.cores
         # A CPU's actor has its threads; a rank all cores or one, or a share of one where there are fewer than ranks.
         actor = self.device.of_cores(self.cfg.rollout.threads)
@@ -84,8 +84,6 @@ class Roofline:
         # Attention, gates, logits and copies bring a CPU's passes over whole answers down to float32's rate.
         rank, reader = (replace(d, tflops=d.fp32) if d.on_cpu else d for d in (rank, actor))
         found = {phase: self._estimate(rank, self._learn(phase)) for phase in ("scoring", "update")}
-        if rl.replay:
-            return found
         made = self._estimate(actor, self._rollouts(self.longest), self._rollouts(self.load.answer))
         read = {}
         if exits_read(rl):

@@ -24,8 +24,8 @@ from ..config.schema import RunConfig
 from ..observe.lock import RunLock
 from ..observe.progress import Progress
 from ..observe.rundir import DONE
-from ..training.preemption import STOPPED as TOLD_TO_STOP
-from ..training.preemption import WITH_PARENT
+from ..training.ranks import STOPPED as TOLD_TO_STOP
+from ..training.ranks import WITH_PARENT
 from .sweep import FAILED, FINISHED, KILLED, RUNNING, STOPPED, RunStage, StageTask, Sweep, TaskRecord
 
 LOCK_DEADLINE_S = 12 * 3600.0

@@ -5,7 +5,7 @@ Shapes: B answers, S positions, M exits. Answers of one prompt are neighbours in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,84 +95,28 @@ def behavior_logprobs(batch: ReplayBatch, rollouts: Sequence[Rollout]) -> tuple[
     return tokens, exits.where(batch.asked, 0.0)
 
 
-@dataclass(frozen=True)
-class CreditInputs:
-    """What a credit rule works with. task, depth: advantages float32 [B], the latter times lambda; penalized bool
-    [B]; the rest as `compute_advantages` has it."""
-
-    batch: ReplayBatch
-    rollouts: Sequence[Rollout]
-    scores: StepScores
-    rl: RLConfig
-    layout: ExitLayout
-    lambda_depth: float
-    task: Tensor
-    depth: Tensor
-    penalized: Tensor
-
-
-@dataclass(frozen=True)
-class CreditedAdvantages:
-    """Advantages of tokens and exits, float32 [B] or [B, S]; hazard_weight float32 [B, S, M]: what firing costs more
-    than going on at each gate, None if exits don't answer for themselves."""
-
-    tokens: Tensor
-    exits: Tensor
-    hazard_weight: Tensor | None = None
-
-
-def answer_credit(x: CreditInputs) -> CreditedAdvantages:
-    """Tokens and exits share their answer's advantage, as in the paper."""
-    return CreditedAdvantages(x.task + x.depth, x.task + x.depth)
-
-
-def token_credit(x: CreditInputs) -> CreditedAdvantages:
-    """Each token and exit pays for its own depth and that of later tokens."""
-    cost = DEPTH_COSTS[x.rl.depth_penalty.cost]
-    to_go = cost.to_go(x.batch, x.layout.num_layers, x.rl.depth_penalty.cost_tokens)
-    depth = x.lambda_depth * token_advantage(x.batch, to_go, x.penalized, x.rl.group_size)
-    return CreditedAdvantages(x.task.unsqueeze(1) + depth, x.task.unsqueeze(1) + depth)
-
-
-def exit_credit(x: CreditInputs) -> CreditedAdvantages:
-    """Each gate pays for the depth and the divergence of its own decision (objectives/exit_credit.py)."""
+def firing_costs(
+    batch: ReplayBatch, rollouts: Sequence[Rollout], scores: StepScores, rl: RLConfig, layout: ExitLayout, price: Tensor
+) -> Tensor:
+    """What firing costs more than going on at each gate, in the depth and the divergence of its own decision, float32
+    [B, S, M] (objectives/exit_credit.py). price: lambda for answers that pay for depth, 0 for others, float32 [B]."""
+    credit, policy, penalty = rl.exit_credit, scores.policy, rl.depth_penalty
+    assert credit is not None
     # The loss divides by an answer's tokens; a cost is an answer's.
-    lengths = x.batch.counts.sum(1).clamp(min=1)
-    outcomes = DEPTH_COSTS[x.rl.depth_penalty.cost].of_outcomes(x.batch, x.layout, x.rl.depth_penalty.cost_tokens)
-    costs = outcomes * (x.lambda_depth * x.penalized.float() * lengths)[:, None, None]
-    weights = hazard_costs(x.batch, x.layout, costs, _divergences(x), _hazards(x))
-    assert x.rl.exit_credit is not None
-    return CreditedAdvantages(x.task + x.depth, x.rl.exit_credit.task_weight * x.task, weights)
-
-
-CREDIT_RULES: dict[str, Callable[[CreditInputs], CreditedAdvantages]] = {
-    "answer": answer_credit,
-    "token": token_credit,
-    "exit": exit_credit,
-}
-
-
-def _divergences(x: CreditInputs) -> Tensor | None:
-    """The KL penalty's weight times rl.exit_credit.kl_weight times the divergence of the outcome taken, [B, S], or of
-    all outcomes up to it, [B, S, M + 1]. None if it has no weight or was not measured."""
-    credit, policy = x.rl.exit_credit, x.scores.policy
-    if credit is None:
-        return None
-    weight = x.rl.kl_penalty.weight * credit.kl_weight
+    lengths = batch.counts.sum(1).clamp(min=1)
+    outcomes = DEPTH_COSTS[penalty.cost].of_outcomes(batch, layout, penalty.cost_tokens)
+    divergences = hazards = None
+    weight = rl.kl_penalty.weight * credit.kl_weight
     if weight and credit.divergence == "all":
-        return weight * spread(x.batch, [_reading(rollout).divergences for rollout in x.rollouts])
-    if weight and policy is not None:
-        known = policy.kl if x.scores.reference is None else policy.token_logprobs - x.scores.reference
-        return weight * known
-    return None
-
-
-def _hazards(x: CreditInputs) -> Tensor | None:
-    """Hazards of the gates that positions passed, [B, S, M]; None if neither the pool nor a scoring pass recorded
-    them."""
-    if exits_read(x.rl):
-        return spread(x.batch, [_reading(rollout).hazards for rollout in x.rollouts])
-    return None if x.scores.policy is None else x.scores.policy.hazards
+        # Of all outcomes up to the one taken, [B, S, M + 1]; below of that one alone, [B, S].
+        divergences = weight * spread(batch, [_reading(rollout).divergences for rollout in rollouts])
+    elif weight and policy is not None:
+        divergences = weight * (policy.kl if scores.reference is None else policy.token_logprobs - scores.reference)
+    if exits_read(rl):
+        hazards = spread(batch, [_reading(rollout).hazards for rollout in rollouts])
+    elif policy is not None:
+        hazards = policy.hazards
+    return hazard_costs(batch, layout, outcomes * (price * lengths)[:, None, None], divergences, hazards)
 
 
 def _reading(rollout: Rollout) -> ExitReading:
@@ -212,10 +156,19 @@ def compute_advantages(
     depth_cost = DEPTH_COSTS[penalty.cost].of_answers(batch, layout.num_layers, penalty.cost_tokens)
     task, depth = within_groups(worth, included), lambda_depth * within_groups(-depth_cost, penalized)
 
-    credit = CREDIT_RULES[rl.credit](
-        CreditInputs(batch, rollouts, scores, rl, layout, lambda_depth, task, depth, penalized)
-    )
-    per_token, per_exit = ((a if a.dim() == 2 else a.unsqueeze(1)) * counts for a in (credit.tokens, credit.exits))
+    # Tokens and exits share their answer's advantage, as in the paper, unless rl.credit says otherwise.
+    per_token = per_exit = (task + depth).unsqueeze(1)
+    firing = None
+    if rl.credit == "token":
+        # Each pays for its own depth and that of later tokens.
+        to_go = DEPTH_COSTS[penalty.cost].to_go(batch, layout.num_layers, penalty.cost_tokens)
+        per_token = per_exit = task.unsqueeze(1) + lambda_depth * token_advantage(
+            batch, to_go, penalized, rl.group_size
+        )
+    elif rl.credit == "exit":
+        assert rl.exit_credit is not None
+        per_exit = (rl.exit_credit.task_weight * task).unsqueeze(1)
+        firing = firing_costs(batch, rollouts, scores, rl, layout, lambda_depth * penalized.float())
     moved = [start - sampled for start, sampled in zip(proximal, behavior, strict=True)]
     ratios = [log_ratio.exp() for log_ratio in RATIOS[rl.loss.ratios](*moved)]
     if weighted := rl.loss.importance:
@@ -224,14 +177,14 @@ def compute_advantages(
         importance = [ratio * 0 + 1 for ratio in ratios]
     return Advantages(
         experience=Experience(
-            token_advantage=per_token,
-            exit_advantage=per_exit,
+            token_advantage=per_token * counts,
+            exit_advantage=per_exit * counts,
             token_importance=importance[0],
             exit_importance=importance[1],
             old_tokens=proximal[0],
             old_exits=proximal[1],
             reference_logprobs=scores.reference,
-            hazard=credit.hazard_weight,
+            hazard=firing,
         ),
         task_reward=task_reward,
         reward=worth - lambda_depth * depth_cost * penalized,

@@ -180,7 +180,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
     with StageContext(cfg, "calibrate", model_path, learner=True) as context:
         done, checkpoint = context.checkpoints.latest()
         start = context.start(c.seed)
-        begun = context.checkpoints.read_policy(checkpoint, checked=True)[1] if checkpoint else start
+        begun = context.checkpoints.read_policy(checkpoint) if checkpoint else start
         options: dict[str, Any] = {"adapter_dropout": cfg.adapter.dropout, "kl_direction": c.kl_direction}
         learner = context.make_learner(begun, checkpoint, **options)
         layout = context.spec.layout

@@ -6,10 +6,8 @@ policy.safetensors, policy.json   optimizer/<kind>.safetensors   training.json
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +21,15 @@ from ..checkpoint.policy_files import write_policy
 from ..checkpoint.store import write_stream
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..policy import PolicySpec, open_policy
-from ..tensors import FileTensors, HeldStream, Stream, digest, drain
-from .distributed import Distributed
+from ..tensors import FileTensors, Stream, digest, drain
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner
     from ..learner.optimizer_state import OptimizerState
+    from .context import Distributed
 
 KEPT_CHECKPOINTS = 2
-"""Newest ones of a stage; RL also keeps the one with the best reward."""
-
-# The counters that the writer maintains itself.
-BEST = ("best_value", "best_step")
+"""Newest ones of a stage."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +39,6 @@ class TrainingStreams:
     updates: int
     policy: Stream
     state: Mapping[str, Stream]
-
-    @staticmethod
-    def of(policy: Mapping[str, Tensor], state: OptimizerState) -> TrainingStreams:
-        """From tensors in memory."""
-        return TrainingStreams(state.updates, HeldStream(policy), {k: HeldStream(t) for k, t in state.tensors.items()})
 
     def drain(self) -> None:
         """A rank's part in a checkpoint that the leader writes."""
@@ -76,10 +66,7 @@ def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerStat
     """What `write_training` wrote beside the policy; tensors stay in their files. Without `check` nobody looks at their
     digests. Raises FileNotFoundError if the directory holds a policy only, ValueError if its contents are not what was
     written."""
-    file = directory / "training.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory}: no training.json; it holds a policy to start from, not a run to resume")
-    found = json.loads(file.read_text())
+    found = json.loads((directory / "training.json").read_text())
     tensors = {kind: FileTensors(directory / "optimizer" / f"{kind}.safetensors") for kind in found["sha256"]}
     for kind, expected in found["sha256"].items() if check else ():
         if digest(tensors[kind]) != expected:
@@ -100,68 +87,12 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-class CheckpointWriter:
-    """The leader's checkpoints, one at a time, whole or not at all: in a thread if their tensors are in memory, else as
-    these come.
-
-    `base`, the identity of the model that the policy belongs to, and `counters` go into every checkpoint; with a value
-    to judge by, the best one outlives the `keep` newest. A write that failed is raised by the next `write`, by `wait`
-    or by `close`; the checkpoints before it are still there.
-    """
-
-    def __init__(self, directory: RunDirectory, spec: PolicySpec, keep: int, base: Mapping[str, str] | None = None):
-        self.directory, self.spec, self.keep, self.base = directory, spec, keep, base
-        self.counters: dict[str, float] = {}
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._writing: Future[None] | None = None
-
-    def write(self, step: int, policy: Mapping[str, Tensor], state: OptimizerState, value: float | None) -> None:
-        """Hand over a checkpoint; nobody may change its tensors any more."""
-        counters = self._judge(step, value)
-        self._writing = self._thread.submit(self._write, step, TrainingStreams.of(policy, state), counters)
-
-    def write_as_it_comes(self, step: int, streams: TrainingStreams, value: float | None) -> None:
-        """Returns when it is on disk."""
-        counters = self._judge(step, value)
-        try:
-            self._write(step, streams, counters)
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def _judge(self, step: int, value: float | None) -> dict[str, float]:
-        self.wait()
-        if value is not None and value > self.counters.get(BEST[0], -math.inf):
-            self.counters |= dict(zip(BEST, (value, step), strict=True))
-        return dict(self.counters)
-
-    def _write(self, step: int, streams: TrainingStreams, counters: dict[str, float]) -> None:
-        with self.directory.write_checkpoint(step) as temporary:
-            write_training(temporary, self.spec, streams, counters, self.base)
-        best = counters.get(BEST[1])
-        self.directory.keep_last(self.keep, None if best is None else int(best))
-
-    def _failure(self, error: BaseException) -> OSError:
-        folder = self.directory.path / "checkpoints"
-        return OSError(f"no checkpoint could be written to {folder}: {error}; earlier ones are untouched")
-
-    def wait(self) -> None:
-        """Return when what was handed over is on disk. Raises OSError or what else kept it from getting there."""
-        error = self._writing.exception() if self._writing else None
-        self._writing = None
-        if error is not None:
-            raise self._failure(error) from error
-
-    def close(self) -> None:
-        self._thread.shutdown()
-        self.wait()
-
-
 class Checkpointing:
-    """A stage's checkpoints on all its ranks. `state`: counters that are saved beside the tensors, the same on every
-    rank. On rank 0 `writer` writes them into `directory`; both are None on the others.
+    """A stage's checkpoints on all its ranks, written by rank 0 into `directory` (None on the others), whole or not at
+    all. `state`: counters that are saved beside the tensors, the same on every rank. `base`: the identity of the model
+    that the policy belongs to.
 
-    Checkpoints are written in a thread of rank 0 if their tensors are collected in memory (adapters); under full
-    fine-tuning they are written as they arrive, because a copy of all of it would be many times the model.
+    They are written as their tensors arrive: under full fine-tuning a copy of all of it would be many times the model.
     """
 
     def __init__(
@@ -172,8 +103,7 @@ class Checkpointing:
         directory: RunDirectory | None,
         base: Mapping[str, str] | None = None,
     ):
-        self.path, self.spec, self.ranks, self.directory = path, spec, ranks, directory
-        self.writer = CheckpointWriter(directory, spec, KEPT_CHECKPOINTS, base) if directory else None
+        self.path, self.spec, self.ranks, self.directory, self.base = path, spec, ranks, directory, base
         self.state: dict[str, float] = {}
         self.saved = 0
 
@@ -187,12 +117,12 @@ class Checkpointing:
         self.saved = int(Path(found).name.split("_")[1]) if found else 0
         return (self.saved, Path(found)) if found else (0, None)
 
-    def read_policy(self, directory: Path, *, checked: bool) -> tuple[PolicySpec, Mapping[str, Tensor]]:
-        """A policy checkpoint, of which a rank reads what it uses. Rank 0 compares it with its digest, once for all
-        ranks, unless `latest` did. Raises as `open_policy`."""
+    def read_policy(self, directory: Path, *, checked: bool = True) -> Mapping[str, Tensor]:
+        """The tensors of a policy checkpoint, of which a rank reads what it uses. Rank 0 compares them with their
+        digest, once for all ranks, unless `latest` did. Raises as `open_policy`."""
         if not checked:
             self.ranks.broadcast_from_rank0(lambda: open_policy(directory)[0])
-        return open_policy(directory, check=False)
+        return open_policy(directory, check=False)[1]
 
     def restore(self, learner: Learner, checkpoint: Path) -> None:
         """The learner's optimizer and `state` as they were at a checkpoint, whatever layout wrote it."""
@@ -200,40 +130,31 @@ class Checkpointing:
         optimizer, state = read_training(checkpoint, check=False)
         learner.load_optimizer(optimizer)
         self.state.update(state)
-        if self.writer is not None:
-            self.writer.counters = state
 
-    def save(self, learner: Learner, step: int, value: float | None = None) -> None:
-        """Checkpoint after `step` steps. `value`: what the best checkpoint is judged by, the larger the better.
+    def save(self, learner: Learner, step: int) -> None:
+        """Checkpoint after `step` steps. Earlier ones are deleted once this one is on disk.
 
-        Raises RuntimeError if the ranks' copies have diverged: that is not worth keeping."""
+        Raises RuntimeError if the ranks' copies have diverged: that is not worth keeping. Raises OSError if it could
+        not be written."""
         learner.check_copies()
         self.saved = step
-        if self.writer is not None:
-            self.writer.counters |= {name: self.state[name] for name in self.state if name not in BEST}
-        if self.spec.full:
-            state = learner.stream_optimizer(self.ranks.meet)
-            streams = TrainingStreams(learner.updates, learner.stream_policy(self.ranks.meet), state)
-            if self.writer is not None:
-                self.writer.write_as_it_comes(step, streams, value)
-            else:
-                streams.drain()
+        meet = self.ranks.meet
+        streams = TrainingStreams(learner.updates, learner.stream_policy(meet), learner.stream_optimizer(meet))
+        if self.directory is None:
+            streams.drain()
         else:
-            policy, moments = learner.export_policy(), learner.export_optimizer()
-            if self.writer is not None:
-                self.writer.write(step, policy, moments, value)
-        if self.ranks.meet is not None:
-            # Writing waits for the checkpoint before this one.
-            self.ranks.meet()
+            self._write(self.directory, step, streams)
+        if meet is not None:
+            meet()
 
-    def wait(self) -> None:
-        """Return when the last checkpoint is on disk. Raises OSError or whatever prevented it."""
-        if self.writer is not None:
-            self.writer.wait()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    def _write(self, directory: RunDirectory, step: int, streams: TrainingStreams) -> None:
+        try:
+            with directory.write_checkpoint(step) as temporary:
+                write_training(temporary, self.spec, streams, self.state, self.base)
+            directory.keep_last(KEPT_CHECKPOINTS)
+        except OSError as error:
+            folder = directory.path / "checkpoints"
+            raise OSError(f"no checkpoint could be written to {folder}: {error}; earlier ones are untouched") from error
 
     @contextmanager
     def on_disk(self, policy: Stream) -> Iterator[Mapping[str, Tensor]]:

@@ -1,21 +1,25 @@
-"""One stage of one run, on every rank: settings, model, learner, pool, files."""
+"""One stage of one run, on every rank: settings, model, learner, pool, files.
+
+Rank 0 generates, writes files and shows progress; the others receive its results.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,7 +36,7 @@ from ..learner.batch import ReplayBatch
 from ..objectives.weights import Weights
 from ..observe.metrics import MetricsLog, Tracking, read_metrics
 from ..observe.progress import Progress
-from ..observe.rundir import RunDirectory
+from ..observe.rundir import DONE, RunDirectory, write_atomic
 from ..parallel.heartbeat import Heartbeat
 from ..policy import PolicySpec, initial_policy
 from ..rollout.engine.request import GenerationRequest
@@ -44,18 +48,48 @@ from ..tensors import FileTensors, LayeredTensors
 from ..types import Prompt, Rollout
 from .answer_cache import ANSWERS, AnswerCache
 from .checkpoints import Checkpointing
-from .distributed import Distributed
-from .preemption import keeping_signals
-from .stages import DONE
+from .ranks import Stopped, keeping_signals, listener
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner, Update
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 # Waves of full rows in a part of the answers that is kept: enough that the wait for its last answers is little of it.
 PART_WAVES = 16
 BAD_STEPS = 5
 """Updates in a row without a finite gradient after which a stage stops."""
+
+
+class Distributed:
+    """This process among the ranks of its stage. `heartbeat` is None for a single rank."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.leads = self.rank == 0
+        self.heartbeat: Heartbeat | None = None
+
+    @property
+    def meet(self) -> Callable[[], None] | None:
+        """Waits for rank 0 as long as it gives signs of life; None for a single rank."""
+        return self.heartbeat.meet if self.heartbeat else None
+
+    def broadcast_from_rank0(self, make: Callable[..., T] | None, *arguments: Any) -> T:
+        """What rank 0 makes of the arguments, on every rank; the others' are ignored. Plain records only. The others
+        wait as long as rank 0 lives: deadlines of its work are `make`'s own."""
+        box: list[Any] = [make(*arguments) if self.leads and make else None]
+        if self.heartbeat is not None:
+            self.heartbeat.meet()
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def told_to_stop(self) -> bool:
+        """Whether any rank has been; all ranks call it."""
+        told = torch.tensor([listener.asked])
+        if self.heartbeat is not None:
+            self.heartbeat.meet()
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())
 
 
 class StageContext:
@@ -94,7 +128,6 @@ class StageContext:
                 self.directory.write_atomic(RECORD, json.dumps({"sha256": content}) + "\n")
             base = base_identity(self.source).to_json() if self.learns else None
         self.checkpoints = Checkpointing(self.path, self.spec, self.ranks, self.directory, base)
-        self.stack.callback(self.checkpoints.close)
         if self.learns:
             # Imported late: stages that only use the pool don't need Megatron, which takes seconds to import.
             from ..parallel import groups
@@ -184,14 +217,31 @@ class StageContext:
         if self.ranks.told_to_stop():
             self.stop(learner, step)
 
+    def unless_stopped(self, learner: Learner | None, step: int, make: Callable[..., T] | None, *arguments: Any) -> T:
+        """`broadcast_from_rank0` for work that may be given up half-way: `stop` if rank 0 is told to meanwhile."""
+
+        def attempt() -> tuple[bool, T | None]:
+            assert make is not None
+            try:
+                with listener.at_once():
+                    return True, make(*arguments)
+            except Stopped:
+                return False, None
+
+        finished, found = self.ranks.broadcast_from_rank0(attempt if make else None)
+        if not finished:
+            self.stop(learner, step)
+        return cast(T, found)
+
     def stop(self, learner: Learner | None, step: int) -> NoReturn:
         """End the stage on every rank after `step` steps, with a checkpoint of them (None: the stage keeps none).
 
         Raises Stopped."""
         if learner is not None and step > self.checkpoints.saved:
             self.checkpoints.save(learner, step)
-        self.checkpoints.wait()
-        self.ranks.stop(step)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        store = dist.distributed_c10d._get_default_store() if world > 1 else None
+        raise Stopped(f"stopped after {step} step(s), as told; the same command goes on", self.ranks.rank, world, store)
 
     def sample(
         self, pool: RolloutPool, prompts: list[Prompt], samples: int, temperature: float, seed: int, what: str
@@ -246,8 +296,8 @@ class StageContext:
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
         return LayeredTensors(added, FileTensors(self.source.files, torch.float32))
 
-    def write_model(self, learner: Learner) -> Path:
-        """What was learned as a Hugging Face directory, adapters merged, without gates; all ranks call it."""
+    def write_model(self, learner: Learner) -> None:
+        """What was learned as a Hugging Face directory, model/, adapters merged, without gates; all ranks call it."""
         out = self.path / "model"
         with self.checkpoints.on_disk(learner.stream_policy(self.ranks.meet)) as tensors:
             if self.leads:
@@ -255,7 +305,6 @@ class StageContext:
                 shutil.rmtree(out, ignore_errors=True)
                 export_hf(self.source, (self.spec, tensors), out, adapters="merge", gates="drop")
             self.ranks.broadcast_from_rank0(None)
-        return out
 
     def check_finite(self, update: Update, batch: ReplayBatch, weights: Weights, step: int) -> None:
         """Count updates whose gradient was not finite; too many in a row end the run, their batch left on disk.
@@ -270,19 +319,15 @@ class StageContext:
             return
         where = self.path / f"bad_batch_step_{step}.pt"
         if self.leads:
-            with NamedTemporaryFile(dir=self.path, delete=False) as file:
-                torch.save({"batch": vars(batch), "weights": vars(weights)}, file)
-            os.replace(file.name, where)
+            torch.save({"batch": vars(batch), "weights": vars(weights)}, buffer := io.BytesIO())
+            write_atomic(where, buffer.getvalue())
         raise RuntimeError(
             f"{self.bad_steps} updates in a row had a gradient that is not finite; the last batch is in {where}. "
             "Lower the learning rates, or look at the batch"
         )
 
     def finish(self, text: str = "") -> None:
-        """Mark the stage as finished, once its last checkpoint is on disk.
-
-        Raises RuntimeError if it has diverged: what it left is no result."""
-        self.checkpoints.wait()
+        """Mark the stage as finished. Raises RuntimeError if it has diverged: what it left is no result."""
         if self.directory:
             self._check_last_step()
             self.directory.write_atomic(DONE, text + "\n")

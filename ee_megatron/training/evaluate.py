@@ -45,10 +45,9 @@ from ..tensors import HeldStream
 from ..types import Prompt, Rollout
 from . import stages
 from .answer_cache import ANSWERS
-from .collect import exits_of, prompts_of
+from .collect import exits_of, prompts_of, wide_problems
 from .context import StageContext
-from .dataset_mixing import wide_problems
-from .preemption import listener
+from .ranks import listener
 
 SEED = 0
 

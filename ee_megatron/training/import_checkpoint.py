@@ -14,7 +14,7 @@ from ..config.derive import model_dir, read_dims
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
 from ..observe.rundir import DONE, RunDirectory
-from .preemption import listener
+from .ranks import listener
 
 if TYPE_CHECKING:
     from ..checkpoint.megatron_read import MegatronTensors

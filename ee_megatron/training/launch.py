@@ -1,26 +1,60 @@
-"""Starting stages: in this process, on ranks of its own (torchrun), or as one rank of a Slurm step."""
+"""Starting stages: in this process, on ranks of its own, or as one rank of a Slurm step."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from ..config.derive import ranks
-from ..config.device import pick_device
+from ..config.cluster import JobShape, job_shape, require_ray_tokens, seats
+from ..config.derive import actor_share, ranks, start_timeout
+from ..config.device import asks_for_gpus, gpu_files, hides_all, pick_device
 from ..config.identity import outdated, stage_dir, stage_order
 from ..config.schema import RunConfig
 from ..exit_rules import Threshold
+from ..families.hf_directory import HFDirectory
+from ..planning.command import allocation, launch_command
 from . import stages
-from .preemption import PARTING_S, WITH_PARENT, Stopped, dying_with_me, follow_parent, listener
-from .ranks import Forked, Ranks, free_port
-from .slurm import adopt_rank
+from .ranks import (
+    PARTING_S,
+    WITH_PARENT,
+    Forked,
+    Stopped,
+    adopt_rank,
+    follow_parent,
+    free_port,
+    is_rank,
+    listener,
+    run_ranks,
+)
+
+MODULES = {
+    "imported": "import_checkpoint.import_model",
+    "pretrain": "pretrain.pretrain",
+    "teacher": "teacher.train_teacher",
+    "traces": "teacher.make_traces",
+    "calibrate": "calibrate.calibrate",
+    "rl": "reinforce.reinforce",
+    "evaluate": "evaluate.evaluate",
+}
+"""The function that is each stage, imported when it is run; called with the settings and what `stages.inputs` has."""
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DEEPSPEED_LOG_LEVEL": "error",
+    "DS_LOG_LEVEL": "error",
+    # A spinning OpenMP thread takes the core that another rank or actor needs; passive waiting costs nothing alone.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
@@ -28,34 +62,31 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
 
     A learning stage with several ranks is started as so many processes, unless this already is one of them (RANK, or
     SLURM_PROCID in a step of several tasks); raises SystemExit with the code of the rank that failed. In a Slurm step a
-    stage that is told to stop ends the process, with `stopping.STOPPED`.
+    stage that is told to stop ends the process, with `ranks.STOPPED`.
     """
     adopt_rank(os.environ)
-    grow_segments(os.environ)
-    bound_caches(os.environ)
-    parent = os.environ.pop(WITH_PARENT, "")
-    if "SLURM_STEP_ID" in os.environ or (parent and ranks(cfg) == 1):
+    bound_memory(os.environ)
+    if "SLURM_STEP_ID" in os.environ or (WITH_PARENT in os.environ and ranks(cfg) == 1):
         # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
         listener.listen()
-    if parent:
-        follow_parent(int(parent))
+    follow_parent()
     if stages.is_done(cfg, stage):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
         return
     stages.check_inputs(cfg, stage)
-    before = None if "RANK" in os.environ else outdated(cfg, stage)
-    if before is not None:
-        print(f"{stage}: the data at {cfg.task.path} has changed since {before} was made; now {stage_dir(cfg, stage)}")
     here = ranks(cfg) if stage in stages.LEARNS else 1
     pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
-    launches = here > 1 and "RANK" not in os.environ
-    forks = launches and may_fork(cfg)
     if "RANK" not in os.environ:
+        if before := outdated(cfg, stage):
+            print(
+                f"{stage}: the data at {cfg.task.path} has changed since {before} was made; now {stage_dir(cfg, stage)}"
+            )
+        forks = here > 1 and may_fork(cfg)
         stages.ready_model(cfg, stage)
-    if launches:
-        _on_ranks(stage, cfg, overrides, here, forks)
-        return
+        if here > 1:
+            _on_ranks(stage, cfg, overrides, here, forks)
+            return
     try:
         _run_here(stage, cfg)
     except Stopped as stop:
@@ -82,11 +113,9 @@ def import_ahead() -> None:
     import torch
 
     from ..learner.engine import import_deepspeed
-    from ..parallel.cpu_shims import lean_imports
 
     torch.set_num_threads(1)
-    with lean_imports():
-        import megatron.core.models.gpt.gpt_model  # noqa: F401
+    _import_megatron()
     import_deepspeed(on_cpu=True)
     from . import calibrate, evaluate, reinforce, teacher  # noqa: F401
 
@@ -95,41 +124,22 @@ def import_ahead() -> None:
     gc.freeze()
 
 
+def _import_megatron() -> None:
+    from ..parallel.cpu_shims import lean_imports
+
+    with lean_imports():
+        import megatron.core.models.gpt.gpt_model  # noqa: F401
+
+
 def _run_here(stage: str, cfg: RunConfig) -> None:
     quiet_libraries()
     if stage in stages.LEARNS:
-        from ..parallel.cpu_shims import lean_imports
-
-        with lean_imports():
-            import megatron.core.models.gpt.gpt_model  # noqa: F401
-    if stage == "imported":
-        from .import_checkpoint import import_model
-
-        import_model(cfg)
-    elif stage == "pretrain":
-        from .pretrain import pretrain
-
-        pretrain(cfg, stages.ready_model(cfg, stage))
-    elif stage == "teacher":
-        from .teacher import train_teacher
-
-        train_teacher(cfg, stages.source_model(cfg))
-    elif stage == "traces":
-        from .teacher import make_traces
-
-        make_traces(cfg, stages.base_model(cfg))
-    elif stage == "calibrate":
-        from .calibrate import calibrate
-
-        calibrate(cfg, stages.base_model(cfg), stages.traces(cfg))
-    elif stage == "rl":
-        from .reinforce import reinforce
-
-        reinforce(cfg, stages.base_model(cfg), stages.calibrated(cfg))
-    else:
-        from .evaluate import evaluate
-
-        evaluate(cfg, stages.base_model(cfg))
+        _import_megatron()
+    if stage == "pretrain":
+        # Of ranks that torchrun has started nobody has drawn the model before.
+        stages.ready_model(cfg, stage)
+    module, _, function = MODULES[stage].partition(".")
+    getattr(importlib.import_module(f".{module}", __package__), function)(cfg, *stages.inputs(cfg, stage))
 
 
 def quiet_libraries() -> None:
@@ -137,26 +147,19 @@ def quiet_libraries() -> None:
     import warnings
 
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    # A spinning OpenMP thread takes the core that another rank or actor needs; passive waiting costs nothing alone.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
 
 
-def grow_segments(environment: MutableMapping[str, str]) -> None:
-    """Batches of ever new shapes leave holes in fixed segments of CUDA's memory; ones that grow have none. Newer
-    torch has a second name for the variable, which the older one would silence: whoever has set either is obeyed."""
+def bound_memory(environment: MutableMapping[str, str]) -> None:
+    """Batches of ever new shapes are not to cost ever more memory. Read when torch is imported; whoever has set one of
+    these is obeyed."""
+    # They leave holes in fixed segments of CUDA's memory; ones that grow have none. Newer torch has a second name for
+    # the variable, which the older one would silence.
     if "PYTORCH_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-
-
-def bound_caches(environment: MutableMapping[str, str]) -> None:
-    """On a CPU torch makes a kernel for every shape of a product and keeps a thousand of them: by batches of ever new
-    shapes a rank grew by 50 MiB an update. As many as one batch needs are enough. Read when torch is imported; whoever
-    has set either variable is obeyed."""
+    # On a CPU torch makes a kernel for every shape of a product and keeps a thousand of them: a rank grew by 50 MiB an
+    # update. As many as one batch needs are enough.
     environment.setdefault("LRU_CACHE_CAPACITY", "64")
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
@@ -174,15 +177,14 @@ def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int, fork
         "MASTER_PORT": str(free_port()),
     }
     sys.stdout.flush()
-    code = Ranks(command, world, stage_dir(cfg, stage) / "ranks", environment, forks).run()
+    code = run_ranks(command, world, stage_dir(cfg, stage) / "ranks", environment, forks)
     if code:
         raise SystemExit(code)
 
 
 def run_method(cfg: RunConfig, overrides: list[str]) -> None:
     """Every stage in order, each in processes of its own, then the exported model and the report."""
-    if parent := os.environ.pop(WITH_PARENT, ""):
-        follow_parent(int(parent))
+    follow_parent()
     from ..config.derive import read_dims
     from ..config.validate import validate
 
@@ -200,7 +202,8 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         if stages.is_done(cfg, stage):
             print(f"{stage}: finished before, in {stage_dir(cfg, stage)}")
             continue
-        code = _followed([stage, *overrides], forks, lambda: _report_so_far(cfg))
+        _report_so_far(cfg)
+        code = _run_child([stage, *overrides], forks)
         if code:
             raise SystemExit(code)
     exported = export(cfg)
@@ -226,13 +229,13 @@ def _report_so_far(cfg: RunConfig) -> None:
         print(f"report: not written this time ({error})", file=sys.stderr)
 
 
-def _followed(arguments: list[str], forks: bool, meanwhile: Callable[[], None]) -> int:
-    """The exit code of this package's command line in a child that Ctrl-C reaches too, and that says so and ends by
-    itself then. `meanwhile` is done while it starts."""
+def _run_child(arguments: list[str], forks: bool) -> int:
+    """The exit code of this package's command line in a child that is told to stop when this process dies, that Ctrl-C
+    reaches too, and that says so and ends by itself then."""
+    environment = {**os.environ, WITH_PARENT: str(os.getpid())}
     command = [sys.executable, "-m", "ee_megatron.cli", *arguments]
-    child = Forked(arguments, dying_with_me()) if forks else subprocess.Popen(command, env=dying_with_me())
+    child = Forked(arguments, environment) if forks else subprocess.Popen(command, env=environment)
     try:
-        meanwhile()
         return child.wait()
     except KeyboardInterrupt:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -240,7 +243,6 @@ def _followed(arguments: list[str], forks: bool, meanwhile: Callable[[], None]) 
         child.kill()
         return 130
     finally:
-        # Whatever else went wrong meanwhile, the stage is not to be lost for it.
         child.wait()
 
 
@@ -267,3 +269,83 @@ def export(cfg: RunConfig) -> Path:
         print(f"{out}: made from another evaluation or policy; it is made again from {evaluation.name}")
         shutil.rmtree(out)
     return export_hf(base, reinforced, out, "merge", "embed", exit_policy=policy, origin=origin)
+
+
+# -- a stage as a Slurm job -------------------------------------------------------------------------------------------
+
+
+def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What slurm/common.sh asks for at the start of a job, once it is sure that the stage's inputs are there and that
+    the allocation (SLURM_* in `environment`, if there is one) is large enough.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    shape = job_shape(cfg, stage)
+    check_allocation(shape, environment, " ".join(allocation(cfg, stage)))
+    weights, done = 0, stages.is_done(cfg, stage)
+    if not done:
+        stages.check_inputs(cfg, stage)
+        if shape.rollout_nodes:
+            require_ray_tokens()
+        if asks_for_gpus(cfg) and shape.rollout_nodes and not shape.gpus_per_node:
+            raise ValueError(
+                f"device={cfg.device} with cluster.gpus_per_node=0: actors get the GPUs that the settings name; give "
+                "cluster.gpus_per_node=<GPUs of a node>, or set device=cpu"
+            )
+        # This step sees what those of the ranks and of Ray will see of their nodes, which are alike.
+        pick_device(cfg, shape.gpus_per_node or shape.ranks_per_node)
+        weights = HFDirectory(stages.ready_model(cfg, stage)).size()
+    cpu = cfg.device == "cpu" or not shape.gpus_per_node
+    devices = range(shape.first_device, shape.gpus_per_node)
+    share = actor_share(cfg.rollout)
+    # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
+    cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
+    found = {
+        "nodes": str(shape.nodes),
+        "learner_nodes": str(shape.learner_nodes),
+        "ranks": str(shape.ranks),
+        "ranks_per_node": str(shape.ranks_per_node),
+        "rollout_nodes": str(shape.rollout_nodes),
+        "ray_cpus": str(cores),
+        "ray_gpus": "" if cpu else ",".join(map(str, devices)),
+        "start_timeout_s": str(math.ceil(start_timeout(cfg.rollout, weights))),
+        "directory": str(stage_dir(cfg, stage).resolve()),
+        "requeue_limit": str(cfg.job.requeue_limit),
+        "done": "yes" if done else "no",
+    }
+    if not found["directory"].isprintable():
+        raise ValueError(
+            f"directory={found['directory']!r}: expected printable characters only; the job's script reads it as a line"
+        )
+    return found
+
+
+def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str) -> None:
+    """Raises ValueError if the job has fewer nodes, or its nodes fewer GPUs, than `shape` needs."""
+    if "SLURM_JOB_NUM_NODES" not in environment:
+        return
+    nodes, gpus = int(environment["SLURM_JOB_NUM_NODES"]), int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    if nodes < shape.nodes or gpus < shape.gpus_per_node:
+        raise ValueError(
+            f"this job has {nodes} node(s) with {gpus} GPU(s) each, the settings need {shape.nodes} with "
+            f"{shape.gpus_per_node}: submit with sbatch {flags}, or change cluster.nodes and cluster.gpus_per_node"
+        )
+
+
+def check_place(cfg: RunConfig, wanted: Sequence[str], overrides: list[str], environment: Mapping[str, str]) -> None:
+    """Raises ValueError on a login node if these stages need more nodes or GPUs than this machine has: what would start
+    here belongs into jobs."""
+    if "SLURM_JOB_ID" in environment or is_rank(environment) or not shutil.which("sbatch"):
+        return
+    shapes = [job_shape(cfg, stage) for stage in wanted]
+    nodes, gpus = max(shape.nodes for shape in shapes), max(shape.gpus_per_node for shape in shapes)
+    if gpus and hides_all(environment.get("CUDA_VISIBLE_DEVICES")):
+        # Whoever hides this machine's GPUs is told of that instead.
+        return
+    here = len(gpu_files())
+    if nodes > 1 or gpus > here:
+        commands = "; ".join(launch_command(cfg, stage, overrides) for stage in wanted)
+        raise ValueError(
+            f"the settings need {nodes} node(s) with {gpus} GPU(s) each, this machine has {here} and is no Slurm job: "
+            f"submit {commands}; to run here, set cluster.nodes=1 cluster.rollout_nodes=0 cluster.gpus_per_node=0"
+        )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.derive import draws_weights, model_dir, policy_spec, ranks, read_dims, resolve_exits, stage_sizes
-from ..config.errors import faults_of, lines_of
+from ..config.errors import faults_of, lines_of, refuse
 from ..config.identity import OPTIONAL, STAGES, stage_dir, stage_order
 from ..config.load import Attempt
 from ..config.schema import RunConfig, TaskConfig
@@ -21,7 +21,7 @@ from ..config.validate import Clash, alone, clashes, model_faults, repaired, unl
 from ..planning.command import launch_commands
 from ..tasks import Task, make_task
 from . import stages
-from .slurm import check_place
+from .launch import check_place
 
 if TYPE_CHECKING:
     from ..families import ModelDims
@@ -69,35 +69,32 @@ class Preflight:
         return [*found.faults, *wrong.values(), *unless_about(together, keys)], unless_about(missing, keys)
 
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
-        rl = {"rl", "evaluate"} & {*wanted}
         if dims is not None and not draws_weights(cfg):
             weights = f"weights {cfg.model.path} {cfg.model.checkpoint}"
-            yield from self._once(weights, lambda: faults_of(lambda: stages.check_given(cfg)))
-        if rl and cfg.init_policy:
-            missing = self._once(f"start {cfg.init_policy}", lambda: faults_of(lambda: stages.calibrated(cfg)))
+            yield from self._once(weights, lambda: stages.check_given(cfg))
+        if {"rl", "evaluate"} & {*wanted} and cfg.init_policy:
+            missing = self._once(f"start {cfg.init_policy}", lambda: stages.calibrated(cfg))
             yield from missing
             if dims is not None and not missing:
                 yield from faults_of(lambda: check_start(cfg, dims))
                 # Where the model is yet to be made the stage looks at it.
                 if not {*OPTIONAL} & {*stage_order(cfg)}:
                     pair = f"base of {cfg.init_policy}: {cfg.model.path} {cfg.model.base_unchecked}"
-                    yield from self._once(pair, lambda: faults_of(lambda: _check_bases(cfg)))
+                    yield from self._once(pair, lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
         if wanted:
-            yield from self._once(f"runs {cfg.runs}", lambda: _runs_faults(cfg.runs))
-        if "rl" in wanted and cfg.rl.replay:
-            yield from self._once(f"replay {cfg.rl.replay}", lambda: _replay_faults(cfg.rl.replay))
+            yield from self._once(f"runs {cfg.runs}", lambda: check_runs(cfg.runs))
         if "evaluate" in wanted and cfg.evaluate.controls:
             yield from faults_of(lambda: stages.control_policy(cfg))
 
     def _of_data(self, cfg: RunConfig, wanted: Sequence[str]) -> Iterator[str]:
-        reading = [stage for stage in wanted if stage in TASK_READERS and not (stage == "rl" and cfg.rl.replay)]
+        reading = [stage for stage in wanted if stage in TASK_READERS]
         if reading:
             task, needs = repr(cfg.task), [*reading, str(cfg.teacher), cfg.rl.families]
-            yield from self._once(f"task {task} {needs}", lambda: _task_faults(cfg, reading))
+            yield from self._once(f"task {task} {needs}", lambda: check_task(cfg, reading))
 
-    def _once(self, what: str, look: Callable[[], Iterator[str]]) -> list[str]:
+    def _once(self, what: str, check: Callable[[], object]) -> list[str]:
         if what not in self._known:
-            self._known[what] = list(look())
+            self._known[what] = list(faults_of(check))
         return self._known[what]
 
 
@@ -128,42 +125,29 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
         )
 
 
-def _check_bases(cfg: RunConfig) -> None:
-    stages.check_bases(cfg, "rl", model_dir(cfg))
-
-
-def _runs_faults(runs: str) -> Iterator[str]:
-    """Whether directories can be made there."""
+def check_runs(runs: str) -> None:
+    """Raises ValueError if no directories can be made there."""
     there = next(path for path in (Path(runs).absolute(), *Path(runs).absolute().parents) if path.exists())
     if not there.is_dir():
-        yield f"runs={runs}: {there} is no directory; name one that can be made"
-    elif not os.access(there, os.W_OK | os.X_OK):
-        yield f"runs={runs}: {there} may not be written to; name another directory, or change its permissions"
-
-
-def _replay_faults(replay: str) -> Iterator[str]:
-    if not (Path(replay) / "step_1" / "rollouts.safetensors").is_file():
-        yield (
-            f"rl.replay={replay}: no recorded rollouts there (step_1/); expected the rollouts directory of an rl stage "
-            "that ran with rl.dump_rollouts=true"
+        raise ValueError(f"runs={runs}: {there} is no directory; name one that can be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"runs={runs}: {there} may not be written to; name another directory, or change its permissions"
         )
 
 
-def _task_faults(cfg: RunConfig, reading: Sequence[str]) -> Iterator[str]:
-    """Whether the data is there, can be read and is enough for the stages that read it."""
+def check_task(cfg: RunConfig, reading: Sequence[str]) -> None:
+    """Raises ValueError or FileNotFoundError unless the data is there, can be read and is enough for the stages that
+    read it."""
     path = cfg.task.path
     if path and not Path(path).exists():
-        yield (
+        raise FileNotFoundError(
             f"task.path={path}: no such file or directory; expected a .jsonl or .parquet file, a directory of them, or "
             "a data set saved to disk"
         )
-        return
-    try:
-        task = make_task(cfg.task)
-        # Its problems are made in numbers that the settings ask for, one by one.
-        yield from () if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading)
-    except (ValueError, FileNotFoundError) as error:
-        yield from lines_of(error)
+    task = make_task(cfg.task)
+    # Problems of reasoning_gym are made in numbers that the settings ask for, one by one.
+    refuse([] if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading))
 
 
 def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterator[str]:
@@ -206,8 +190,7 @@ def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[st
         estimates = dry_run_lines(cfg, dims)
     else:
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
-    recorded = f"recorded ones, from {cfg.rl.replay}; no actors" if command == "rl" and cfg.rl.replay else ""
-    lines.append(f"rollouts: {recorded or f'{cfg.rollout.backend}, {cfg.rollout.actors} actor(s)'}")
+    lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
     last = "evaluate" if command == "run" else command
     left_out = set(OPTIONAL) - {*stage_order(cfg), last}
     stages = [name for name in list(STAGES)[: list(STAGES).index(last) + 1] if name not in left_out]

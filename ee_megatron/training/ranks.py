@@ -1,14 +1,15 @@
-"""The ranks of one machine, started, watched and ended together. What goes wrong is said once, in one last line; all
-else that ranks say on stderr is in a log of each.
+"""Ranks as processes: what launchers say of them, being told to stop, and several of them on one machine.
 
-On a cluster srun does this (slurm/common.sh). On a CPU ranks are forked off a process that has imported what they need.
+Slurm sends USR1, USR2 or TERM before a time limit or at a preemption; a stage then ends at its next step with a
+checkpoint, and its process with an exit code that says so. A signal may reach one rank and not another, so ranks act on
+it only once they have agreed (context.py). No torch here: signals are listened to before the imports that take longest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
+import multiprocessing.context
 import os
 import random
 import re
@@ -17,23 +18,34 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any, NoReturn
 
 from ..host_memory import limit_arenas
-from .preemption import STOPPED, WITH_PARENT
 
-LOG = "EE_RANK_LOG"
-"""Set for a rank that is started here: the file that its stderr goes to."""
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+STOPPED = 85
+"""Exit code of a stage that was told to stop and can go on from where it is; slurm/common.sh knows it too."""
+WITH_PARENT = "EE_PARENT"
+"""Set to its own process id by whoever starts a stage or a run that is to be told to stop when the parent dies, however
+it dies. A stage of one rank then heeds signals as in a Slurm step."""
+PR_SET_PDEATHSIG = 1
+PARTING_S = 30.0
+"""How long the leader waits for the other ranks to leave."""
 GRACE_S = 10.0
 """From the word to end to the end of ranks that do not heed it."""
 NUMBERS = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID",
-    "SLURM_LOCALID", "SLURM_NODEID", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS",
+    "SLURM_STEP_NUM_NODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK",
 )  # fmt: skip
 """What launchers say in numbers."""
+
+
+# -- what launchers say -----------------------------------------------------------------------------------------------
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
@@ -48,13 +60,131 @@ def check_variables(environment: Mapping[str, str]) -> None:
 
 
 def is_rank(environment: Mapping[str, str]) -> bool:
-    """Whether somebody has started this process as one of several."""
+    """Whether somebody has started this process as one of several. Only srun sets SLURM_STEP_NUM_TASKS, so a batch
+    script is no rank."""
     return "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-class Forked:
-    """`ee-megatron` with these arguments in a process forked off this one, whose imports it needn't repeat: as much of
-    subprocess.Popen as is used here.
+def adopt_rank(environment: MutableMapping[str, str]) -> None:
+    """In an srun step of several tasks each process is a rank already; say so in the variables that torch reads.
+
+    MASTER_ADDR and MASTER_PORT come from the batch script, which knows the first learner node. Raises ValueError
+    without them.
+    """
+    if "RANK" in environment or not is_rank(environment):
+        return
+    if "MASTER_ADDR" not in environment:
+        raise ValueError("SLURM_PROCID is set but MASTER_ADDR is not; start ranks through slurm/*.sh, or export it")
+    world, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = str(world)
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    # At most: the last node may have fewer.
+    environment["LOCAL_WORLD_SIZE"] = str(-(-world // nodes))
+    environment.setdefault("MASTER_PORT", "29500")
+
+
+# -- being told to stop -----------------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """The stage ends here because it was told to. Not an `Exception`: no handler of errors may take it for one.
+
+    `store`: torch's, kept from before the process group was left.
+    """
+
+    def __init__(self, text: str, rank: int = 0, world: int = 1, store: Any = None):
+        super().__init__(text)
+        self.rank, self.world, self.store = rank, world, store
+
+    def leave(self) -> NoReturn:
+        """End the process once everything is closed: the other ranks with 0, then the leader with STOPPED.
+
+        In this order, because a launcher that sees another code than 0 kills whoever is still there, and the step's
+        code would be the killed rank's.
+        """
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At once: atexit handlers of libraries may wait for peers that are gone.
+        if self.rank:
+            self.store.set(f"left/{self.rank}", "")
+            os._exit(0)
+        if self.world > 1:
+            try:
+                self.store.wait([f"left/{rank}" for rank in range(1, self.world)], timedelta(seconds=PARTING_S))
+            except RuntimeError as error:
+                print(f"not all ranks left within {PARTING_S:.0f} s: {error}", file=sys.stderr, flush=True)
+            # Between its word and its end a rank takes microseconds; a loaded machine may take longer.
+            time.sleep(0.5)
+        os._exit(STOPPED)
+
+
+class Listener:
+    """What this process has been told: `asked` is the last signal, 0 before the first."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._at_once = False
+
+    def listen(self) -> None:
+        """From now on signals are noted instead of ending the process."""
+        for number in SIGNALS:
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = number
+        if self._at_once:
+            self._at_once = False
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        return Stopped(f"told to stop by {signal.Signals(self.asked).name}")
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal raises `Stopped` wherever the main thread is: for work that may be given up half-way."""
+        if self.asked:
+            raise self._stopped()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+
+listener = Listener()
+
+
+@contextmanager
+def keeping_signals() -> Iterator[None]:
+    """Whatever a library does inside, afterwards signals mean what they meant before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def follow_parent() -> None:
+    """Where whoever started this process set WITH_PARENT: from now on TERM arrives when that parent is dead, also if it
+    is so already. Linux only; elsewhere nothing."""
+    parent = os.environ.pop(WITH_PARENT, "")
+    if not parent or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+# -- several ranks on one machine -------------------------------------------------------------------------------------
+
+
+class Forked(multiprocessing.context.ForkProcess):
+    """`ee-megatron` with these arguments in a process forked off this one, whose imports it needn't repeat; with the
+    methods of subprocess.Popen that are used here. `before` is called in it first.
 
     `launch.may_fork` says where that goes well.
     """
@@ -63,132 +193,119 @@ class Forked:
         self, arguments: Sequence[str], environment: Mapping[str, str], stdout: IO | None = None,
         stderr: IO | None = None, before: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        def main() -> None:
-            for told in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(told, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ.clear()
-            os.environ.update(environment)
-            for stream, number in ((stdout, 1), (stderr, 2)):
-                if stream is not None:
-                    os.dup2(stream.fileno(), number)
-            if before is not None:
-                before()
-            # What libraries read of the environment when they were loaded, in another process.
-            if "torch" in sys.modules:
-                threads = environment.get("OMP_NUM_THREADS", "").split(",")[0] or len(os.sched_getaffinity(0))
-                sys.modules["torch"].set_num_threads(int(threads))
-            if "MALLOC_ARENA_MAX" in environment:
-                limit_arenas(int(environment["MALLOC_ARENA_MAX"]))
-            # Named, not imported: the command line is above all else.
-            sys.exit(importlib.import_module("ee_megatron.cli").main(list(arguments)))
-
-        self._process = multiprocessing.get_context("fork").Process(target=main)
-        self._process.start()
-        self.pid = self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
+        super().__init__(target=_as_command, args=(arguments, environment, stdout, stderr, before))
+        self.start()
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self.returncode is None:
+        self.join(timeout)
+        if self.exitcode is None:
             raise subprocess.TimeoutExpired("ee-megatron", timeout or 0.0)
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None and self.pid:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+        return self.exitcode
 
 
-class Ranks:
-    """`world` processes of one command, each with its rank in the variables that torch reads. `run` once.
+def _as_command(
+    arguments: Sequence[str], environment: Mapping[str, str], stdout: IO | None, stderr: IO | None,
+    before: Callable[[], None] | None,
+) -> NoReturn:  # fmt: skip
+    """What a new process would begin with, in a forked one."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, descriptor in ((stdout, 1), (stderr, 2)):
+        if stream is not None:
+            os.dup2(stream.fileno(), descriptor)
+    if before is not None:
+        before()
+    # What libraries read of the environment when they were loaded, in another process.
+    if "torch" in sys.modules:
+        threads = environment.get("OMP_NUM_THREADS", "").split(",")[0] or len(os.sched_getaffinity(0))
+        sys.modules["torch"].set_num_threads(int(threads))
+    if "MALLOC_ARENA_MAX" in environment:
+        limit_arenas(int(environment["MALLOC_ARENA_MAX"]))
+    # Named, not imported: the command line is above all else.
+    sys.exit(importlib.import_module("ee_megatron.cli").main(list(arguments)))
 
-    `forked`: the command is this package's own, and this process has imported what it needs (`Forked`).
+
+def run_ranks(
+    command: Sequence[str], world: int, logs: Path, environment: Mapping[str, str], forked: bool = False
+) -> int:
+    """Start `world` processes of one command, each with its rank in the variables that torch reads, wait, and end the
+    others once one has failed. Its error is the last line on stderr; all else that ranks say there is in a log of each.
+    Ctrl-C and TERM end all of them. On a cluster srun does this (slurm/common.sh).
+
+    `forked`: the command is this package's own, and this process has imported what it needs (`Forked`). Returns the
+    exit code: 0, that of the rank that failed first, or 128 and the number of the signal that killed it.
     """
+    logs.mkdir(parents=True, exist_ok=True)
+    files = [logs / f"rank-{rank}.log" for rank in range(world)]
+    processes: list[subprocess.Popen | Forked] = []
+    with _terminating():
+        try:
+            for rank, file in enumerate(files):
+                given = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                given |= {"LOCAL_WORLD_SIZE": str(world), WITH_PARENT: str(os.getpid())}
+                processes.append(_start(command, file, rank == 0, {**environment, **given}, forked))
+            failed = _first_failed(processes, files)
+        finally:
+            _end(processes)
+    if failed is None:
+        return 0
+    code = processes[failed].poll()
+    assert code is not None
+    print(_reason(f"rank {failed} of {world}", files[failed], code), file=sys.stderr, flush=True)
+    return code if code > 0 else 128 - code
 
-    def __init__(
-        self, command: Sequence[str], world: int, logs: Path, environment: Mapping[str, str], forked: bool = False
-    ):
-        self.world, self._logs, self._forked = world, logs, forked
-        self._command, self._environment = list(command), dict(environment)
-        self._processes: list[subprocess.Popen | Forked] = []
 
-    def run(self) -> int:
-        """Start all, wait, and end the others once one has failed; its error is the last line on stderr. Returns the
-        exit code: 0, that of the rank that failed first, or 128 and the number of the signal that killed it.
+def _start(
+    command: Sequence[str], file: Path, leads: bool, environment: Mapping[str, str], forked: bool
+) -> subprocess.Popen | Forked:
+    with file.open("wb") as log:
+        # Progress and figures are the leader's, on stdout.
+        stdout = None if leads else log
+        if forked:
+            return Forked(command, environment, stdout, log, _ignore_interrupts)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=log, env=environment, preexec_fn=_ignore_interrupts
+        )
 
-        Ctrl-C and TERM end all of them.
-        """
-        self._logs.mkdir(parents=True, exist_ok=True)
-        with _terminating():
-            try:
-                for rank in range(self.world):
-                    self._processes.append(self._start(rank))
-                failed = self._wait()
-            finally:
-                self._end()
-        if failed is None:
-            return 0
-        code = self._processes[failed].poll()
-        assert code is not None
-        print(self._said(failed, code), file=sys.stderr, flush=True)
-        return code if code > 0 else 128 - code
 
-    def _start(self, rank: int) -> subprocess.Popen | Forked:
-        given = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world)}
-        given |= {"LOCAL_WORLD_SIZE": str(self.world), LOG: str(self._log(rank)), WITH_PARENT: str(os.getpid())}
-        with self._log(rank).open("wb") as log:
-            # Progress and figures are the leader's, on stdout.
-            stdout = None if rank == 0 else log
-            if self._forked:
-                return Forked(self._command, self._environment | given, stdout, log, _ignore_interrupts)
-            return subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=log, env=self._environment | given,
-                preexec_fn=_ignore_interrupts,
-            )  # fmt: skip
+def _first_failed(processes: Sequence[subprocess.Popen | Forked], files: Sequence[Path]) -> int | None:
+    """The rank that failed first, None once all have ended well."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = {rank: code for rank, code in enumerate(codes) if code}
+        if failed:
+            # Ranks that lose another one fail too: killed ones, and whoever spoke first, are the reason.
+            return min(failed, key=lambda rank: (failed[rank] > 0, files[rank].stat().st_mtime_ns))
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.05)
 
-    def _wait(self) -> int | None:
-        """The rank that failed first, None if none did."""
-        while True:
-            codes = [process.poll() for process in self._processes]
-            failed = {rank: code for rank, code in enumerate(codes) if code}
-            if failed:
-                # Ranks that lose another one fail too: killed ones, and whoever spoke first, are the reason.
-                return min(failed, key=lambda rank: (failed[rank] > 0, self._log(rank).stat().st_mtime_ns))
-            if all(code == 0 for code in codes):
-                return None
+
+def _end(processes: Sequence[subprocess.Popen | Forked]) -> None:
+    for method in ("terminate", "kill"):
+        for process in processes:
+            if process.poll() is None:
+                getattr(process, method)()
+        deadline = time.monotonic() + GRACE_S
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.05)
 
-    def _end(self) -> None:
-        for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-            for process in self._processes:
-                if process.poll() is None:
-                    process.send_signal(number)
-            deadline = time.monotonic() + patience
-            while any(process.poll() is None for process in self._processes) and time.monotonic() < deadline:
-                time.sleep(0.05)
 
-    def _log(self, rank: int) -> Path:
-        return self._logs / f"rank-{rank}.log"
-
-    def _said(self, rank: int, code: int) -> str:
-        log, name = self._log(rank), f"rank {rank} of {self.world}"
-        if code < 0:
-            return f"error: {name}: killed by {signal.Signals(-code).name}; its log is {log}"
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if code == STOPPED:
-            return lines[-1] if lines else f"{name}: stopped, as told"
-        errors = [line for line in lines if line.startswith("error: ")]
-        last = errors[-1] if errors else f"error: {name}: ended with exit code {code}"
-        return last if code == 2 else f"{last} ({log})"
+def _reason(name: str, log: Path, code: int) -> str:
+    if code < 0:
+        return f"error: {name}: killed by {signal.Signals(-code).name}; its log is {log}"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if code == STOPPED:
+        return lines[-1] if lines else f"{name}: stopped, as told"
+    errors = [line for line in lines if line.startswith("error: ")]
+    last = errors[-1] if errors else f"error: {name}: ended with exit code {code}"
+    return last if code == 2 else f"{last} ({log})"
 
 
 def free_port() -> int:
@@ -206,7 +323,7 @@ def _ignore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _terminating() -> Iterator[None]:
     """Inside, TERM ends this process as an error would, so that what it has started is ended too."""
 

@@ -18,8 +18,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from ..config.derive import exits_read, scoring
 from ..config.schema import RLConfig, RunConfig
@@ -27,13 +31,13 @@ from ..host_memory import return_freed
 from ..learner.learner import Learner, PackedBatch
 from ..objectives.depth import CREDITS
 from ..objectives.divergences import Teacher
+from ..objectives.schedules import dual_price, price, price_rise
 from ..policy import sharpened
 from ..tensors import drain
 from ..types import Group
 from .advantages import StepScores, collate, compute_advantages, kept_groups, rollouts_of
-from .collect import make_collector
+from .collect import Collector
 from .context import StageContext
-from .lambda_controller import LambdaController
 from .rl_metrics import accuracy, cost_metrics, peak_flops, step_metrics, step_timings
 from .serialization import keep_samples, sampled_steps
 from .update import objective_of, update
@@ -46,20 +50,13 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
     rl = cfg.rl
     with StageContext(cfg, "rl", model_path, learner=True) as context:
         done, checkpoint = context.checkpoints.latest()
-        spec, policy = context.checkpoints.read_policy(checkpoint or start, checked=checkpoint is not None)
-        if spec != context.spec:
-            raise ValueError(
-                f"{start}: made with {spec}, the configuration says {context.spec}; give the same exits and adapter"
-            )
+        policy = context.checkpoints.read_policy(checkpoint or start, checked=checkpoint is not None)
         if checkpoint is None:
             policy = sharpened(policy, rl.gate_centre, rl.gate_sharpness)
         learner = context.make_learner(policy, checkpoint, temperature=rl.temperature)
-        collector = make_collector(context) if context.leads else None
-        # In a list: None means that the leader was told to stop.
-        reference = context.ranks.unless_stopped(lambda: [collector.reference_accuracy()] if collector else None)
-        if reference is None:
-            context.stop(learner, done)
-        controller = LambdaController(rl, reference[0], context.checkpoints.state)
+        collector = Collector(context) if context.leads else None
+        reference = context.unless_stopped(learner, done, collector.reference_accuracy if collector else None)
+        controller = LambdaController(rl, reference, context.checkpoints.state)
         shown = sampled_steps(rl.steps)
         context.open_metrics(resume_step=done)
         with context.progress(rl.steps, done) as bar:
@@ -72,50 +69,39 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                     weights = collector.sync_weights(step + 1, stream)
                 else:
                     drain(stream)
-                collected = context.ranks.unless_stopped(
-                    collector.collect if collector else None, weights, step, bar.detail
+                collected = context.unless_stopped(
+                    learner, step, collector.collect if collector else None, weights, step, bar.detail
                 )
-                if collected is None:
-                    context.stop(learner, step)
                 if context.directory is not None and step + 1 in shown:
                     keep_samples(context.directory, step + 1, collected.groups, context.decode)
-                learned = learn(context, learner, collected.groups, step, controller)
+                metrics, seconds = learn(context, learner, collected.groups, step, controller)
                 if context.device_type == "cpu":
                     # The pool works next, here too.
                     return_freed()
-                values, seconds = learned.metrics | collected.health, learned.seconds | collected.seconds
-                seconds["step"] = time.monotonic() - begun
+                values = metrics | collected.health
+                seconds |= collected.seconds | {"step": time.monotonic() - begun}
                 peak = peak_flops(context.device_type, context.dtype)
                 context.log(step + 1, values, step_timings(cfg, values, seconds, peak))
-                bar.advance(1, reward=learned.reward, accuracy=learned.accuracy, depth=values["mean_depth"])
+                bar.advance(1, reward=values["reward"], accuracy=values["accuracy"], depth=values["mean_depth"])
                 if (step + 1) % rl.checkpoint_every == 0 or step + 1 == rl.steps:
-                    context.checkpoints.save(learner, step + 1, value=learned.reward)
+                    context.checkpoints.save(learner, step + 1)
         context.finish()
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A step's mean reward and accuracy, its metrics, and the seconds of scoring and updating."""
-
-    reward: float
-    accuracy: float
-    metrics: dict[str, float]
-    seconds: dict[str, float]
 
 
 def learn(
     context: StageContext, learner: Learner, groups: list[Group], step: int, controller: LambdaController
-) -> Learned:
-    """Score a step's rollouts and update the policy on them. Every rank calls it with the same groups."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Score a step's rollouts and update the policy on them -> (metrics, seconds by phase). Every rank calls it with
+    the same groups."""
     cfg, rl, layout = context.cfg, context.cfg.rl, context.spec.layout
     begun = time.monotonic()
     batch = collate(groups, layout.num_layers, layout.first_token, gates=not rl.fixed_depth)
     packed = learner.pack(batch)
     scores = score(learner, packed, rl)
     scored = time.monotonic()
-    lambda_depth, right = controller.at(step), accuracy(groups)
+    lambda_depth = controller.at(step)
     advantages = compute_advantages(batch, groups, scores, rl, layout, lambda_depth=lambda_depth)
-    target = controller.update(step, right, [group.prompt.id for group in groups])
+    target = controller.update(step, accuracy(groups), [group.prompt.id for group in groups])
     if not advantages.loss_included.any():
         logger.warning(
             "step %d: every answer was cut at rollout.max_new_tokens=%d, so rl.loss.overlong=filter leaves nothing to "
@@ -134,7 +120,7 @@ def learn(
     # If nothing was scored the update, if there was one, is the only pass.
     passed = None if scores.packing else result.rows if result.updates else []
     metrics |= cost_metrics(cfg, context.source.dims, groups, result.rows, scores.packing or result.packing, passed)
-    return Learned(float(advantages.reward.mean()), right, metrics, seconds)
+    return metrics, seconds
 
 
 def score(learner: Learner, packed: PackedBatch, rl: RLConfig) -> StepScores:
@@ -147,3 +133,56 @@ def score(learner: Learner, packed: PackedBatch, rl: RLConfig) -> StepScores:
     if wanted.reference:
         reference = learner.score(packed, reference=True).token_logprobs
     return StepScores(policy, reference, packed.stats if wanted.policy or wanted.reference else None)
+
+
+class TargetState(NamedTuple):
+    """Running mean of the policy's accuracy, and what it should be at least; shares of 1."""
+
+    running: float
+    goal: float
+
+
+@dataclass
+class LambdaController:
+    """lambda of each step. With `rl.depth_penalty.target.margin` it follows the accuracy that is left above the target.
+
+    `reference`: by prompt id, the share of the reference's answers that are right; None without a target. `state` is
+    saved in every checkpoint, so that a resumed run continues with the same lambda.
+
+    Policy and reference are compared on the prompts of the same steps if the reference has answered them, else with its
+    mean: a step may have few prompts, and their difficulty varies by far more than what depth costs. Warm-up steps are
+    not compared: exits that are calibrated but not yet reinforced lose accuracy when they are sampled, whatever lambda.
+    """
+
+    rl: RLConfig
+    reference: Mapping[str, float] | None
+    state: dict[str, float]
+
+    def at(self, step: int) -> float:
+        """lambda at step `step` (from 0)."""
+        if self.reference is None or step < price_rise(self.rl.steps, self.rl.depth_penalty.warmup):
+            return price(step, self.rl.steps, self.rl.depth_penalty.weight, self.rl.depth_penalty.warmup)
+        return self.state.get("lambda", self.rl.depth_penalty.weight)
+
+    def update(self, step: int, accuracy: float, prompts: Sequence[str]) -> TargetState | None:
+        """Take in the accuracy of step `step`'s rollouts, equally many for each of its prompts (ids)."""
+        penalty, target = self.rl.depth_penalty, self.rl.depth_penalty.target
+        if self.reference is None or target is None or step < price_rise(self.rl.steps, penalty.warmup):
+            return None
+        steps = min(self.state.get("accuracy_steps", 0.0) + 1, target.window)
+        running = self._running("accuracy_running", accuracy, steps)
+        known = self.reference
+        shares = [known[id] for id in prompts] if known.keys() >= set(prompts) else list(known.values())
+        theirs = self._running("reference_running", float(np.mean(shares)), steps)
+        goal, base = theirs - target.margin / 100, self.state.get("lambda_base", penalty.weight)
+        # Missing steps of the window count as exactly on target; otherwise one lucky step sets lambda.
+        surplus = (running - goal) * steps / target.window
+        base, value = dual_price(base, surplus, target.rate)
+        self.state |= {"lambda": value, "lambda_base": base, "accuracy_steps": steps}
+        return TargetState(running, goal)
+
+    def _running(self, name: str, value: float, steps: float) -> float:
+        """The mean over that many steps, `value` included."""
+        before = self.state.get(name, value)
+        self.state[name] = before + (value - before) / steps
+        return self.state[name]

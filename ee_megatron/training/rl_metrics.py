@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from ..planning.flops import step_flops
 from ..planning.layout import Layout
 from ..types import Group
 from .advantages import Advantages, StepScores, rollouts_of
-from .lambda_controller import TargetState
 from .update import LogprobDiff, UpdateResult
+
+if TYPE_CHECKING:
+    from .reinforce import TargetState
 
 PHASES = ("rollout", "score", "update")
 
@@ -141,12 +144,12 @@ def step_timings(cfg: RunConfig, values: dict[str, float], seconds: dict[str, fl
     """Seconds by phase; answer tokens and FLOPs per second of a phase and device that worked in it; mfu: the latter as
     a share of the device's peak FLOP/s, `peak`, 0 if unknown. `values`: of `rollout_metrics` and `cost_metrics`.
 
-    No rates for recorded rollouts or those generated while the learner trained, nor for a phase without work.
+    No rates for rollouts that were generated while the learner trained, nor for a phase without work.
     """
     timings = {f"seconds_{phase}": value for phase, value in seconds.items()}
     timings["tokens_per_s"] = values["tokens"] / seconds["step"]
     for phase in PHASES:
-        waited_for = phase != "rollout" or not (cfg.rl.replay or cfg.rollout.max_staleness)
+        waited_for = phase != "rollout" or not cfg.rollout.max_staleness
         if phase not in seconds or not waited_for or not values[f"flops/{phase}"]:
             continue
         each = seconds[phase] * devices(cfg, phase)

@@ -1,4 +1,4 @@
-"""Traces, rollouts and evaluated answers on disk, to be read again without a pool; samples of rollouts for the report.
+"""Traces, rollouts and evaluated answers on disk; samples of rollouts for the report.
 
 NAME.safetensors: all sequences end to end; NAME.jsonl: one JSON line per sequence. No pickle.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from ..evaluation.evaluate import AnsweredSet
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..rollout.engine.scoring import Score
-from ..types import Group, Prompt, Rollout, Trace
+from ..types import Group, Rollout, Trace
 
 _OF_TRACES = ("tokens", "divergences", "topk_ids", "topk_logprobs", "entropy")
 _OF_ROLLOUTS = ("tokens", "exit_depths", "token_logprobs", "full_logprobs", "exit_logprobs", "weight_versions")
@@ -26,19 +25,13 @@ _OF_SCORES = ("policy_logprobs", "exit_logprobs", "teacher_logprobs", "teacher_e
 
 
 def save_traces(directory: Path, traces: Sequence[Trace]) -> None:
-    """Write traces.safetensors and traces.jsonl as a directory that appears whole. Raises ValueError for no traces."""
-    if not traces:
-        raise ValueError("no traces to save: the teacher answered no prompt; see log.txt")
+    """Write traces.safetensors and traces.jsonl (of at least one trace) as a directory that appears whole."""
     lines = [{"id": t.prompt_id, "correct": bool(t.correct), "text": t.text} for t in traces]
     _save(directory, "traces", traces, _OF_TRACES, lines)
 
 
 def load_traces(directory: Path) -> list[Trace]:
-    """Read what `save_traces` wrote. Raises FileNotFoundError with the command that makes them."""
-    if not (directory / "traces.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{directory}: no traces there; make them with `ee-megatron traces` and the same settings"
-        )
+    """Read what `save_traces` wrote."""
     lines, pieces, _ = _load(directory, "traces", _OF_TRACES)
     return [
         Trace(prompt_id=line["id"], correct=line["correct"], text=line["text"], **piece)
@@ -47,7 +40,8 @@ def load_traces(directory: Path) -> list[Trace]:
 
 
 def save_rollouts(directory: Path, groups: list[Group]) -> None:
-    """Write one step's groups (at least one) as a directory that appears whole."""
+    """Write one step's groups (at least one) as a directory that appears whole. A rollout's line has its prompt and
+    verdict; the arrays are those of `Rollout`, and `rewards`."""
     lines = [
         {
             "prompt": asdict(group.prompt),
@@ -65,24 +59,6 @@ def save_rollouts(directory: Path, groups: list[Group]) -> None:
     _save(directory, "rollouts", rollouts, _OF_ROLLOUTS, lines, rewards=rewards)
 
 
-def load_rollouts(directory: Path) -> list[Group]:
-    """Read what `save_rollouts` wrote; neighbours with one prompt are a group. Raises FileNotFoundError."""
-    if not (directory / "rollouts.safetensors").is_file():
-        raise FileNotFoundError(
-            f"{directory}: no rollouts there; make them with rl.dump_rollouts=true, and give rl.replay the rollouts "
-            "directory of that stage"
-        )
-    lines, pieces, arrays = _load(directory, "rollouts", _OF_ROLLOUTS)
-    groups = []
-    for _, members in groupby(zip(lines, pieces, arrays["rewards"], strict=True), lambda m: m[0]["prompt"]["id"]):
-        told, parts, rewards = zip(*members, strict=True)
-        prompt = Prompt(**told[0]["prompt"])
-        rollouts = [_rollout(prompt.id, line, part) for line, part in zip(told, parts, strict=True)]
-        correct, well_formed = np.array([[line["correct"], line["well_formed"]] for line in told]).T
-        groups.append(Group(prompt, rollouts, np.array(rewards), correct, well_formed))
-    return groups
-
-
 def save_answers(directory: Path, answered: AnsweredSet) -> None:
     """Write a set (at least one answer, no `exits`) as a directory that appears whole."""
     lines = [
@@ -98,17 +74,17 @@ def save_answers(directory: Path, answered: AnsweredSet) -> None:
 def load_answers(directory: Path) -> AnsweredSet:
     """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for what isn't that."""
     lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
-    rollouts = [_rollout(line["id"], line, piece) for line, piece in zip(lines, pieces, strict=True)]
+    names = ("text", "finished", "weight_version")
+    rollouts = [
+        Rollout(prompt_id=line["id"], **piece, **{name: line[name] for name in names})
+        for line, piece in zip(lines, pieces, strict=True)
+    ]
     scores = None
     if f"score/{_OF_SCORES[0]}" in arrays:
         ends = arrays["lengths"][:, 1].cumsum()[:-1]
         parts = [np.split(arrays[f"score/{name}"], ends) for name in _OF_SCORES]
         scores = [Score(*part) for part in zip(*parts, strict=True)]
     return AnsweredSet(rollouts, scores, float(arrays["seconds"][0]) if "seconds" in arrays else None)
-
-
-def _rollout(prompt_id: str, line: dict[str, Any], arrays: dict[str, Any]) -> Rollout:
-    return Rollout(prompt_id=prompt_id, **arrays, **{k: line[k] for k in ("text", "finished", "weight_version")})
 
 
 def _save(
@@ -129,7 +105,7 @@ def _save(
 
 def _load(
     directory: Path, name: str, per_token: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, np.ndarray]]:
     """(lines, the arrays of each sequence, all arrays as they are in the file)."""
     arrays = load_file(directory / f"{name}.safetensors")
     lines = [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]

@@ -117,19 +117,28 @@ def _missing(cfg: RunConfig, stage: str) -> FileNotFoundError:
     )
 
 
+def start_model(cfg: RunConfig, stage: str) -> Path:
+    """The model that `stage` starts from. Raises FileNotFoundError, naming the command that helps, if an earlier stage
+    has yet to make it."""
+    if stage == "pretrain" and draws_weights(cfg):
+        return stage_dir(cfg, stage) / "initial"
+    return {"imported": model_dir, "pretrain": model_dir, "teacher": source_model}.get(stage, base_model)(cfg)
+
+
+def inputs(cfg: RunConfig, stage: str) -> tuple[Path, ...]:
+    """What the function of `stage` takes: that model, and what the stage before it made. Raises as `start_model`."""
+    made = {"calibrate": traces, "rl": calibrated}
+    models = () if stage == "imported" else (start_model(cfg, stage),)
+    return (*models, made[stage](cfg)) if stage in made else models
+
+
 def check_inputs(cfg: RunConfig, stage: str) -> None:
     """Raises FileNotFoundError, naming the command that helps, if what `stage` reads is not there."""
+    inputs(cfg, stage)
     if stage == "imported":
         check_checkpoint(cfg)
-    elif stage == "teacher":
-        source_model(cfg)
-    elif stage not in FIRST:
-        base_model(cfg)
-    if stage == "calibrate":
-        traces(cfg)
-    if stage in ("rl", "evaluate"):
-        calibrated(cfg)
     if stage == "evaluate":
+        calibrated(cfg)
         control_policy(cfg)
 
 
@@ -140,13 +149,13 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
 
     Raises FileNotFoundError or ValueError.
     """
-    if stage == "pretrain" and draws_weights(cfg):
-        from .random_init import draw_model
-
-        return draw_model(cfg, stage_dir(cfg, stage) / "initial")
+    path = start_model(cfg, stage)
     if stage == "imported":
-        return model_dir(cfg)
-    path = {"pretrain": model_dir, "teacher": source_model}.get(stage, base_model)(cfg)
+        return path
+    if stage == "pretrain" and draws_weights(cfg):
+        from .pretrain import draw_model
+
+        return draw_model(cfg, path)
     check_weights(path)
     check_bases(cfg, stage, path)
     return path

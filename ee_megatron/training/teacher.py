@@ -16,15 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from ..config.schema import RunConfig
 from ..learner.batch import pack
 from ..objectives.schedules import schedule
 from ..objectives.weights import answer_likelihood
+from .collect import training_problems, verified
 from .context import StageContext
-from .dataset_mixing import training_problems
-from .preemption import listener
+from .ranks import listener
 from .serialization import save_traces
 
 logger = logging.getLogger(__name__)
@@ -35,12 +34,10 @@ TOP_K = 16
 """Teacher log-probabilities kept per position of a trace; the rest is one lumped tail."""
 
 
-def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
-    """Run or resume the stage; returns the teacher's Hugging Face directory."""
+def train_teacher(cfg: RunConfig, model_path: Path) -> None:
+    """Run or resume the stage."""
     with StageContext(cfg, "teacher", model_path, learner=True) as context:
-        examples = context.ranks.unless_stopped(lambda: sample_examples(context))
-        if examples is None:
-            context.stop(None, 0)
+        examples = context.unless_stopped(None, 0, sample_examples, context)
         t = cfg.teacher
         assert t is not None
         start = context.start(SEED)
@@ -57,9 +54,8 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> Path:
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, context.spec.num_layers)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
                 context.fit(learner, batch, answer_likelihood(batch), rate, step, bar)
-        out = context.write_model(learner)
+        context.write_model(learner)
         context.finish(f"{len(examples)} examples")
-        return out
 
 
 def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -71,21 +67,19 @@ def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]
     prompts = task.prompts("train")[: t.problems]
     shown = [task.few_shot(prompt, t.shots, SEED) for prompt in prompts]
     pool = context.make_pool(None)
-    groups = context.sample(pool, shown, t.samples, TEMPERATURE, SEED, "sampling")
+    answers = context.sample(pool, shown, t.samples, TEMPERATURE, SEED, "sampling")
     pool.close()
-    verdicts = verifier.verify_many([(p, a.text) for p, g in zip(prompts, groups, strict=True) for a in g])
-    tokenizer = AutoTokenizer.from_pretrained(str(context.model_path), local_files_only=True)
-    examples, right, cursor = [], 0, 0
-    for prompt, answers in zip(prompts, groups, strict=True):
-        marks = [v.correct and v.well_formed for v in verdicts[cursor : cursor + len(answers)]]
-        cursor += len(answers)
-        right += sum(marks)
-        kept = next((a for a, good in zip(answers, marks, strict=True) if good and a.finished), None)
+    examples, right = [], 0
+    for group in verified(verifier, prompts, answers):
+        good = group.correct & group.well_formed
+        right += int(good.sum())
+        kept = next((a for a, fits in zip(group.rollouts, good, strict=True) if fits and a.finished), None)
         if kept is not None:
-            tokens = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+            tokens = context.tokenizer(group.prompt.text, add_special_tokens=False)["input_ids"]
             examples.append((np.array(tokens, dtype=np.int64), kept.tokens))
-    logger.info("teacher: %d of %d samples right, %d of %d problems kept", right, cursor, len(examples), len(prompts))
-    print(f"teacher: {right}/{cursor} samples right; one answer kept for {len(examples)} of {len(prompts)} problems")
+    told = f"{right} of {len(prompts) * t.samples} samples right, {len(examples)} of {len(prompts)} problems kept"
+    logger.info("teacher: %s", told)
+    print(f"teacher: {told}")
     if len(examples) < t.batch_size:
         raise ValueError(
             f"only {len(examples)} problems were answered right, fewer than one batch of {t.batch_size}; "
@@ -104,14 +98,13 @@ def make_traces(cfg: RunConfig, model_path: Path) -> None:
         prompts = training_problems(cfg, model_path, task, t.wide_operands, t.problems)
         pool = context.make_pool(context.spec)
         answers = context.sample(pool, prompts, 1, t.temperature, SEED, "answers")
-        flat = [(p, a) for p, group in zip(prompts, answers, strict=True) for a in group]
-        verdicts = verifier.verify_many([(p, a.text) for p, a in flat])
-        rollouts = [answer for _, answer in flat]
+        groups = verified(verifier, prompts, answers)
+        rollouts = [answer for group in groups for answer in group.rollouts]
+        right = np.concatenate([group.correct for group in groups])
         with context.progress(len(rollouts), what="divergences") as reading:
             traces = pool.trace(rollouts, TOP_K, lambda done, total: reading.advance(done - reading.done))
-        for trace, answer, verdict in zip(traces, rollouts, verdicts, strict=True):
-            trace.correct, trace.text = bool(verdict.correct), answer.text
+        for trace, answer, correct in zip(traces, rollouts, right, strict=True):
+            trace.correct, trace.text = bool(correct), answer.text
         save_traces(context.path / "dataset", traces)
-        accuracy = sum(v.correct for v in verdicts) / len(verdicts)
-        print(f"traces: {len(traces)} answers, {sum(len(t.tokens) for t in traces)} tokens, {accuracy:.3f} right")
+        print(f"traces: {len(traces)} answers, {sum(len(t.tokens) for t in traces)} tokens, {right.mean():.3f} right")
         context.finish(f"{len(traces)} traces")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +18,6 @@ from ..objectives.schedules import learning_rate
 from ..objectives.weights import Weights
 from ..types import Rollout
 from .advantages import Advantages, behavior_logprobs
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

@@ -147,7 +147,7 @@ def test_old_rollouts_are_never_handed_out_and_old_weights_not_kept(path: Path, 
         history = WeightHistory(tmp_path / "ahead", context.spec)
         for version in range(1, 6):
             whole = weights(context, version).tensors
-            assert collect(history.keeping(version, HeldStream(whole), oldest=version - 1)).keys() == whole.keys()
+            assert collect(history.keep(version, HeldStream(whole), oldest=version - 1)).keys() == whole.keys()
         assert sorted(p.name for p in (tmp_path / "ahead").iterdir()) == ["version_4", "version_5"]
         assert history.version(4, weights(context, 6)).digest == weights(context, 4).digest
         assert history.version(2, weights(context, 6)).version == 6

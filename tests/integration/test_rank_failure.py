@@ -57,7 +57,7 @@ def refuse_writing(pid: int) -> None:
             refuse_writing,
             0,
             "error: rank 0 of 2: no checkpoint could be written",
-            ["failed here:", "session.save"],
+            ["failed here:", "checkpoints.save"],
             marks=SLOW,
         ),
     ],

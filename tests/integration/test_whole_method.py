@@ -21,7 +21,7 @@ from ee_megatron.checkpoint.store import read_manifest
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
-from ee_megatron.training.serialization import load_rollouts, load_traces
+from ee_megatron.training.serialization import load_traces
 from tests.covering import EXTENDED, SLOW
 from tests.processes import Command, ee_megatron
 from tests.tiny import tiny_hf
@@ -147,27 +147,11 @@ def test_traces_and_rl_are_of_problems_on_wide_operands_too(finished):
     traced = [trace.prompt_id for trace in load_traces(only(finished[0], "traces") / "dataset")]
     assert [name.endswith("/wide") for name in traced] == [False] * 12 + [True] * 4, traced
     of_steps = only(finished[0], "rl") / "rollouts"
-    ids = [group.prompt.id for step in range(1, 5) for group in load_rollouts(of_steps / f"step_{step}")]
+    lines = [line for file in of_steps.glob("*/rollouts.jsonl") for line in file.read_text().splitlines()]
+    # Of two answers to each problem.
+    ids = [json.loads(line)["prompt"]["id"] for line in lines[::2]]
     wide = [name for name in ids if name.endswith("/wide")]
     assert len(ids) == 16 and 3 <= len(wide) <= 13, ids
-
-
-@pytest.mark.timeout(1000)
-@EXTENDED
-def test_replayed_rollouts_teach_the_same(finished):
-    """The dumped rollouts in place of a pool: the same metrics, and the same policy to the bit, without any actor."""
-    folder, _ = finished
-    first = only(folder, "rl")
-    run("rl", folder, f"rl.replay={first / 'rollouts'}")
-    (second,) = set((folder / "runs" / "tiny").glob("rl-*")) - {first}
-    try:
-        for a, b in zip(read_metrics(first / "metrics.jsonl"), read_metrics(second / "metrics.jsonl"), strict=True):
-            assert "actors_alive" in a and "actors_alive" not in b
-            assert {k: v for k, v in a.items() if k in b} == b
-        name = "checkpoints/step_4/policy.safetensors"
-        assert (first / name).read_bytes() == (second / name).read_bytes()
-    finally:
-        second.rename(folder / "replayed")
 
 
 @pytest.mark.timeout(1000)

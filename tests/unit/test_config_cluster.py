@@ -49,7 +49,6 @@ def test_stages_take_only_the_nodes_that_they_use() -> None:
     assert (traces.nodes, traces.ranks, traces.rollout_nodes, traces.actors_per_node) == (3, 1, 3, 8)
     assert shape("rl", *nodes).nodes == 5
     # Recorded rollouts need no actors.
-    assert shape("rl", *nodes, "rl.replay=somewhere").rollout_nodes == 0
 
 
 def test_actors_beside_the_ranks_get_the_devices_behind_them_where_there_are_enough() -> None:

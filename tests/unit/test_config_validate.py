@@ -154,9 +154,7 @@ rl.loss.importance.kind=mask rl.loss.importance.low=2 -> rl.loss.importance.low=
 rl.loss.clip_high=0.1 -> rl.loss.clip_high=0.1 rl.loss.clip=0.2
 rl.depth_penalty.target.margin=100 -> rl.depth_penalty.target.margin=100
 rl.depth_penalty.target.margin=-100 -> rl.depth_penalty.target.margin=-100
-rl.depth_penalty.target.margin=1 rl.replay=runs/x -> rl.depth_penalty.target rl.replay
 rl.depth_penalty.target.margin=1 rl.depth_penalty.weight=5 -> rl.depth_penalty.weight=5 rl.depth_penalty.target
-rl.exit_credit.divergence=all rl.replay=runs/x -> rl.exit_credit.divergence=all rl.replay
 rl.exit_credit.divergence=all rl.temperature=0.7 -> rl.exit_credit.divergence=all rl.temperature=0.7
 rl.exit_credit.divergence=all rollout.max_staleness=1 -> rl.exit_credit.divergence=all rollout.max_staleness=1
 SKIP rl.epochs=2 -> rl.skip_scoring=true rl.epochs=2

@@ -23,12 +23,12 @@ from ee_megatron.config.identity import stage_dir, stage_order
 from ee_megatron.config.load import attempt, load
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.learner.optimizer_state import OptimizerState
 from ee_megatron.observe.rundir import DONE, RunDirectory
 from ee_megatron.policy import POLICY_JSON, PolicySpec, initial_policy
 from ee_megatron.sweeps.run_metrics import imported
+from ee_megatron.tensors import HeldStream
 from ee_megatron.training import launch, stages
-from ee_megatron.training.checkpoints import CheckpointWriter
+from ee_megatron.training.checkpoints import TrainingStreams, write_training
 from ee_megatron.training.import_checkpoint import import_model
 from ee_megatron.training.preflight import Preflight
 from tests.conversion import MODEL, SMALL, cast, contents, fields, foreign, hashes, in_shards, made, policy_on, refused
@@ -178,9 +178,9 @@ def leave(cfg: RunConfig, stage: str, base: Path) -> None:
     tensors = initial_policy(HFDirectory(base).dims, spec, 0)
     tensors["gates.1.fc2.weight"].fill_(0.1)
     with RunDirectory(stage_dir(cfg, stage)) as directory:
-        writer = CheckpointWriter(directory, spec, 2, identity(base).to_json())
-        writer.write(1, tensors, OptimizerState(1, {"exp_avg": tensors}), None)
-        writer.close()
+        with directory.write_checkpoint(1) as checkpoint:
+            streams = TrainingStreams(1, HeldStream(tensors), {"exp_avg": HeldStream(tensors)})
+            write_training(checkpoint, spec, streams, {}, identity(base).to_json())
         directory.write_atomic(DONE, "\n")
 
 

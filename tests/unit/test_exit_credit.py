@@ -148,24 +148,6 @@ def test_hazards_of_a_policy_that_has_diverged_are_no_error_here(broken):
     assert (found[batch.asked][:, 0] < 0).all()
 
 
-def test_tokens_of_one_hazard_are_taught_apart_where_the_divergences_of_all_outcomes_are_known():
-    """Every other token would lose by the first exit; one in ten took it."""
-    outcomes, harmful = torch.tensor(([0] * 2 + [3] * 18) * 20), torch.arange(400) % 2 == 1
-    batch = batch_of(outcomes.view(20, 20).tolist())
-    by_outcome = torch.zeros(400, EXITS + 1)
-    by_outcome[harmful, 0] = 3.0
-    costs = torch.tensor([0.0, 0.5, 0.75, 1.0]).expand(*batch.tokens.shape, -1)
-    hazards = at_asked(batch, torch.full((400, EXITS), 0.1))
-    taken = at_asked(batch, by_outcome.gather(-1, outcomes.unsqueeze(-1)).squeeze(-1))
-    apart = hazard_costs(batch, LAYOUT, costs, of_outcomes(batch, by_outcome), hazards)[batch.asked][:, 0]
-    alike = hazard_costs(batch, LAYOUT, costs, taken, hazards)[batch.asked][:, 0]
-    torch.testing.assert_close(apart, torch.where(harmful, 2.0, -1.0))
-    went_on = outcomes > 0
-    # The same mean, but what went on is told the mean of both kinds.
-    torch.testing.assert_close(alike[went_on], torch.full((360,), 0.5))
-    assert apart.mean().item() == pytest.approx(alike.mean().item()) == pytest.approx(0.5)
-
-
 @QUICK
 @given(with_a_decision, drawn_costs, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with_divergence, known, seed):
@@ -177,36 +159,6 @@ def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with
     for divergence in (own, of_all):
         found = hazard_costs(batch, LAYOUT, priced(batch, kind), divergence, hazards)
         assert not found[~reached].any() and found.isfinite().all()
-
-
-@QUICK
-@given(with_a_decision, drawn_costs, st.booleans(), st.integers(0, 99))
-def test_by_the_price_alone_firing_is_never_dearer_than_going_on(answers, kind, known, seed):
-    batch = batch_of(answers)
-    found = hazard_costs(batch, LAYOUT, priced(batch, kind), None, drawn_numbers(batch, seed, EXITS) if known else None)
-    assert float(found.max()) <= 1e-6
-    if kind in SUMS:
-        # And cheaper wherever a gate was come by: what lies behind it is deeper.
-        reached = batch.asked.unsqueeze(-1) & (batch.exit_depths.unsqueeze(-1) >= torch.tensor(LAYOUT.depths))
-        assert (found[reached] < 0).all()
-
-
-@QUICK
-@given(with_a_decision, st.integers(0, 99))
-def test_the_largest_depth_charges_nothing_where_another_token_is_as_deep(answers, seed):
-    batch = batch_of(answers)
-    found = hazard_costs(batch, LAYOUT, priced(batch, "max"), None, drawn_numbers(batch, seed, EXITS))
-    for row, outcomes in enumerate(answers):
-        mine = found[row][batch.asked[row]]
-        for token, outcome in enumerate(outcomes):
-            others = max((o for i, o in enumerate(outcomes) if i != token), default=-1)
-            # It went on to `outcome`, past the gates before.
-            if others >= outcome:
-                assert (mine[token, :outcome].abs() < 1e-6).all()
-            else:
-                assert (mine[token, :outcome] < -1e-3).all()
-            if others == EXITS:
-                assert (mine[token].abs() < 1e-6).all()
 
 
 def test_a_gate_that_never_fired_is_taught_by_the_price_but_not_beside_a_divergence():
@@ -222,18 +174,6 @@ def test_a_gate_that_never_fired_is_taught_by_the_price_but_not_beside_a_diverge
     went_on = outcomes_of(batch) == 3
     assert (price_only[went_on, 2] < 0).all() and not both[:, 2].any()
     assert both[:, 1].all()
-
-
-@QUICK
-@given(with_a_decision, drawn_costs, st.booleans(), st.randoms(use_true_random=False), st.integers(0, 99))
-def test_the_order_of_the_answers_does_not_matter(answers, kind, with_divergence, random, seed):
-    batch = batch_of(answers)
-    own, hazards = drawn_numbers(batch, seed), drawn_numbers(batch, seed + 1, EXITS)
-    order = torch.tensor(random.sample(range(len(answers)), len(answers)))
-    one = hazard_costs(batch, LAYOUT, priced(batch, kind), own if with_divergence else None, hazards)
-    moved = batch.select(order)
-    two = hazard_costs(moved, LAYOUT, priced(moved, kind), own[order] if with_divergence else None, hazards[order])
-    torch.testing.assert_close(two, one[order], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(DEPTH_COSTS))

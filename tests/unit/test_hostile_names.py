@@ -12,7 +12,7 @@ import pytest
 
 from ee_megatron import cli
 from ee_megatron.config.load import load
-from ee_megatron.training.slurm import describe_job
+from ee_megatron.training.launch import describe_job
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]

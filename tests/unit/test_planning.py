@@ -251,8 +251,8 @@ def test_a_plan_prints_and_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A plan and a dry run say the same: whether it fits, what it takes, how many nodes it asks for."""
+def test_a_plan_and_a_dry_run_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it fits, what it takes, how many nodes it asks for."""
     (tmp_path / "config.json").write_text(json.dumps(published_config(SEVENTY)))
     # A whole replica on one device, which no H100 holds.
     wanted = ["experiment=rl_70b", "rollout.backend=ray", "rollout.tensor=1", f"model.path={tmp_path}"]
@@ -263,13 +263,6 @@ def test_recorded_rollouts_need_no_actor(tmp_path: Path, capsys: pytest.CaptureF
     assert err.removeprefix("error: ").strip() in printed
     for start in ("# parameters: ", "# memory: ", "# estimate ", "# command: sbatch "):
         assert re.search(f"^{start}", printed, re.MULTILINE), start
-    replayed = [*wanted, f"rl.replay={tmp_path}", "rl.depth_penalty.target=null"]
-    code, out, err = run(capsys, *replayed)
-    assert code == 0 and str(tmp_path) in out, err
-    assert cli.main(["rl", *replayed, "--dry-run"]) == 0
-    printed = capsys.readouterr().out
-    for text in (out, printed):
-        assert "rollout actor" not in text and "weight sync" not in text and "sbatch --nodes=4 " in text
 
 
 @pytest.mark.parametrize(

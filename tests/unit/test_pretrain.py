@@ -20,8 +20,7 @@ from ee_megatron.config.load import load
 from ee_megatron.config.schema import PretrainConfig, RunConfig, TeacherConfig
 from ee_megatron.objectives.weights import text_likelihood
 from ee_megatron.training import stages
-from ee_megatron.training.pretrain import make_batch, plan
-from ee_megatron.training.random_init import draw_model, draw_weights, worked_texts
+from ee_megatron.training.pretrain import draw_model, draw_weights, make_batch, plan, worked_texts
 
 LADDER = ("100k", "300k", "1m", "3m", "10m")
 

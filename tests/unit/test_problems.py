@@ -6,7 +6,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.tasks import task_of
-from ee_megatron.training.dataset_mixing import training_problems, wide_problems, wider_problems
+from ee_megatron.training.collect import training_problems, wide_problems, wider_problems
 
 
 @pytest.mark.parametrize("limit", [None, 300])

@@ -14,7 +14,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.training import launch
-from ee_megatron.training.ranks import Forked, Ranks
+from ee_megatron.training.ranks import Forked, run_ranks
 from tests.processes import start
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,13 @@ print("noise of rank", rank, file=sys.stderr, flush=True)
 WAITS = "open(f'{sys.argv[1]}/here-{rank}', 'w').write(str(os.getpid()))\ntime.sleep(60)"
 
 
-def ranks(body: str, logs: Path, world: int = 3) -> Ranks:
-    command = [sys.executable, "-c", RANK.format(body=body), str(logs.parent)]
-    return Ranks(command, world, logs, dict(os.environ))
+def run(body: str, logs: Path) -> int:
+    """The exit code of three ranks."""
+    return run_ranks([sys.executable, "-c", RANK.format(body=body), str(logs.parent)], 3, logs, dict(os.environ))
 
 
 def test_all_end_well_and_only_the_leader_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert ranks("", tmp_path / "ranks").run() == 0
+    assert run("", tmp_path / "ranks") == 0
     said = capfd.readouterr()
     assert said.out == "rank 0 of 3 speaks\n" and said.err == ""
     logs = [(tmp_path / "ranks" / f"rank-{rank}.log").read_text() for rank in range(3)]
@@ -66,7 +66,7 @@ def test_the_reason_is_the_last_and_only_line(
     body: str, code: int, line: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     begun, logs = time.monotonic(), tmp_path / "ranks"
-    assert ranks(body, logs).run() == code
+    assert run(body, logs) == code
     err = capfd.readouterr().err
     assert re.match(line.format(logs=logs), err) and err.count("\n") == 1 and time.monotonic() - begun < 50
     if "1 / 0" in body:
@@ -77,9 +77,9 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 from ee_megatron import cli
-from ee_megatron.training.ranks import Ranks
-ranks = Ranks([sys.executable, "-c", sys.argv[1], sys.argv[2]], 2, Path(sys.argv[2]) / "ranks", dict(os.environ))
-sys.exit(cli._guarded(ranks.run))
+from ee_megatron.training.ranks import run_ranks
+command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
+sys.exit(cli._guarded(lambda: run_ranks(command, 2, Path(sys.argv[2]) / "ranks", dict(os.environ))))
 """
 
 

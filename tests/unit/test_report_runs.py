@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -172,7 +171,7 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
 ) -> None:
     cfg = load(["experiment=demo_cpu", f"runs={tmp_path / 'runs'}", "name=front"])
     stages = Stages(cfg, write_run(tmp_path / "samples"))
-    monkeypatch.setattr(launch, "_followed", lambda arguments, _, meanwhile: (meanwhile(), stages(arguments))[1])
+    monkeypatch.setattr(launch, "_run_child", lambda arguments, _: stages(arguments))
     monkeypatch.setattr(launch, "may_fork", lambda _: False)
     monkeypatch.setattr(launch, "pick_device", lambda *_: "cpu")
     monkeypatch.setattr(launch.stages, "check_given", lambda _: None)
@@ -207,18 +206,5 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
     done = stage_dir(cfg, "teacher") / DONE
     done.parent.mkdir()
     done.touch()
-    assert launch._followed(["no-such-command"], False, lambda: launch._report_so_far(cfg)) == 2
+    launch._report_so_far(cfg)
     assert capsys.readouterr().err.startswith("report: ")
-
-
-def test_a_stage_is_not_ended_by_what_goes_wrong_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    child = SimpleNamespace(wait=lambda *_: seen.append("waited for"), kill=lambda: seen.append("killed"))
-    monkeypatch.setattr(launch, "Forked", lambda *_: child)
-
-    def fail() -> None:
-        raise KeyError("a report's fault")
-
-    with pytest.raises(KeyError):
-        launch._followed(["rl"], True, fail)
-    assert seen == ["waited for"]

@@ -29,11 +29,11 @@ from ee_megatron.learner.packing import PackingStats
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.exit_credit import hazard_costs
-from ee_megatron.objectives.schedules import LAMBDA_GAIN, LAMBDA_MAX, dual_price
+from ee_megatron.objectives.schedules import LAMBDA_GAIN, LAMBDA_MAX
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training import reinforce
 from ee_megatron.training.advantages import StepScores, collate, compute_advantages, kept_groups, loss_included
-from ee_megatron.training.lambda_controller import LambdaController
+from ee_megatron.training.reinforce import LambdaController
 from ee_megatron.training.rl_metrics import advantage_metrics, rollout_metrics
 from ee_megatron.training.update import LogprobDiff, objective_of
 from ee_megatron.types import ExitReading
@@ -42,6 +42,22 @@ from tests.by_hand import a_group
 LAYOUT = ExitLayout(6, (2, 4))
 LONGEST = 10
 QUICK = settings(suppress_health_check=[HealthCheck.too_slow])
+
+
+def rl_of(depth=0.0, kl=0.0, loss=None, **fields) -> RLConfig:
+    """`depth`, `kl`: the section, or its weight alone."""
+    sections = [section if isinstance(section, dict) else {"weight": section} for section in (depth, kl)]
+    return RLConfig(
+        depth_penalty=DepthPenalty(**sections[0]),
+        kl_penalty=KLPenalty(**sections[1]),
+        loss=Loss(**loss or {}),
+        **fields,
+    )
+
+
+def but(rl: RLConfig, **changed) -> RLConfig:
+    """Other fields, or others of a section."""
+    return replace(rl, **{k: replace(getattr(rl, k), **v) if isinstance(v, dict) else v for k, v in changed.items()})
 
 
 def scores(batch, tokens=None, exits=None) -> Scores:
@@ -69,55 +85,40 @@ def weights_of(groups, rl, now=None, reference=None):
 def test_shallower_answers_of_equal_worth_are_pushed_up():
     """The gradient weights: with equal task reward the deep answer's tokens and exits go down, the shallow one's up."""
     groups = [a_group([6, 2, 2], [6, 6, 6])]
-    _, weights, _, values, _ = weights_of(
-        groups, RLConfig(depth_penalty=DepthPenalty(weight=0.5), kl_penalty=KLPenalty(weight=0.0))
-    )
+    _, weights, _, values, _ = weights_of(groups, rl_of(depth=0.5))
     gap = 0.5 * (18 - 10) / 18
     assert weights.token[0].sum().item() == pytest.approx(gap / 2)
     assert weights.token[1].sum().item() == pytest.approx(-gap / 2)
     assert weights.exit[0].sum().item() == pytest.approx(gap / 2 * 2 / 3)
     assert values["importance_ratio_mean"] == pytest.approx(1.0) and values["mean_depth"] == pytest.approx(28 / 36)
-    assert not weights_of(groups, RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.0)))[
-        1
-    ].token.any()
+    assert not weights_of(groups, rl_of())[1].token.any()
 
 
-def test_the_paper_s_reward_by_hand():
-    """R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L), and its leave-one-out advantage."""
+@pytest.mark.parametrize("of_sums", [False, True])
+def test_the_paper_s_reward_by_hand(of_sums):
+    """R = r_task - beta * mean(log pi - log pi_ref) - lambda * mean(depth / L), and its leave-one-out advantage; or the
+    sum of the log ratios, over three tokens and two."""
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
     plain = collate(groups, 6)
     # log pi is -1 everywhere, so the two log ratios are 0.2 and 0.7.
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
-    _, _, experience, values, _ = weights_of(
-        groups, RLConfig(depth_penalty=DepthPenalty(weight=0.4), kl_penalty=KLPenalty(weight=0.1)), reference=reference
-    )
-    first, second = 1 - 0.1 * 0.2 - 0.4 * 10 / 18, 0.5 - 0.1 * 0.7 - 0.4
-    assert values["reward"] == pytest.approx((first + second) / 2)
-    assert values["kl_to_reference"] == pytest.approx(0.45)
-    for taught_by in (experience.token_advantage, experience.exit_advantage):
-        assert taught_by.amax(1)[0].item() == pytest.approx(first - second)
-        assert taught_by.amin(1)[1].item() == pytest.approx(second - first)
-
-
-def test_the_distance_from_the_reference_may_be_a_sum():
-    """kl_sum: R = r_task - beta * sum(log pi - log pi_ref): three tokens and two, 0.2 and 0.7 each."""
-    groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
-    plain = collate(groups, 6)
-    reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
-    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.1, sum=True))
+    rl = rl_of(depth=0.4, kl=dict(weight=0.1, sum=of_sums))
     _, _, experience, values, _ = weights_of(groups, rl, reference=reference)
-    first, second = 1 - 0.1 * 3 * 0.2, 0.5 - 0.1 * 2 * 0.7
+    tokens = (3, 2) if of_sums else (1, 1)
+    first, second = 1 - 0.1 * tokens[0] * 0.2 - 0.4 * 10 / 18, 0.5 - 0.1 * tokens[1] * 0.7 - 0.4
     assert values["reward"] == pytest.approx((first + second) / 2)
     # The metric stays a mean, comparable whatever the reward holds.
     assert values["kl_to_reference"] == pytest.approx(0.45)
-    assert experience.token_advantage.amax(1)[0].item() == pytest.approx(first - second)
+    for advantage in (experience.token_advantage, experience.exit_advantage):
+        assert advantage.amax(1)[0].item() == pytest.approx(first - second)
+        assert advantage.amin(1)[1].item() == pytest.approx(second - first)
 
 
 def test_where_all_are_told_where_to_leave_no_gate_learns():
     groups = [a_group([6, 2, 2], [6, 2], rewards=[1, 0])]
     batch = collate(groups, 6, gates=False)
     assert not batch.asked.any() and batch.exit_depths.equal(collate(groups, 6).exit_depths)
-    rl = RLConfig(fixed_depth=2, depth_penalty=DepthPenalty(weight=0.5), kl_penalty=KLPenalty(weight=0.0))
+    rl = rl_of(fixed_depth=2, depth=0.5)
     # What the gates would have said of the exits that were taken plays no part.
     for rollout in groups[0].rollouts:
         rollout.exit_logprobs[:] = -30.0
@@ -133,24 +134,18 @@ def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     groups = [a_group([6, 2, 2], [6, 6])]
     plain = collate(groups, 6)
     far = scores(plain, tokens=torch.full(plain.tokens.shape, -9.0))
-    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.8, kind="exact"))
+    rl = rl_of(kl=dict(weight=0.8, kind="exact"))
     batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
     assert objective_of(rl, LONGEST).kl.teacher is Teacher.REFERENCE
     assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
     assert (weights.divergence > 0).equal(batch.counts) and not experience.token_advantage.any()
-    assert (
-        weights_of(groups, RLConfig(kl_penalty=KLPenalty(weight=0.8, kind="reward")), reference=far)[1].divergence
-        is None
-    )
+    assert weights_of(groups, rl_of(kl=dict(weight=0.8, kind="reward")), reference=far)[1].divergence is None
 
 
 def test_a_token_answers_for_the_depth_from_it_on():
     """Per-token credit by hand: cost to go against the other answer's at the same token, nothing past an end."""
-    rl = RLConfig(
-        group_size=2,
-        depth_penalty=DepthPenalty(weight=0.6, credit="token", cost="total", cost_tokens=2),
-        kl_penalty=KLPenalty(weight=0.0),
-        loss=Loss(advantage="mean"),
+    rl = rl_of(
+        group_size=2, depth=dict(weight=0.6, credit="token", cost="total", cost_tokens=2), loss=dict(advantage="mean")
     )
     _, _, experience, _, _ = weights_of([a_group([6, 2, 4], [6, 6])], rl)
     first, second = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
@@ -164,10 +159,8 @@ def test_a_token_answers_for_the_depth_from_it_on():
 def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
     higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.3, kind="loss"), loss=Loss(clip=0.0)
-    )
-    batch, plain, _, _, _ = weights_of(groups, replace(rl, kl_penalty=replace(rl.kl_penalty, weight=0.0)), now=higher)
+    rl = rl_of(kl=dict(weight=0.3, kind="loss"), loss=dict(clip=0.0))
+    batch, plain, _, _, _ = weights_of(groups, but(rl, kl_penalty=dict(weight=0.0)), now=higher)
     _, pulled, _, values, _ = weights_of(groups, rl, now=higher)
     slope = 0.3 * (1 - np.exp(-0.5)) / 4
     assert values["reward"] == pytest.approx(0.5)
@@ -179,7 +172,7 @@ def test_positions_far_from_the_step_s_start_no_longer_count():
     moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
     batch, weights, _, _, share = weights_of(
         groups,
-        RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.0), loss=Loss(clip=0.2)),
+        rl_of(loss=dict(clip=0.2)),
         now=moved,
     )
     assert not weights.token[0].any() and weights.token[1][batch.counts[1]].abs().min() > 0
@@ -205,7 +198,7 @@ def per_answer(batch, advantage) -> list[float]:
 def test_with_charge_right_wrong_answers_neither_pay_nor_are_what_right_ones_are_compared_with():
     groups = [a_group([6, 2, 2], [6, 4, 4], [6, 6, 6], [6, 6], rewards=[1, 0.5, 0, 0], right=[1, 1, 0, 0])]
     groups += [a_group([6, 2], [6, 6], [6, 4], [6, 4], rewards=[0, 1, 0, 0], right=[0, 1, 0, 0])]
-    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.6, penalize="right"), kl_penalty=KLPenalty(weight=0.0))
+    rl = rl_of(depth=dict(weight=0.6, penalize="right"))
     batch, experience, values = learned(groups, rl)
     task = [1 - 0.5 / 3, 0.5 - 1 / 3, -0.5, -0.5, -1 / 3, 1, -1 / 3, -1 / 3]
     saved = 0.6 * (14 / 18 - 10 / 18)
@@ -215,7 +208,7 @@ def test_with_charge_right_wrong_answers_neither_pay_nor_are_what_right_ones_are
     paid = 0.6 * np.mean([10 / 18, 14 / 18, 0, 0, 0, 1, 0, 0])
     assert values["reward"] == pytest.approx(2.5 / 8 - paid) and values["charged"] == pytest.approx(3 / 8)
     assert per_answer(
-        batch, learned(groups, replace(rl, depth_penalty=replace(rl.depth_penalty, penalize="all")))[1].token_advantage
+        batch, learned(groups, but(rl, depth_penalty=dict(penalize="all")))[1].token_advantage
     ) != pytest.approx(expected)
 
 
@@ -229,12 +222,9 @@ def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_
     def found(depths, charge):
         answers = [[6, 2, 2], [6, *depths[0]], [6, 4, 4, 6], [6, *depths[1]]]
         group = a_group(*answers, rewards=[1, 0, 1, 0], right=[1, 0, 1, 0])
-        rl = RLConfig(
-            depth_penalty=DepthPenalty(
-                weight=0.6, credit="answer" if credit_kind == "exit" else credit_kind, penalize=charge
-            ),
+        rl = rl_of(
+            depth=dict(weight=0.6, credit="answer" if credit_kind == "exit" else credit_kind, penalize=charge),
             exit_credit=ExitCredit() if credit_kind == "exit" else None,
-            kl_penalty=KLPenalty(weight=0.0),
         )
         batch, experience, _ = learned([group], rl)
         rows = zip(experience.token_advantage, batch.counts, strict=True)
@@ -247,48 +237,26 @@ def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_
         assert found(wrong, "all") != found(full, "all")
 
 
-def test_tokens_of_right_answers_are_compared_with_right_ones_at_the_same_token():
-    """credit=token with a wrong answer in the group, by hand."""
-    group = a_group([6, 2, 4], [6, 2, 2], [6, 6], rewards=[0, 0, 0], right=[1, 0, 1])
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.6, credit="token", cost="total", cost_tokens=2, penalize="right"),
-        kl_penalty=KLPenalty(weight=0.0),
-    )
-    batch, experience, _ = learned([group], rl)
-    first, third = np.array([12, 6, 4]) / 12, np.array([12, 6, 0]) / 12
-    found = [row[counted].tolist() for row, counted in zip(experience.token_advantage, batch.counts, strict=True)]
-    assert found[0] == pytest.approx((0.6 * (third - first)).tolist()) and found[1] == [0, 0, 0]
-    assert found[2] == pytest.approx((0.6 * (first - third))[:2].tolist())
-
-
 def test_under_grpo_task_and_depth_are_each_measured_by_their_own_spread():
     """So the unit that depth costs are in doesn't matter, and depth counts as much where all answers are right."""
     depths = ([6, 2, 2], [6, 6, 6], [6, 4, 4], [6, 6, 4])
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.5, cost="total"),
-        kl_penalty=KLPenalty(weight=0.0),
-        loss=Loss(advantage="grpo"),
-    )
+    rl = rl_of(depth=dict(weight=0.5, cost="total"), loss=dict(advantage="grpo"))
     found = {}
     for unit in (1, 10):
         group = a_group(*depths, rewards=[1, 0, 1, 0])
-        batch, experience, _ = learned([group], replace(rl, depth_penalty=replace(rl.depth_penalty, cost_tokens=unit)))
+        batch, experience, _ = learned([group], but(rl, depth_penalty=dict(cost_tokens=unit)))
         found[unit] = per_answer(batch, experience.token_advantage)
     assert found[1] == pytest.approx(found[10], abs=5e-3)
     costs = np.array([[10, 18, 14, 16]]) / 6
     every = np.ones((1, 4), bool)
     task, depth = (ADVANTAGES["grpo"](values, every)[0] for values in (np.array([[1.0, 0, 1, 0]]), -costs))
     assert found[1] == pytest.approx((task + 0.5 * depth).tolist())
-    batch, experience, _ = learned(
-        [a_group(*depths)], replace(rl, depth_penalty=replace(rl.depth_penalty, cost_tokens=1))
-    )
+    batch, experience, _ = learned([a_group(*depths)], but(rl, depth_penalty=dict(cost_tokens=1)))
     assert per_answer(batch, experience.token_advantage) == pytest.approx((0.5 * depth).tolist())
 
 
 def test_with_overlong_filter_a_cut_answer_counts_for_nobody():
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.5), kl_penalty=KLPenalty(weight=0.0), loss=Loss(overlong="filter")
-    )
+    rl = rl_of(depth=0.5, loss=dict(overlong="filter"))
     rows = ([6, 2, 2], [6, 4], [6, 6, 6])
     whole = a_group(*rows[:2], rewards=[1, 0])
     for cut, reward in (([6, 2, 6, 2], 1), ([6, 6], 0)):
@@ -299,20 +267,14 @@ def test_with_overlong_filter_a_cut_answer_counts_for_nobody():
         assert per_answer(batch, experience.token_advantage) == pytest.approx([*expected, 0])
         assert loss_included(groups, rl).tolist() == [True, True, False]
         assert values["filtered"] == pytest.approx(1 / 3) and values["charged"] == pytest.approx(2 / 3)
-        assert loss_included(groups, replace(rl, loss=replace(rl.loss, overlong="verdict"))).all()
-        kept = per_answer(
-            batch, learned(groups, replace(rl, loss=replace(rl.loss, overlong="verdict")))[1].token_advantage
-        )
+        assert loss_included(groups, but(rl, loss=dict(overlong="verdict"))).all()
+        kept = per_answer(batch, learned(groups, but(rl, loss=dict(overlong="verdict")))[1].token_advantage)
         assert kept != pytest.approx([*expected, 0])
 
 
 @pytest.mark.parametrize(("charge", "expected"), [("all", [0.7, 0.9, -0.2]), ("right", [0.7, 0.9, 0.0])])
 def test_length_costs_its_price_per_cost_length_tokens(charge, expected):
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.0, length_weight=0.2, cost_tokens=2, penalize=charge),
-        kl_penalty=KLPenalty(weight=0.0),
-        loss=Loss(advantage="none"),
-    )
+    rl = rl_of(depth=dict(weight=0.0, length_weight=0.2, cost_tokens=2, penalize=charge), loss=dict(advantage="none"))
     groups = [a_group([6, 2, 2], [6], [6, 4], rewards=[1, 1, 0], right=[1, 1, 0])]
     batch, experience, _ = learned(groups, rl)
     assert per_answer(batch, experience.token_advantage) == pytest.approx(expected)
@@ -320,11 +282,7 @@ def test_length_costs_its_price_per_cost_length_tokens(charge, expected):
 
 def test_with_credit_exit_tokens_answer_for_task_and_depth_and_exits_for_a_share_of_the_task():
     groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0])]
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.6),
-        kl_penalty=KLPenalty(weight=0.0),
-        exit_credit=ExitCredit(task_weight=0.25),
-    )
+    rl = rl_of(depth=0.6, exit_credit=ExitCredit(task_weight=0.25))
     batch, experience, _ = learned(groups, rl)
     saved = 0.6 * 8 / 18
     assert per_answer(batch, experience.token_advantage) == pytest.approx([1 + saved, -1 - saved])
@@ -341,7 +299,7 @@ LAYERS_SAVED = [[-3, 0], [-2, -2], [-4, -2], [-3, 0]]
 @pytest.mark.parametrize("skip", [False, True])
 def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
     """mean over the tokens of an answer: what the loss divides by is multiplied in."""
-    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.6), kl_penalty=KLPenalty(weight=0.0), exit_credit=ExitCredit())
+    rl = rl_of(depth=0.6, exit_credit=ExitCredit())
     batch, experience, _ = learned([a_group(*TWO)], rl, first=not skip)
     expected = 0.6 / 6 * torch.tensor(LAYERS_SAVED)
     torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
@@ -352,9 +310,9 @@ def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
 
 
 def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.6, penalize="right"),
-        kl_penalty=KLPenalty(weight=0.5, kind="exact"),
+    rl = rl_of(
+        depth=dict(weight=0.6, penalize="right"),
+        kl=dict(weight=0.5, kind="exact"),
         exit_credit=ExitCredit(kl_weight=2.0),
     )
     group = a_group(*TWO, right=[1, 0])
@@ -375,13 +333,9 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
         divergences = np.where(behind, np.nan, taken + more).astype(np.float32)
         rollout.exits = ExitReading(divergences, np.full((rollout.length, 2), 0.5, np.float32))
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
-    _, read, _ = learned(
-        [group], replace(rl, exit_credit=replace(rl.exit_credit, divergence="all")), kl=kl, hazards=hazards
-    )
+    _, read, _ = learned([group], but(rl, exit_credit=dict(divergence="all")), kl=kl, hazards=hazards)
     torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
-    _, free, _ = learned(
-        [group], replace(rl, exit_credit=replace(rl.exit_credit, kl_weight=0.0)), kl=kl, hazards=hazards
-    )
+    _, free, _ = learned([group], but(rl, exit_credit=dict(kl_weight=0.0)), kl=kl, hazards=hazards)
     torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
 
 
@@ -398,15 +352,9 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
         divergences = np.where(behind, np.nan, (even[:, None] + rng.random((length, 3)))).astype(np.float32)
         hazards = np.where(behind[:, :2], np.nan, np.where(even, 0.8, 0.1)[:, None]).astype(np.float32)
         rollout.exits = ExitReading(divergences, hazards)
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.6),
-        kl_penalty=KLPenalty(weight=0.5, kind="exact"),
-        exit_credit=ExitCredit(divergence="all"),
-    )
+    rl = rl_of(depth=0.6, kl=dict(weight=0.5, kind="exact"), exit_credit=ExitCredit(divergence="all"))
     batch, scored, _ = learned([group], rl, hazards=torch.rand(2, 50, 2))
-    _, skipped, _ = learned(
-        [group], replace(rl, skip_scoring=True, loss=replace(rl.loss, importance=None)), first=False
-    )
+    _, skipped, _ = learned([group], but(rl, skip_scoring=True, loss=dict(importance=None)), first=False)
     assert torch.equal(scored.hazard, skipped.hazard)
     price = 0.6 * torch.tensor([2 / 6, 4 / 6, 1.0]).expand(*batch.tokens.shape, 3)
     divergence = 0.5 * spread(batch, [r.exits.divergences for r in group.rollouts])
@@ -423,9 +371,7 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
 
 @pytest.mark.parametrize("kl", ["reward", "loss"])
 def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl):
-    rl = RLConfig(
-        depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.5, kind=kl), exit_credit=ExitCredit()
-    )
+    rl = rl_of(kl=dict(weight=0.5, kind=kl), exit_credit=ExitCredit())
     group = a_group(*TWO)
     batch = collate([group], 6)
     ratio = torch.zeros(batch.tokens.shape)
@@ -439,12 +385,10 @@ def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl
 
 def test_without_scores_what_the_rollouts_brought_along_is_where_the_step_starts():
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0], logprob=-0.7)]
-    batch, experience, values = learned(
-        groups, RLConfig(skip_scoring=True, kl_penalty=KLPenalty(weight=0.0), loss=Loss(importance=None)), first=False
-    )
+    batch, experience, values = learned(groups, rl_of(skip_scoring=True, loss=dict(importance=None)), first=False)
     assert experience.old_tokens[batch.counts].tolist() == pytest.approx([-0.7] * 5)
     assert not experience.old_exits.any() and values["importance_ratio_max"] == 1.0
-    scored = learned(groups, RLConfig(kl_penalty=KLPenalty(weight=0.0)))[1]
+    scored = learned(groups, rl_of())[1]
     assert scored.old_tokens[batch.counts].tolist() == [-1.0] * 5
 
 
@@ -455,10 +399,7 @@ def test_importance_masks_by_the_ratio_of_token_and_exit_together_or_of_each_apa
     tokens, exits = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
     tokens[batch.counts] = torch.tensor([0.0, 1.5, 0.4, 0.4, 0.0, 0.0])
     exits[batch.counts] = torch.tensor([0.0, 0.0, 0.6, 0.0, -1.0, -0.5])
-    rl = RLConfig(
-        kl_penalty=KLPenalty(weight=0.0),
-        loss=Loss(ratios=ratios, importance=Importance(kind="mask", low=0.5, high=2.0)),
-    )
+    rl = rl_of(loss=dict(ratios=ratios, importance=Importance(kind="mask", low=0.5, high=2.0)))
     _, experience, values = learned(groups, rl, token_logprobs=tokens, exit_logprobs=exits)
     token, exit_ = experience.token_importance[batch.counts], experience.exit_importance[batch.counts]
     e = math.exp
@@ -476,10 +417,10 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
     differing, right, wrong = (
         a_group([6, 2], [6, 6], rewards=rewards, right=[r > 0 for r in rewards]) for rewards in ([1, 0], [1, 1], [0, 0])
     )
-    groups, rl = [differing, right, wrong], RLConfig(loss=Loss(drop_equal_groups=True))
+    groups, rl = [differing, right, wrong], rl_of(loss=dict(drop_equal_groups=True))
     assert kept_groups(groups, rl, lambda_depth=0.5) == [0, 1]
     assert kept_groups(groups, rl, lambda_depth=0.0) == [0]
-    assert kept_groups(groups, replace(rl, loss=replace(rl.loss, drop_equal_groups=False)), lambda_depth=0.0) == [
+    assert kept_groups(groups, but(rl, loss=dict(drop_equal_groups=False)), lambda_depth=0.0) == [
         0,
         1,
         2,
@@ -488,7 +429,7 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
 
 def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monkeypatch):
     """Three steps of two epochs and two minibatches are twelve updates, the last at a tenth."""
-    rl = RLConfig(steps=3, epochs=2, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
+    rl = rl_of(steps=3, epochs=2, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
     groups = [a_group([6, 2], [6, 6], rewards=rewards) for rewards in ([1, 0], [0, 1])]
     rates: list[tuple[float, float]] = []
 
@@ -506,13 +447,13 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
     )  # fmt: skip
     monkeypatch.setattr(reinforce, "cost_metrics", lambda *_: {})
     for number in range(3):
-        learned = reinforce.learn(session, learner, groups, number, LambdaController(rl, None, {}))
-        assert learned.metrics["updates"] == 4
+        metrics, _ = reinforce.learn(session, learner, groups, number, LambdaController(rl, None, {}))
+        assert metrics["updates"] == 4
     assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 12).tolist())
     assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
 
 
-FLOOR = RLConfig(depth_penalty=DepthPenalty(weight=0.5, target=AccuracyTarget(margin=2.0, rate=2.0, window=3)))
+FLOOR = rl_of(depth=dict(weight=0.5, target=AccuracyTarget(margin=2.0, rate=2.0, window=3)))
 accuracies = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
@@ -535,9 +476,7 @@ def test_price_by_hand_under_an_accuracy_floor():
 
 def test_where_the_reference_has_not_answered_its_mean_stands():
     cost = LambdaController(
-        replace(
-            FLOOR, depth_penalty=replace(FLOOR.depth_penalty, target=replace(FLOOR.depth_penalty.target, window=1))
-        ),
+        but(FLOOR, depth_penalty=dict(target=replace(FLOOR.depth_penalty.target, window=1))),
         {"of the first steps": 0.4, "and another": 0.8},
         {},
     )
@@ -546,42 +485,13 @@ def test_where_the_reference_has_not_answered_its_mean_stands():
 
 
 @QUICK
-@given(accuracies, st.floats(0.1, 1), st.floats(0, 20))
-def test_lambda_rises_while_accuracy_holds_falls_while_it_does_not_and_stays_in_its_bounds(seen, reference, rate):
-    rl = replace(
-        FLOOR, depth_penalty=replace(FLOOR.depth_penalty, target=replace(FLOOR.depth_penalty.target, rate=rate))
-    )
-    cost, before = LambdaController(rl, {"p": reference}, {}), rl.depth_penalty.weight
-    for step, accuracy in enumerate(seen):
-        found = cost.update(step, accuracy, ["p"])
-        after, surplus = cost.state["lambda_base"], found.running - found.goal
-        assert 0 <= after <= LAMBDA_MAX and 0 <= cost.at(step + 1) <= LAMBDA_MAX
-        assert (after - before) * surplus >= 0
-        if rate * abs(surplus) > 1e-6:
-            assert after != before or after in (0, LAMBDA_MAX)
-        before = after
-    assert min(seen) - 1e-9 <= found.running <= max(seen) + 1e-9
-
-
-@QUICK
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.floats(-0.3, 0.3))
-def test_how_hard_a_step_s_prompts_are_does_not_move_lambda(difficulty, apart):
-    """A policy that is as far from the reference on every prompt is held to be as good, whatever comes up."""
-    prices = [LambdaController(FLOOR, {str(i): p for i, p in enumerate(difficulty)}, {}) for _ in range(2)]
-    for i, share in enumerate(difficulty):
-        prices[0].update(i, share + apart, [str(i)])
-        prices[1].update(i, difficulty[0] + apart, ["0"])
-    assert prices[0].at(1) == pytest.approx(prices[1].at(1), abs=1e-9)
-
-
-@QUICK
 @given(accuracies, st.integers(1, 12), st.integers(0, 10))
 def test_what_is_lost_while_the_price_rises_is_not_held_against_it(seen, rise, lost):
     """The schedule leads up to `lambda_exit`, whatever accuracy does; from there a price goes on as if it began."""
-    rl = replace(FLOOR, steps=40, depth_penalty=replace(FLOOR.depth_penalty, warmup=rise / 40))
+    rl = but(FLOOR, steps=40, depth_penalty=dict(warmup=rise / 40))
     cost, begun = (
         LambdaController(rl, {"p": 0.6}, {}),
-        LambdaController(replace(rl, depth_penalty=replace(rl.depth_penalty, warmup=0.0)), {"p": 0.6}, {}),
+        LambdaController(but(rl, depth_penalty=dict(warmup=0.0)), {"p": 0.6}, {}),
     )
     for step in range(rise):
         assert cost.at(step) == pytest.approx(rl.depth_penalty.weight * (step + 1) / (rise + 1))
@@ -590,13 +500,6 @@ def test_what_is_lost_while_the_price_rises_is_not_held_against_it(seen, rise, l
     for step, accuracy in enumerate(seen):
         assert cost.at(rise + step) == begun.at(step)
         assert cost.update(rise + step, accuracy, ["p"]) == begun.update(step, accuracy, ["p"])
-
-
-@QUICK
-@given(st.floats(0, 1), st.floats(-1, 1))
-def test_what_accuracy_has_left_now_moves_lambda_at_once_and_the_base_not_at_all(base, surplus):
-    same, value = dual_price(base, surplus, 0.0)
-    assert same == base and value == pytest.approx(min(max(base + LAMBDA_GAIN * surplus, 0), LAMBDA_MAX))
 
 
 @QUICK
@@ -613,7 +516,7 @@ def test_a_price_made_from_another_s_counters_goes_on_as_that_one_would(seen, at
 
 
 def test_without_an_accuracy_floor_the_price_keeps_to_its_schedule_whatever_is_right():
-    cost = LambdaController(RLConfig(steps=10, depth_penalty=DepthPenalty(weight=0.5, warmup=0.4)), None, {})
+    cost = LambdaController(rl_of(steps=10, depth=dict(weight=0.5, warmup=0.4)), None, {})
     for step, expected in ((0, 0.1), (3, 0.4), (4, 0.5), (9, 0.5)):
         assert cost.at(step) == pytest.approx(expected) and cost.update(step, 0.0, ["p"]) is None
     assert cost.state == {}

@@ -22,66 +22,50 @@ from ee_megatron.config import derive
 from ee_megatron.config.cluster import JobShape
 from ee_megatron.config.load import load
 from ee_megatron.families.hf_directory import HFDirectory
-from ee_megatron.training.launch import grow_segments, run_stage
-from ee_megatron.training.preemption import STOPPED, Listener, Parting, Stopped
-from ee_megatron.training.ranks import Ranks
-from ee_megatron.training.slurm import adopt_rank, check_allocation, describe_job, tasks_per_node
+from ee_megatron.training.launch import bound_memory, check_allocation, describe_job
+from ee_megatron.training.ranks import STOPPED, Listener, Stopped, adopt_rank
 from tests.tiny import tiny_hf
 
 ROOT = Path(__file__).parents[2]
 STEP = {
-    "SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "20002",
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "4", "SLURM_LOCALID": "1",
+    "MASTER_ADDR": "node1", "MASTER_PORT": "20002",
 }  # fmt: skip
 
 
-def test_a_task_of_a_step_becomes_a_rank() -> None:
-    environment = dict(STEP)
-    adopt_rank(environment)
-    found = {
-        name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-    }
-    assert found == {
-        "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "20002",
-    }  # fmt: skip
+RANK = {"RANK": "4", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3", "MASTER_PORT": "20002"}
 
 
 @pytest.mark.parametrize(
-    "environment",
+    ("environment", "becomes"),
     [
-        {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"},  # the batch script itself
-        {**STEP, "SLURM_STEP_NUM_TASKS": "1"},
-        {**STEP, "RANK": "3"},
+        (STEP, RANK),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}, {}),  # the batch script itself
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "1"}, {}),
+        ({**STEP, "RANK": "3"}, {}),
     ],
 )
-def test_what_is_no_rank_of_a_step_stays_as_it_is(environment: dict[str, str]) -> None:
-    before = dict(environment)
-    adopt_rank(environment)
-    assert environment == before
+def test_a_task_of_a_step_becomes_a_rank_and_nothing_else(environment: dict[str, str], becomes: dict[str, str]) -> None:
+    adopt_rank(found := dict(environment))
+    assert found == environment | becomes
 
 
 def test_ranks_without_a_meeting_place_are_refused() -> None:
-    with pytest.raises(ValueError, match="MASTER_ADDR is not"):
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
         adopt_rank({name: value for name, value in STEP.items() if name != "MASTER_ADDR"})
-
-
-def test_tasks_per_node_are_read_as_slurm_writes_them() -> None:
-    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
-    with pytest.raises(ValueError, match="expected numbers as in"):
-        tasks_per_node("two")
 
 
 SHAPE = JobShape(2, 1, 8, 8, 1, 8, 0, 8)
 
 
-@pytest.mark.parametrize(("nodes", "gpus"), [("1", "8"), ("2", "4"), ("2", "")])
-def test_an_allocation_that_is_too_small_is_refused_with_what_would_do(nodes: str, gpus: str) -> None:
-    with pytest.raises(ValueError, match=r"the settings need 2 with 8: submit with sbatch --nodes=2"):
+def test_an_allocation_that_is_too_small_is_refused_with_what_would_do() -> None:
+    def check(nodes: str, gpus: str) -> None:
         check_allocation(SHAPE, {"SLURM_JOB_NUM_NODES": nodes, "SLURM_GPUS_ON_NODE": gpus}, "--nodes=2")
 
-
-def test_an_allocation_that_is_large_enough_is_not() -> None:
-    check_allocation(SHAPE, {"SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "8"}, "")
+    for nodes, gpus in (("1", "8"), ("2", "4"), ("2", "")):
+        with pytest.raises(ValueError, match="sbatch --nodes=2"):
+            check(nodes, gpus)
+    check("3", "8")
     check_allocation(SHAPE, {}, "")
 
 
@@ -146,10 +130,10 @@ def test_a_signal_is_noted_and_interrupts_only_what_may_be_given_up() -> None:
 
 LEAVE = """
 import sys, torch.distributed as dist
-from ee_megatron.training.preemption import Parting
+from ee_megatron.training.ranks import Stopped
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 3, is_master=False)
-Parting(rank, 3, store).leave()
+Stopped("", rank, 3, store).leave()
 """
 
 
@@ -172,9 +156,9 @@ def test_the_leader_leaves_last_and_with_the_code_that_says_why() -> None:
 
 
 def test_a_single_rank_leaves_at_once() -> None:
-    code = "from ee_megatron.training.preemption import Stopped\nStopped('x').leave()"
+    code = "from ee_megatron.training.ranks import Stopped\nStopped('x').leave()"
     done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == STOPPED and Parting(0, 1).world == 1
+    assert done.returncode == STOPPED
 
 
 def test_the_scripts_know_the_exit_code_of_a_stopped_stage() -> None:
@@ -295,23 +279,25 @@ CHOSEN: list[dict[str, str]] = [
 def test_cuda_memory_grows_in_segments_unless_somebody_has_chosen(chosen: dict[str, str], tmp_path: Path) -> None:
     assert prepared(tmp_path, **chosen) == (chosen or GROWING)
     # Ranks that no job script starts.
-    grow_segments(environment := dict(chosen))
-    assert environment == (chosen or GROWING)
+    bound_memory(environment := dict(chosen))
+    assert {name: value for name, value in environment.items() if name.startswith("PYTORCH_")} == (chosen or GROWING)
 
 
-def test_a_stage_bounds_the_kernels_that_torch_keeps_before_torch_is_imported(tmp_path: Path) -> None:
+def test_a_stage_bounds_memory_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"
         "from ee_megatron.config.load import load\n"
         "from ee_megatron.training import launch, stages\n"
-        "launch.stages.is_done = lambda cfg, stage: print(os.environ['LRU_CACHE_CAPACITY'], "
-        "os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'], 'torch' in sys.modules) or True\n"
+        "names = ['LRU_CACHE_CAPACITY', 'ONEDNN_PRIMITIVE_CACHE_CAPACITY', 'PYTORCH_CUDA_ALLOC_CONF']\n"
+        "launch.stages.is_done = lambda *_: print(*map(os.environ.get, names), 'torch' in sys.modules) or True\n"
         f"launch.run_stage('rl', load(['experiment=demo_cpu', 'runs={tmp_path}']), [])\n"
     )
-    chosen = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}
-    chosen.pop("LRU_CACHE_CAPACITY", None)
-    done = subprocess.run([sys.executable, "-c", code], env=chosen, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[0] == "64 7 False", done.stderr
+    chosen = {name: value for name, value in os.environ.items() if not name.startswith(("PYTORCH_", "LRU_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**chosen, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[0] == "64 7 expandable_segments:True False", done.stderr
 
 
 PLACES = "job=([learner_nodes]=1 [ranks]=2 [ranks_per_node]=2 [start_timeout_s]=9); logs=/tmp"
@@ -366,14 +352,6 @@ def test_the_sites_binding_is_the_ranks_and_rays_step_has_none_of_its_own(tmp_pa
     assert "|--cpu-bind=none|" in ray and "map_ldom" not in ray
 
 
-def test_cores_per_gpu_are_a_ranks_cores_too(tmp_path: Path) -> None:
-    def cores(**environment: str) -> str:
-        return in_a_job(tmp_path, "prepare; echo $SRUN_CPUS_PER_TASK", **environment).stdout.strip()
-
-    assert cores(SLURM_CPUS_PER_TASK="6", SLURM_CPUS_PER_GPU="9") == "6"
-    assert cores(SLURM_CPUS_PER_GPU="9") == "9"
-
-
 def test_a_heterogeneous_job_is_refused(tmp_path: Path) -> None:
     done = in_a_job(tmp_path, "prepare", SLURM_HET_SIZE="2")
     assert done.returncode == 2 and done.stderr.startswith("error: a heterogeneous job")
@@ -411,25 +389,6 @@ def test_a_job_is_put_back_as_often_as_the_limit_and_no_more(restarts: str, back
     done = in_a_job(tmp_path, script, SLURM_RESTART_COUNT=restarts)
     assert done.returncode == STOPPED and ("scontrol requeue 7\n" in done.stdout) == back
     assert ("cluster.requeue_limit" in done.stderr) != back
-
-
-def test_ranks_of_this_machine_are_started_with_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Started(Exception):
-        pass
-
-    def start(ranks: Ranks, rank: int) -> None:
-        raise Started(ranks._environment.get("PYTORCH_CUDA_ALLOC_CONF"))
-
-    monkeypatch.setattr(Ranks, "_start", start)
-    monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
-    monkeypatch.setattr("ee_megatron.training.stages.ready_model", lambda cfg, stage: None)
-    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        # Set first, so that what is put there is taken away after the test.
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    cfg = load(["name=x", "model.path=nowhere", f"runs={tmp_path}", "device=cpu", "parallel.data=2"])
-    with pytest.raises(Started, match="expandable_segments:True"):
-        run_stage("calibrate", cfg, [])
 
 
 def test_the_scripts_are_clean() -> None:

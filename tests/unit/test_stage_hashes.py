@@ -70,8 +70,8 @@ OLDER = {
         "90211f4d 4dc07388 7f1374c5 97c11ad6 4086dd10 b060f032 5a6b9e56",
     "model.checkpoint=a/b model.dtype=float32":
         "a44dd9bc 14d88d95 7780623b 3e18adfd d7a6640f a54c8356 2d17ec58",
-    "calibrate.seed=3 rl.seed=4 rl.epochs=2 rl.decay=cosine rl.gate_centre=0.7 rl.replay=x":
-        "90211f4d 4f379bd7 6993436d ce0a0595 c33d84a2 ef289e75 3ac73c4c",
+    "calibrate.seed=3 rl.seed=4 rl.epochs=2 rl.decay=cosine rl.gate_centre=0.7":
+        "90211f4d 4f379bd7 6993436d ce0a0595 c33d84a2 95f69473 d08c1d20",
     "experiment=ladder adapter.rank=4 rl=long_answers rl.accuracy_window=2 rl.exit_divergence=all":
         "c0f49de8 df53f41d 5ff0b948 88e43ea9 9d2e9646 bcffc494 c58da0c1",
     "experiment=ladder task=hops rl=paper evaluate.controls=true evaluate.choice=all evaluate.choice_answers=8":

@@ -21,7 +21,7 @@ from torch import Tensor
 from ee_megatron.learner.learner import Learner
 from ee_megatron.observe.rundir import COMPLETE, RunDirectory, latest_checkpoint
 from ee_megatron.policy import load_policy
-from ee_megatron.training.checkpoints import CheckpointWriter, TrainingStreams, damage, read_training, write_training
+from ee_megatron.training.checkpoints import KEPT_CHECKPOINTS, TrainingStreams, damage, read_training, write_training
 from tools.workloads import make_batch
 
 from .bench import GROWTH, Bench, Findings
@@ -59,6 +59,10 @@ def state_of(learner: Learner) -> dict[str, Tensor]:
     """Policy and moments, whole, fp32 on the CPU."""
     moments = learner.export_optimizer().tensors
     return {**learner.export_policy(), **{f"{kind} {n}": t for kind, part in moments.items() for n, t in part.items()}}
+
+
+def streams_of(learner: Learner) -> TrainingStreams:
+    return TrainingStreams(learner.updates, learner.stream_policy(), learner.stream_optimizer())
 
 
 def apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -111,7 +115,7 @@ def resume(findings: Findings, bench: Bench) -> None:
         advance(bench, learner, step)
     folder.mkdir()
     policy, state = learner.export_policy(), learner.export_optimizer()
-    write_training(folder, learner.spec, TrainingStreams.of(policy, state), {})
+    write_training(folder, learner.spec, streams_of(learner), {})
     del learner
     again = begin(bench, load_policy(folder)[1])
     again.load_optimizer(read_training(folder)[0])
@@ -194,11 +198,11 @@ def train(scratch: Path, kind: str, run: Path, warn_only: bool) -> None:
         learner = begin(bench, policy)
         if found:
             learner.load_optimizer(read_training(found)[0])
-        writer = CheckpointWriter(directory, learner.spec, keep=2)
         for step in range(learner.updates, STEPS):
             advance(bench, learner, step)
-            writer.write(step + 1, learner.export_policy(), learner.export_optimizer(), None)
-        writer.close()
+            with directory.write_checkpoint(step + 1) as folder:
+                write_training(folder, learner.spec, streams_of(learner), {})
+            directory.keep_last(KEPT_CHECKPOINTS)
         directory.write_atomic(FINISHED, "")
 
 

@@ -29,11 +29,10 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner
 from ee_megatron.learner.packing import deal
-from ee_megatron.learner.passes import MicroBatch
+from ee_megatron.learner.passes import MicroBatch, run_schedule
 from ee_megatron.model.gpt import EarlyExitGPT
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
-from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec, initial_policy
 
 

@@ -19,9 +19,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from ..exits import ExitLayout
 from ..families import ModelDims
 from ..model.config import megatron_config
-from ..model.control import make_control
 from ..model.gpt import EarlyExitGPT, build_stage
-from ..model.packed import PackedSequences
+from ..model.packed import PackedSequences, make_control
 from .describe import Checkpoint
 from .export_files.configuration_early_exit import EarlyExitConfig
 from .export_files.modeling_early_exit import EarlyExitForCausalLM

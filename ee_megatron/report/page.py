@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from ..config.command import settings_of
+from ..config.load import settings_of
 from ..observe.rundir import write_atomic
 from ..statistics import welch_interval
 from . import figures, tables

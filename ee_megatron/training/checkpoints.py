@@ -27,8 +27,8 @@ from ..tensors import FileTensors, HeldStream, Stream, digest, drain
 from .distributed import Distributed
 
 if TYPE_CHECKING:
+    from ..learner.engine import OptimizerState
     from ..learner.learner import Learner
-    from ..learner.optimizer_state import OptimizerState
 
 KEPT_CHECKPOINTS = 2
 """Newest ones of a stage; RL also keeps the one with the best reward."""
@@ -85,7 +85,7 @@ def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerStat
         if digest(tensors[kind]) != expected:
             raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
     # Late: it brings Megatron along.
-    from ..learner.optimizer_state import OptimizerState
+    from ..learner.engine import OptimizerState
 
     return OptimizerState(int(found["updates"]), tensors), found["counters"]
 

@@ -27,8 +27,8 @@ from ee_megatron.learner.batch import spread
 from ee_megatron.learner.learner import Scores, Update
 from ee_megatron.learner.packing import PackingStats
 from ee_megatron.objectives.advantages import ADVANTAGES
+from ee_megatron.objectives.depth import hazard_costs
 from ee_megatron.objectives.divergences import Teacher
-from ee_megatron.objectives.exit_credit import hazard_costs
 from ee_megatron.objectives.schedules import LAMBDA_GAIN, LAMBDA_MAX, dual_price
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training import reinforce
@@ -100,11 +100,11 @@ def test_the_paper_s_reward_by_hand():
 
 
 def test_the_distance_from_the_reference_may_be_a_sum():
-    """kl_sum: R = r_task - beta * sum(log pi - log pi_ref): three tokens and two, 0.2 and 0.7 each."""
+    """R = r_task - beta * sum(log pi - log pi_ref): three tokens and two, 0.2 and 0.7 each."""
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0.5])]
     plain = collate(groups, 6)
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
-    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(weight=0.1, sum=True))
+    rl = RLConfig(depth_penalty=DepthPenalty(weight=0.0), kl_penalty=KLPenalty(kind="reward_sum", weight=0.1))
     _, _, experience, values, _ = weights_of(groups, rl, reference=reference)
     first, second = 1 - 0.1 * 3 * 0.2, 0.5 - 0.1 * 2 * 0.7
     assert values["reward"] == pytest.approx((first + second) / 2)
@@ -486,9 +486,9 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
     ]
 
 
-def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monkeypatch):
-    """Three steps of two epochs and two minibatches are twelve updates, the last at a tenth."""
-    rl = RLConfig(steps=3, epochs=2, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
+def test_the_learning_rate_goes_by_updates_over_all_minibatches(monkeypatch):
+    """Three steps of two minibatches are six updates, the last at a tenth."""
+    rl = RLConfig(steps=3, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
     groups = [a_group([6, 2], [6, 6], rewards=rewards) for rewards in ([1, 0], [0, 1])]
     rates: list[tuple[float, float]] = []
 
@@ -507,9 +507,9 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
     monkeypatch.setattr(reinforce, "cost_metrics", lambda *_: {})
     for number in range(3):
         learned = reinforce.learn(session, learner, groups, number, LambdaController(rl, None, {}))
-        assert learned.metrics["updates"] == 4
-    assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 12).tolist())
-    assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
+        assert learned.metrics["updates"] == 2
+    assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 6).tolist())
+    assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 6).tolist())
 
 
 FLOOR = RLConfig(depth_penalty=DepthPenalty(weight=0.5, target=AccuracyTarget(margin=2.0, rate=2.0, window=3)))

@@ -180,8 +180,11 @@ def test_without_a_vllm_that_was_tested_nothing_starts(found: str, path: Path, t
 def test_devices_of_an_actor_share_the_heads_evenly(path: Path):
     dims = HFDirectory(path).dims
     for overrides, message in (
-        (["rollout=vllm", "rollout.tensor=3"], "rollout.tensor=3: has to divide the model's 4 attention heads"),
-        (["rollout=ray", "rollout.tensor=2"], "rollout.tensor=2: rollout.backend=ray has the whole model"),
+        (
+            (["rollout=ray", "rollout.vllm.tensor=2"], "rollout.vllm, rollout.backend=ray: "),
+            "rollout.vllm.tensor=3: has to divide the model's 4 attention heads",
+        ),
+        (["rollout=ray", "rollout.vllm.tensor=2"], "rollout.vllm.tensor=2: rollout.backend=ray has the whole model"),
     ):
         with pytest.raises(ValueError, match=message):
             validate(load(["name=x", f"model.path={path}", *overrides]), dims)

@@ -14,8 +14,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import exit_rules
@@ -105,16 +104,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)
     for name in ("run", *STAGES):
-        _add(commands, name, _run, dry_run=True).set_defaults(command=name)
+        command = _add(commands, name, _run)
+        command.set_defaults(command=name)
+        text = "check, print settings, ranks, directories and what is missing; start nothing"
+        command.add_argument("--dry-run", action="store_true", help=text)
     page = _add(commands, "report", _report, example="\n  ee-megatron report runs/one runs/two/rl-1a2b3c4d")
     page.usage = "ee-megatron report [-h] [--out FILE] (key=value ... | RUN ...)"
-    page.add_argument(
-        "--out", type=Path, metavar="FILE", help="with RUN: the file (default: report.html in the directory above them)"
-    )
+    text = "with RUN: the file (default: report.html in the directory above them)"
+    page.add_argument("--out", type=Path, metavar="FILE", help=text)
     _add_generate(commands)
     serve = _add(commands, "serve", _serve, example="--port 8000 --exits threshold:0.7")
     _add_model(serve)
-    for option, default, metavar, text in (
+    _options(
+        serve,
         ("--exits", None, "RULE", "for requests without exit_policy (default: as in generate)"),
         ("--host", "127.0.0.1", None, "address to listen on (default: 127.0.0.1)"),
         ("--port", 8000, None, "0 takes a free one (default: 8000)"),
@@ -124,13 +126,25 @@ def build_parser() -> argparse.ArgumentParser:
         ("--max-length", 0, None, "tokens of prompt and answer (default: the model's)"),
         ("--max-new-tokens", 256, None, "of requests that don't say (default: 256)"),
         ("--grace", 30.0, "SECONDS", "for running requests at the end (default: 30)"),
-    ):
-        kind = str if default is None else type(default)
-        serve.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
+    )
     origins = "web pages that may ask; * for any (repeatable)"
     serve.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origins)
-    _add_plan(commands)
-    _add(commands, "job", _job, stage=True)
+    plan = _add(commands, "plan", _plan, example="--on cpu")
+    _options(
+        plan,
+        ("--dims", "", "NAME", "a published model instead of model.path"),
+        ("--on", "", "DEVICE", "H100, H200, A100 or cpu (default: by the settings)"),
+    )
+    plan.add_argument("--tflops", type=float, help="the device's peak, dense, instead of the data sheet's")
+    plan.add_argument("--memory-gib", type=float, help="the device's memory")
+    _options(
+        plan,
+        ("--prompt-tokens", 200, "N", "default: 200"),
+        ("--answer-tokens", 0, "N", "default: rollout.max_new_tokens"),
+        ("--mean-depth", 0.7, "SHARE", "of the layers (default: 0.7)"),
+    )
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+    _add(commands, "job", _job)
     # Only for the list of commands: main() hands their arguments on unread.
     for name, (_, text) in HANDED_ON.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -141,31 +155,29 @@ def _add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
     handler: Callable[[argparse.Namespace], int],
-    *,
-    dry_run: bool = False,
-    stage: bool = False,
     example: str = "",
 ) -> argparse.ArgumentParser:
+    stage = "rl " if name == "job" else ""
     parser = commands.add_parser(
         name,
         help=COMMANDS[name],
         description=COMMANDS[name],
-        epilog=f"example:\n  ee-megatron {name} {'rl ' if stage else ''}experiment=demo_cpu {example}".rstrip(),
+        epilog=f"example:\n  ee-megatron {name} {stage}experiment=demo_cpu {example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if stage:
         parser.add_argument("stage", choices=list(STAGES), help="the stage that the job runs")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="experiment=..., group choices and single settings"
-    )
-    if dry_run:
-        parser.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="check, print settings, ranks, directories and what is missing; start nothing",
-        )
+    text = "experiment=..., group choices and single settings"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
     parser.set_defaults(handler=handler)
     return parser
+
+
+def _options(parser: argparse.ArgumentParser, *rows: tuple[str, str | int | float | None, str | None, str]) -> None:
+    """(option, default, which says its type, what stands for its value in the help, the help)."""
+    for option, default, metavar, text in rows:
+        kind = str if default is None else type(default)
+        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -174,42 +186,30 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     example += "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is the capital of France?'"
     generate = _add(commands, "generate", _generate, example=example)
     generate.add_argument("--prompt", required=True, help="text that the model reads")
-    rules = f"{exit_rules.usage()} (default: what an export says, else threshold:0.5)"
-    generate.add_argument("--exits", default=None, metavar="RULE", help=rules)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token (default: 0)")
-    tokens = "default: rollout.max_new_tokens; 256 without a run"
-    generate.add_argument("--max-new-tokens", type=int, default=None, metavar="N", help=tokens)
-    generate.add_argument(
-        "--chat",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="the prompt is a user's message in the model's chat template (default: as the run's prompts were; without "
-        "a run, for a model that has a template and no gates)",
+    _options(
+        generate,
+        ("--exits", None, "RULE", f"{exit_rules.usage()} (default: what an export says, else threshold:0.5)"),
+        ("--temperature", 0.0, None, "0 takes the most probable token (default: 0)"),
     )
+    text = "default: rollout.max_new_tokens; 256 without a run"
+    generate.add_argument("--max-new-tokens", type=int, metavar="N", help=text)
+    text = "the prompt is a user's message in the model's chat template (default: as the run's prompts were; without a "
+    text += "run, for a model that has a template and no gates)"
+    generate.add_argument("--chat", action=argparse.BooleanOptionalAction, default=None, help=text)
     _add_model(generate)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    text = "a Hugging Face model, an export with its gates, a run or a Megatron checkpoint; needs no experiment"
-    parser.add_argument("--model", default=None, metavar="DIR", help=text)
-    parser.add_argument(
-        "--policy", default=None, metavar="DIR", help="a policy checkpoint or stage directory (default: the newest)"
-    )
-    parser.add_argument(
-        "--base-unchecked", action="store_true", help="let the policy run on a model that it was not made on"
-    )
-
-
-def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    plan = _add(commands, "plan", _plan, example="--on cpu")
-    plan.add_argument("--dims", default="", metavar="NAME", help="a published model instead of model.path")
-    plan.add_argument("--on", default="", metavar="DEVICE", help="H100, H200, A100 or cpu (default: by the settings)")
-    plan.add_argument("--tflops", type=float, help="the device's peak, dense, instead of the data sheet's")
-    plan.add_argument("--memory-gib", type=float, help="the device's memory")
-    plan.add_argument("--prompt-tokens", type=int, default=200, metavar="N", help="default: 200")
-    plan.add_argument("--answer-tokens", type=int, default=0, metavar="N", help="default: rollout.max_new_tokens")
-    plan.add_argument("--mean-depth", type=float, default=0.7, metavar="SHARE", help="of the layers (default: 0.7)")
-    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+    _options(
+        parser,
+        (
+            "--model", None, "DIR",
+            "a Hugging Face model, an export with its gates, a run or a Megatron checkpoint; needs no experiment",
+        ),
+        ("--policy", None, "DIR", "a policy checkpoint or stage directory (default: the newest)"),
+    )  # fmt: skip
+    text = "let the policy run on a model that it was not made on"
+    parser.add_argument("--base-unchecked", action="store_true", help=text)
 
 
 def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
@@ -225,8 +225,8 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 
 
 def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
-    """The settings of a stage, or of all of them ("run"), once everything that they need has been looked at, this
-    machine too if it `starts_here`. Raises Faults, everything that is wrong."""
+    """The settings of a stage, or of all of them ("run"), once all that they need has been looked at, this machine too
+    if it `starts_here`. Raises Faults."""
     from .config.errors import refuse
 
     cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None)
@@ -337,11 +337,17 @@ def _generate(options: argparse.Namespace) -> int:
     from .training import launch
 
     launch.quiet_libraries()
-    with _loading(options.model or cfg.name):
+    start = time.monotonic()
+    print(f"loading {options.model or cfg.name} ...", end="", file=sys.stderr, flush=True)
+    try:
         from .inference.answering import load, rule_for, stream_answer, wants_chat
         from .rollout.engine.sampling import SamplingParams
 
         answering = load(cfg, options.model, options.policy, options.base_unchecked)
+    except BaseException:
+        print(file=sys.stderr)
+        raise
+    print(f" {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
     # Of a run that is named by its directory: its own settings, unless there are others.
     rollout = cfg.rollout if options.overrides or answering.settings is None else answering.settings.rollout
     tokens = rollout.max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
@@ -354,19 +360,6 @@ def _generate(options: argparse.Namespace) -> int:
 def _exit_rule(options: argparse.Namespace) -> exit_rules.ExitRule | None:
     """Parsed before torch is imported, which takes its time."""
     return None if options.exits is None else exit_rules.parse_option("--exits", options.exits)
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Say that something is being loaded, and in the end on the same line how long it took."""
-    start = time.monotonic()
-    print(f"loading {name} ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    except BaseException:
-        print(file=sys.stderr)
-        raise
-    print(f" {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def _serve(options: argparse.Namespace) -> int:

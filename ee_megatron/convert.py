@@ -33,7 +33,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 # What errors of the training configuration call by the names of its settings has flags here.
-FLAGS = {"parallel.pipeline x parallel.virtual": "--pp x --vpp", "exits.depths": "--exit-depths"}
+FLAGS = {"parallel.pipeline=": "--pp x --vpp = ", "exits.depths": "--exit-depths"}
 # Arguments that may name a run or a stage of one.
 NAMED = ("checkpoint", "policy", "hf", "a", "b", "directory")
 

@@ -22,7 +22,7 @@ PATHS = ("/nonexistent", "no/such/thing", "", "/dev/null", "/proc/self/mem/x", "
 def draw(count: int, folder: Path, seed: int = 0) -> list[list[str]]:
     """`count` command lines, each with at least one fault. They name the runs below `folder`."""
     dice = random.Random(f"bad inputs/{seed}")
-    kinds = (_number, _out_of_range, _name, _path, _key, _contradiction, _sweep, _option, _malformed)
+    kinds = (_number, _out_of_range, _name, _path, _key, _sweep, _option, _malformed)
     return [kinds[i % len(kinds)](dice, folder) for i in range(count)]
 
 
@@ -83,22 +83,6 @@ def _key(dice: random.Random, folder: Path) -> list[str]:
     key = dice.choice(_keys(lambda *_: True))
     place = dice.randrange(len(key))
     return _stage(dice, folder, f"{key[:place]}{dice.choice('qzQ')}{key[place:]}=1")
-
-
-def _contradiction(dice: random.Random, folder: Path) -> list[str]:
-    return _stage(
-        dice, folder,
-        *dice.choice((
-            ["evaluate.thresholds=[]"], ['rollout.stop=[""]'], ["rl.group_size=1"], ["cluster.rollout_nodes=3"],
-            ["rollout.backend=local", "cluster.nodes=2", "cluster.rollout_nodes=1"], ["task.families=[]"],
-            ["parallel.virtual=2"], ["deepspeed.zero_stage=9"], ["rl.depth_penalty.credit=token",
-            "rl.depth_penalty.cost=max"],
-            ["evaluate.controls.policy=/x"], ["rl.minibatches=99"], ["adapter.rank=0"], ["task=dataset"],
-            ["evaluate.thresholds=[nan]"], ["rl.depth_penalty.target.margin=1000"],
-            ["rollout.device_share=1.5"], ["rl.families=[chain]"], ["calibrate.wise_ft_alpha=0.5",
-            "calibrate.gate_only_fraction=0"],
-        )),
-    )  # fmt: skip
 
 
 def _sweep(dice: random.Random, folder: Path) -> list[str]:

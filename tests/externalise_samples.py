@@ -121,7 +121,8 @@ def config(made: Run) -> RunConfig:
     cfg.task.name, cfg.task.tokens_per_step = "hops", made.tau
     layers = made.layers if made.layers != LAYERS else 0
     cfg.pretrain, cfg.teacher, cfg.rl.seed = PretrainConfig(seed=made.base, layers=layers), None, made.seed
-    cfg.rl.families, cfg.rl.kl_penalty.sum, cfg.exits.first_token = [f"hop{k}" for k in made.trained_on], True, True
+    cfg.rl.families, cfg.exits.first_token = [f"hop{k}" for k in made.trained_on], True
+    cfg.rl.kl_penalty.kind = "reward_sum"
     set_columns(cfg.rl, {"beta": BETA, "cost_length": 3, **made.rl})
     for key, value in made.also.items():
         *path, name = key.split(".")

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ..exits import ExitLayout
 from ..model.config import megatron_config
-from ..model.control import make_control
 from ..model.gpt import build_stage
-from ..model.packed import PackedSequences
+from ..model.packed import PackedSequences, make_control
 from ..policy import PolicySpec, open_policy
 from ..tensors import FileTensors, ModelSource, ahead, entries_of, row_blocks, tensor_bytes
 from .hf_export import merged

@@ -253,7 +253,7 @@ def _write_config(base: ModelSource, spec: PolicySpec, folder: Path, gates: str,
         for file in EXPORTED_CODE:
             shutil.copyfile(EXPORT_FILES / file, folder / file)
     else:
-        config["architectures"] = [FAMILIES[base.dims.family].ARCHITECTURE]
+        config["architectures"] = [FAMILIES[base.dims.family].architecture]
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -176,18 +176,17 @@ class Piece:
     copy: bool = False
 
 
-def policy_pieces(chunks: Iterable[EarlyExitGPT]) -> list[Piece]:
+def policy_pieces(model: EarlyExitGPT) -> list[Piece]:
     """Everything that the policy trains on this rank: the base (full fine-tuning) or adapters, and gates."""
     pieces: list[Piece] = []
-    for model in chunks:
-        assert model.config.spec is not None and model.config.dims is not None
-        if model.config.spec.full:
-            parameters = stage_parameters(model)
-            for entry in stage_entries(model):
-                copy = entry.parameter == "output_layer.weight" and model.config.dims.tied
-                pieces.append(Piece(entry, parameters[entry.parameter], copy))
-        for name, parameter in _added(model):
-            pieces.append(Piece(Entry(name, (name,), getattr(parameter, "partition_dim", -1)), parameter))
+    assert model.config.spec is not None and model.config.dims is not None
+    if model.config.spec.full:
+        parameters = stage_parameters(model)
+        for entry in stage_entries(model):
+            copy = entry.parameter == "output_layer.weight" and model.config.dims.tied
+            pieces.append(Piece(entry, parameters[entry.parameter], copy))
+    for name, parameter in _added(model):
+        pieces.append(Piece(Entry(name, (name,), getattr(parameter, "partition_dim", -1)), parameter))
     return pieces
 
 

@@ -235,7 +235,7 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     family = "qwen3" if qk_norm else "qwen2" if qkv_bias and not out_bias else "llama"
     config = {
         "model_type": family,
-        "architectures": [FAMILIES[family].ARCHITECTURE],
+        "architectures": [FAMILIES[family].architecture],
         "hidden_act": "silu",
         "num_hidden_layers": found["num_layers"],
         "hidden_size": hidden,

@@ -119,7 +119,7 @@ def base_config(config: dict, dims: ModelDims) -> dict:
     if config.get("model_type") != "early_exit":
         return config
     plain: dict[str, Any] = {name: value for name, value in config.items() if name not in EMBED_FIELDS}
-    return plain | {"model_type": dims.family, "architectures": [FAMILIES[dims.family].ARCHITECTURE]}
+    return plain | {"model_type": dims.family, "architectures": [FAMILIES[dims.family].architecture]}
 
 
 def all_finite(block: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .schema import KEYS
@@ -12,8 +13,8 @@ log = logging.getLogger(__name__)
 
 
 class Removed(NamedTuple):
-    """A setting that is no more. `default`: the value that it now always has, accepted for one release; `instead`: what
-    to do where it had another; `hashed`: it still stands in the identity of results (identity.py) with that value."""
+    """A removed setting. `default`: the value that it now always has, accepted for one release; `instead`: what to do
+    where it had another; `hashed`: it still stands in the identity of results (identity.py) with that value."""
 
     default: Any
     instead: str = "leave it out"
@@ -28,6 +29,11 @@ REMOVED = {
     "task.verifier_memory_mb": Removed(4096),
     "task.verifier_deadline_s": Removed(5.0),
     "traces.only_correct": Removed(False, "an answer's verdict is in its trace", True),
+    "deterministic": Removed(False, "torch.use_deterministic_algorithms does it for a program of yours"),
+    "model.base_unchecked": Removed(False, "name the model that the policy was made on"),
+    "parallel.virtual": Removed(1),
+    "parallel.stage_layers": Removed([], "stages meet at the exits nearest to an even split; choose exits.depths"),
+    "parallel.attention": Removed("auto", "EE_MEGATRON_FLEX=0 does without FlexAttention"),
     "pretrain.warmup": Removed(0.05, hashed=True),
     "teacher.temperature": Removed(0.7, hashed=True),
     "teacher.seed": _SEED,
@@ -45,6 +51,7 @@ REMOVED = {
     "rl.lambda_gain": Removed(10.0),
     "rl.lambda_max": Removed(4.0),
     "rl.overlong_buffer": Removed(0.2, "rl.loss.overlong=filter leaves cut answers out"),
+    "rl.epochs": Removed(1, "rl.minibatches makes several updates of a step's rollouts", True),
     "rl.entropy_bonus": Removed(0.0, hashed=True),
     "rl.warmup": Removed(0, hashed=True),
     "rl.replay": Removed("", "steps learn from a pool's rollouts; rl.dump_rollouts keeps them", True),
@@ -55,6 +62,8 @@ REMOVED = {
     "evaluate.split": Removed("evaluation", hashed=True),
     "evaluate.seed": _SEED,
     "deepspeed.betas": Removed([0.9, 0.95], hashed=True),
+    "deepspeed.weight_decay": Removed(0.0, hashed=True),
+    "deepspeed.offload_optimizer": Removed(False),
     "checkpoint.keep": Removed(2),
     "checkpoint.bad_steps": Removed(5),
     "tracker.project": Removed("ee-megatron", "set the environment variable WANDB_PROJECT"),
@@ -69,38 +78,54 @@ MAY_BE_OFF = {k.key: k.on for k in KEYS if k.on is not None}
 """Sections that may be switched off -> whether they are on by default."""
 
 NORMAL, SWITCH, BOUND = 0, 1, 2
-"""When a setting is set: in order; after those, as an older switch whose word counts whatever fields are given;
-last, and only where its section is on, as an older name that never switched it on."""
+"""When a setting is set: in order; after those, because it overrules them (older switches); last, and only where its
+section is on, as an older name that never switched it on."""
 Given = tuple[str, Any, int]
+
+
+def _credit(value: Any) -> list[Given]:
+    of_exits = value == "exit"
+    other = [] if of_exits else [("rl.depth_penalty.credit", {"sequence": "answer"}.get(value, value), NORMAL)]
+    return [("rl.exit_credit", of_exits, SWITCH), *other]
+
+
+def _kl_sum(value: Any) -> list[Given]:
+    return [("rl.kl_penalty.kind", "reward_sum", SWITCH)] if value else []
+
+
+REWRITTEN: dict[str, Callable[[Any], list[Given]]] = {
+    "start": lambda value: [("init_policy", value, NORMAL)],
+    "rl.credit": _credit,
+    "rl.depth_credit": _credit,
+    "rl.kl_sum": _kl_sum,
+    "rl.kl_penalty.sum": _kl_sum,
+}
+"""Older names whose values are others now."""
 
 
 def modern(key: str, value: Any, told: bool) -> list[Given]:
     """(key, value, when) by the names of today; `told`: an older name is warned of. Raises ValueError for a setting
     that was removed, unless it has the value that is now its only one."""
-    found = _now(key, value)
-    if told and found != [(key, value, NORMAL)]:
-        called = " and ".join(name for name, _, _ in found)
-        warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
-    return found
-
-
-def _now(key: str, value: Any) -> list[Given]:
     if gone := REMOVED.get(key):
         if value != gone.default:
             raise ValueError(f"{key}={value}: was removed and is always {gone.default} now; {gone.instead}")
-        return []
-    if key in ("rl.credit", "rl.depth_credit"):
-        of_exits = value == "exit"
-        kept = [] if of_exits else [("rl.depth_penalty.credit", {"sequence": "answer"}.get(value, value), NORMAL)]
-        return [("rl.exit_credit", of_exits, SWITCH), *kept]
-    if SWITCHES.get(key, key) != key:
-        return [(SWITCHES[key], value, SWITCH)]
-    if key not in RENAMED:
-        return [("init_policy" if key == "start" else key, value, NORMAL)]
-    new = RENAMED[key]
-    if new.is_switch:
-        return [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
-    return [(new.key, value, BOUND if new.bound else NORMAL)]
+        found = list[Given]()
+    elif key in REWRITTEN:
+        if told and REWRITTEN[key] is _kl_sum and not value:
+            raise ValueError(f"{key}={value}: leave it out, or set rl.kl_penalty.kind=reward")
+        found = REWRITTEN[key](value)
+    elif SWITCHES.get(key, key) != key:
+        found = [(SWITCHES[key], value, SWITCH)]
+    elif (new := RENAMED.get(key)) is None:
+        return [(key, value, NORMAL)]
+    elif new.is_switch:
+        found = [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
+    else:
+        found = [(new.key, value, BOUND if new.bound else NORMAL)]
+    if told:
+        called = " and ".join(name for name, _, _ in found)
+        warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
+    return found
 
 
 @functools.cache
@@ -113,7 +138,7 @@ def modernise(config: dict[str, Any], *, told: bool) -> list[str]:
     """Give a nested configuration the names of today, in place. Returns a fault for each setting that there is no more,
     unless it has the value that is now its only one."""
     faults, found = list[str](), list[Given]()
-    for key in ("start", "rl.credit", "rl.depth_credit", *REMOVED, *RENAMED, *SWITCHES):
+    for key in (*REWRITTEN, *REMOVED, *RENAMED, *SWITCHES):
         *path, name = key.split(".")
         part = _section(config, path)
         if part is None or name not in part or SWITCHES.get(key) == key:

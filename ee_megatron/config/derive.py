@@ -137,17 +137,12 @@ def resolve_exits(cfg: RunConfig, dims: ModelDims) -> ExitLayout:
 
     if cfg.exits.depths:
         return ExitLayout(dims.num_layers, tuple(cfg.exits.depths))
-    sizes = cfg.parallel.stage_layers
-    if not sizes:
-        return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline * cfg.parallel.virtual)
-    edges = {sum(sizes[: stage + 1]) for stage in range(len(sizes) - 1)}
-    depths = edges | set(ExitLayout.default(dims.num_layers).depths)
-    return ExitLayout(dims.num_layers, tuple(sorted(depths)))
+    return ExitLayout.default(dims.num_layers, cfg.parallel.pipeline)
 
 
 def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
-    """Layers per stage, parallel.pipeline * parallel.virtual of them. Raises ValueError as `ExitLayout` does."""
-    return exits.stage_sizes(parallel.pipeline * parallel.virtual, parallel.stage_layers)
+    """Layers per pipeline stage. Raises ValueError as `ExitLayout` does."""
+    return exits.stage_sizes(parallel.pipeline)
 
 
 def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:

@@ -31,7 +31,11 @@ def pick_device(cfg: RunConfig, count: int = 1) -> str:
 
     Raises ValueError, one line, where GPUs are asked for, or used because they are there, and are fewer than that.
     """
-    if cfg.device == "cpu" or not (asks_for_gpus(cfg) or _has_gpu()):
+    if cfg.device == "cpu":
+        return "cpu"
+    import torch
+
+    if not (asks_for_gpus(cfg) or torch.cuda.is_available()):
         return "cpu"
     nodes = f" with cluster.gpus_per_node={cfg.job.gpus_per_node}" if cfg.job.gpus_per_node else ""
     require_gpus(count, f"device={cfg.device}{nodes}")
@@ -72,12 +76,6 @@ def gpu_files() -> list[str]:
     """The numbers of this machine's NVIDIA GPUs, by their device files."""
     files = Path("/dev").glob("nvidia[0-9]*") if Path("/dev").is_dir() else []
     return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _too_few(count: int, found: int) -> str:
@@ -124,8 +122,13 @@ def _none() -> str:
             f"the driver ({number}, for CUDA {speaks[1]}) is too old for torch {torch.__version__}, built for CUDA "
             f"{wheel}: update the driver, or install a torch built for CUDA {speaks[1].split('.')[0]}"
         )
+    why = "without a reason"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split()).split(". ")[0].rstrip(".")
     shown = "" if visible is None else f" and CUDA_VISIBLE_DEVICES={visible} names none of them"
-    return f"nvidia-smi lists {cards} GPU(s){shown}, torch cannot use any ({_torch_says()}); see what nvidia-smi says"
+    return f"nvidia-smi lists {cards} GPU(s){shown}, torch cannot use any ({why}); see what nvidia-smi says"
 
 
 def _smi(*options: str) -> tuple[str, str]:
@@ -142,13 +145,3 @@ def _smi(*options: str) -> tuple[str, str]:
         said = (done.stdout + done.stderr).strip().splitlines()
         return "", f"nvidia-smi: {said[0]}" if said else f"nvidia-smi ended with exit code {done.returncode}"
     return done.stdout, ""
-
-
-def _torch_says() -> str:
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split()).split(". ")[0].rstrip(".")
-    return "without a reason"

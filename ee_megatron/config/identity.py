@@ -106,6 +106,8 @@ def _results(cfg: RunConfig) -> dict[str, Any]:
             path = k.rules.kind == "path" and value
             _put(found, k.rules.was or k.key, os.path.normpath(value) if path else value)
     found["rl"]["credit"] = cfg.rl.credit
+    if cfg.rl.kl_penalty.kind == "reward_sum":
+        found["rl"] |= {"kl": "reward", "kl_sum": True}
     for key, gone in REMOVED.items():
         if gone.hashed and key.split(".")[0] not in left_out:
             _put(found, "freshness.partial" if key == "rollout.partial" else key, gone.default)

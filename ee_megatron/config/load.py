@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +26,8 @@ from .schema import KEYS, RunConfig
 
 KNOWN = {k.key: None if k.kind else k.type for k in KEYS}
 """Every dotted key of the schema -> the name of its type, None for a section."""
+SPOKEN = {"rl.lambda": "rl.depth_penalty.weight", "rl.lr": "rl.adapter_lr", "rl.learning_rate": "rl.adapter_lr"}
+"""What people call settings that have another name, for suggestions."""
 SCHEMA = OmegaConf.structured(RunConfig)
 """Made once, since that takes as long as merging, which copies it."""
 
@@ -187,7 +190,7 @@ def _walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _unknown(key: str, known: Iterable[str]) -> str:
     # Older names are looked through, too: whoever mistypes one means the setting that it is now.
-    now = {older: k.key for older, k in RENAMED.items()} | {name: name for name in known}
+    now = SPOKEN | {older: k.key for older, k in RENAMED.items()} | {name: name for name in known}
     names, last = list(now), key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
     near += [name for name in names if name.rsplit(".", 1)[-1] == last]
@@ -207,3 +210,77 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+# ---- the other way: the settings on a command line that give a configuration again ----
+
+FEW = 6
+"""No further experiment is tried once one is left by so few settings."""
+WORDS = ("null", "true", "false", "nan", "inf", "infinity")
+"""What Hydra reads as something else than text."""
+MISSING = object()
+"""Equal to no value of a setting."""
+
+
+def settings_of(cfg: RunConfig) -> list[str] | None:
+    """The shortest list found for which `load` gives `cfg`: an experiment and what differs from it. None if there is
+    none, because the configuration files are not here or a value can't be written so."""
+    wanted = dict(_flat(dataclasses.asdict(cfg)))
+    try:
+        directory = find_config_dir()
+    except FileNotFoundError:
+        return None
+    # An experiment may leave these to the user.
+    given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
+    # That of the run's name first: composing all of them takes seconds.
+    experiments = sorted(list_groups(directory).get("experiment", []), key=lambda name: not cfg.name.startswith(name))
+    found: list[list[str]] = []
+    for start in (*([f"experiment={name}"] for name in experiments), []):
+        for settings in (start, [*start, *given]):
+            if base := _base(directory, *settings):
+                # A section that is None here and on in the experiment is no key of `base`: it is written, too.
+                changed = {key: value for key, value in wanted.items() if base.get(key, MISSING) != value}
+                found.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
+                break
+        if found and min(map(len, found)) <= FEW:
+            break
+    return next((settings for settings in sorted(found, key=len) if _loaded(directory, *settings) == cfg), None)
+
+
+def _loaded(directory: Path, *settings: str) -> RunConfig | None:
+    try:
+        return load([*settings], directory)
+    except ValueError:
+        return None
+
+
+@functools.cache
+def _base(directory: Path, *settings: str) -> dict[str, Any] | None:
+    """By key; a report of many runs asks for the same ones."""
+    loaded = _loaded(directory, *settings)
+    return None if loaded is None else dict(_flat(dataclasses.asdict(loaded)))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _word(value: Any) -> str:
+    """A value as Hydra's grammar reads it back."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        if re.fullmatch(r"([A-Za-z/]|\.\.?/)[A-Za-z0-9._/+-]*", value) and value.lower() not in WORDS:
+            return value
+        # Backslashes count before a quotation mark only, those at the end included.
+        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+        return f'"{escaped}"'
+    if isinstance(value, list):
+        return f"[{','.join(map(_word, value))}]"
+    return repr(value)

@@ -30,8 +30,6 @@ class ModelConfig:
     """Megatron checkpoint (Megatron-LM, Megatron-Bridge, `convert import`) whose weights are taken."""
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
     """auto: bfloat16 on a GPU and on a CPU that multiplies it (AMX, AVX512-BF16), else float32."""
-    base_unchecked: bool = setting(False, execution=True)
-    """Let policies (init_policy, evaluate.controls.policy) run on a model they weren't made on."""
 
 
 @dataclass
@@ -39,16 +37,10 @@ class ParallelConfig:
     tensor: int = setting(1, above=0)
     pipeline: int = setting(1, above=0)
     data: int = setting(1, above=0)
-    """Ranks = tensor * pipeline * data."""
-    virtual: int = setting(1, above=0)
-    """Stages per pipeline rank; more than 1: interleaved schedule, fewer idle ranks."""
-    stage_layers: list[int] = setting([])
-    """Layers per stage (pipeline * virtual of them); empty: boundaries at the exits nearest to an even split."""
+    """Ranks = tensor * pipeline * data. Pipeline stages meet at the exits nearest to an even split."""
     sequence_parallel: bool = False
     tokens_per_micro_batch: int = setting(2048, above=0)
     """Positions of a micro-batch, shared prompts counted once; a longer sequence has one for itself."""
-    attention: str = setting("auto", choices=("auto", "blocks"))
-    """Of packed sequences: auto (FlexAttention on a GPU, else blocks) or blocks (plain PyTorch)."""
     recompute: bool = False
     """Recompute every layer in the backward pass instead of storing its activations."""
     timeout_s: int = setting(1800, above=0)
@@ -253,9 +245,8 @@ class KLPenalty:
     weight: float = setting(0.05, at_least=0, was="rl.beta")
     """beta: weight of KL(policy || reference)."""
     kind: str = setting("reward", choices=KL_TERMS, was="rl.kl")
-    """reward (k1, subtracted), loss (k3, added) or exact (whole vocabulary; another reference pass)."""
-    sum: bool = setting(False, added_later=True, was="rl.kl_sum")
-    """kind=reward: the sum over an answer's tokens, as in E[reward] - beta KL, not their mean."""
+    """reward (k1, its mean over an answer's tokens subtracted), reward_sum (its sum, as in E[reward] - beta KL), loss
+    (k3, added) or exact (whole vocabulary; another reference pass)."""
 
 
 @dataclass
@@ -310,10 +301,8 @@ class RLConfig:
     """As traces.wide_operands, for the problems that are answered."""
     skip_scoring: bool = setting(False, added_later=True)
     """Learn from rollouts without scoring them first, where the objective needs no more than they hold."""
-    epochs: int = setting(1, above=0)
-    """Passes over a step's rollouts."""
     minibatches: int = setting(1, above=0)
-    """Updates per pass."""
+    """Updates per step, each on a share of its rollouts."""
     decay: str = setting("constant", choices=DECAYS)
     """Learning rate: constant, linear or cosine, to a tenth at the last update."""
     dump_rollouts: bool = setting(False, execution=True)
@@ -338,6 +327,8 @@ class VllmConfig:
     """The interpreter of the environment that has vLLM (`make vllm`)."""
     compile: bool = setting(True, execution=True, was="rollout.vllm_compile")
     """Compile the model when an actor starts, on a GPU with CUDA graphs; else it runs eagerly."""
+    tensor: int = setting(1, above=0, execution=True, was="rollout.tensor")
+    """Devices of an actor, which tensor parallelism shares the model among."""
     exits: str = setting("masked", choices=("masked", "compact"), execution=True, was="rollout.vllm_exits")
     """masked (every position runs all layers) or compact (exited ones only keys and values)."""
 
@@ -348,8 +339,6 @@ class RolloutConfig:
     """ray (the embedded engine, in actors), vllm (a vLLM with exits in each) or local (in process)."""
     vllm: VllmConfig | None = optional(VllmConfig, bound=False)
     """backend=vllm: how, where that is not by default."""
-    tensor: int = setting(1, above=0, execution=True)
-    """backend=vllm: devices of an actor, which tensor parallelism shares the model among."""
     actors: int = setting(1, above=0, execution=True)
     threads: int = setting(2, above=0, execution=True)
     """Torch threads per actor on a CPU."""
@@ -375,6 +364,11 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if self.vllm == VllmConfig():
             self.vllm = None
+
+    @property
+    def tensor(self) -> int:
+        """Devices of an actor; those of the embedded engine have one."""
+        return self.vllm.tensor if self.vllm else 1
 
 
 @dataclass
@@ -426,12 +420,9 @@ class EvaluateConfig:
 class DeepspeedConfig:
     zero_stage: int = setting(1, choices=(0, 1, 2, 3), execution=True)
     """Data-parallel ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
-    offload_optimizer: bool = setting(False, execution=True)
-    """Optimizer state in CPU memory; needs zero_stage >= 1."""
     gradient_clipping: float = setting(1.0, at_least=0)
     """Largest gradient norm; 0: not clipped."""
     eps: float = setting(1e-8, above=0)
-    weight_decay: float = setting(0.0, at_least=0)
 
 
 @dataclass
@@ -459,8 +450,6 @@ class RunConfig:
     runs: str = "runs"
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     """auto: cuda where there is one, refused where there is none in a cluster with GPUs."""
-    deterministic: bool = False
-    """Only deterministic kernels, where a GPU has a choice (slower). On a CPU a seed always gives the same metrics."""
     init_policy: str = setting("", was="start.start")
     """rl, evaluate: a policy checkpoint to use instead of this configuration's own calibration."""
     model: ModelConfig = section(ModelConfig)

@@ -159,7 +159,7 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
         )
     # Not right - lambda cost - beta sum log(pi / reference).
     differs = {
-        "rl.kl_penalty.sum=false": rl.kl_penalty.kind == "reward" and not rl.kl_penalty.sum,
+        "rl.kl_penalty.kind=reward": rl.kl_penalty.kind == "reward",
         f"rl.depth_penalty.penalize={penalty.penalize}": penalty.penalize != "all"
         and bool(penalty.weight or penalty.length_weight),
         f"rl.credit={rl.credit}": rl.credit != "answer" and bool(penalty.weight),

@@ -1,16 +1,49 @@
-"""Model families. A new one is a module like these and one entry in FAMILIES.
-
-A family's module has MODEL_TYPE and ARCHITECTURE, as config.json names them, `read_dims`, and VLLM, the family's name
-in rollout/vllm/model.py, if it has a class there.
-"""
+"""Model families: what config.json says beyond what `base.py` reads for all. A new one is an entry in FAMILIES."""
 
 from __future__ import annotations
 
-from . import llama, qwen2, qwen3
-from .base import ModelDims, features, inverse_frequencies, padded_vocab
+from collections.abc import Callable
+from typing import NamedTuple
 
-FAMILIES = {module.MODEL_TYPE: module for module in (llama, qwen2, qwen3)}
-VLLM: dict[str, str] = {name: module.VLLM for name, module in FAMILIES.items() if hasattr(module, "VLLM")}
+from .base import ModelDims, features, flag, inverse_frequencies, padded_vocab, read_common
+
+
+class Family(NamedTuple):
+    """`architecture`: as config.json names it; `read_dims`: config.json -> dimensions, ValueError that names the field
+    for what is not supported; `vllm`: the family's name in rollout/vllm/model.py, if it has a class there."""
+
+    architecture: str
+    read_dims: Callable[[dict], ModelDims]
+    vllm: str = ""
+
+
+def _llama(config: dict) -> ModelDims:
+    """Llama 2, Llama 3.x, SmolLM2, DeepSeek-R1-Distill-Llama."""
+    bias, mlp_bias = flag(config, "attention_bias", "llama"), flag(config, "mlp_bias", "llama")
+    if config.get("sliding_window"):
+        raise ValueError(f"llama: sliding_window={config['sliding_window']} is not supported; expected null")
+    return read_common(config, "llama", qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
+
+
+def _qwen2(config: dict) -> ModelDims:
+    """Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen: always a bias on q, k, v."""
+    return read_common(config, "qwen2", qkv_bias=True)
+
+
+def _qwen3(config: dict) -> ModelDims:
+    """Qwen3, dense sizes: RMSNorm on q and k."""
+    bias = flag(config, "attention_bias", "qwen3")
+    config = {**config, "head_dim": 128 if config.get("head_dim") is None else config["head_dim"]}
+    return read_common(config, "qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True)
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", _llama, vllm="Llama"),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, vllm="Qwen2"),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, vllm="Qwen3"),
+}
+"""By model_type, as config.json names it."""
+VLLM = {name: family.vllm for name, family in FAMILIES.items() if family.vllm}
 
 
 def dims_from_config(config: dict) -> ModelDims:

@@ -95,7 +95,6 @@ def resolve_configured(
 
     Raises as `resolve`.
     """
-    base_unchecked = base_unchecked or cfg.model.base_unchecked
     if model:
         return resolve(model, policy, base_unchecked)
     name, checkpoint = _newest_policy(cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +20,25 @@ from ..config.derive import stage_sizes
 from ..config.schema import DeepspeedConfig, ParallelConfig
 from ..families.hf_directory import HFDirectory
 from ..model.config import megatron_config
-from ..model.gpt import RankModel, build_model
+from ..model.gpt import EarlyExitGPT, build_stage
 from ..objectives.divergences import KL_DIRECTIONS, Teacher
 from ..objectives.weights import TensorRows, Weights
-from ..parallel.schedule import run_schedule
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
 from ..tensors import collect
 from .batch import ReplayBatch, to_device
-from .engine import Updater, fill_missing_gradients, sum_replicated_gradients, sum_tied_gradients
-from .optimizer_state import OptimizerState, holder_of, kinds, prepare
+from .engine import (
+    OptimizerState,
+    Updater,
+    fill_missing_gradients,
+    holder_of,
+    kinds,
+    prepare,
+    sum_replicated_gradients,
+    sum_tied_gradients,
+)
 from .packing import MicroBatchPlan, PackedRows, PackingStats, deal
-from .passes import MicroBatch, ReferenceStates, SchedulePass
+from .passes import MicroBatch, ReferenceStates, SchedulePass, run_schedule
 
 
 @dataclass(frozen=True)
@@ -76,16 +84,6 @@ class PackedBatch:
         return self.packing.stats
 
 
-@dataclass(frozen=True)
-class LearnerOptions:
-    """What a stage asks of its learner: dropout of the adapters' inputs, the direction of a divergence from the teacher
-    (as calibrate.kl_direction), the temperature of the token distribution."""
-
-    adapter_dropout: float = 0.0
-    kl_direction: str = "student_teacher"
-    temperature: float = 1.0
-
-
 NO_WEIGHTS = Weights()
 
 
@@ -109,15 +107,14 @@ class Pass:
         return self.what != "reference"
 
 
-DEFAULTS = LearnerOptions()
-
-
 class Learner:
     """A Megatron model under one layout with its DeepSpeed engine.
 
     `policy`: whole tensors (policy.py) to start from, of which a rank reads what it holds. The reference is the base in
     `source`: under adapters the same weights with adapters off, under full fine-tuning a second, frozen model, built
-    when it is first asked for. Raises ValueError for stages that don't end at exits.
+    when it is first asked for. `adapter_dropout`: of the adapters' inputs; `kl_direction`: of a divergence from the
+    teacher, as calibrate.kl_direction; `temperature`: of the token distribution. Raises ValueError for stages that
+    don't end at exits.
     """
 
     def __init__(
@@ -130,28 +127,29 @@ class Learner:
         *,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        options: LearnerOptions = DEFAULTS,
+        adapter_dropout: float = 0.0,
+        kl_direction: str = "student_teacher",
+        temperature: float = 1.0,
     ):
         self.spec, self.dims, self.parallel, self.device = spec, source.dims, parallel, device
         # Told how far a pass has come: what it is ("score", "reference" or "train"), positions done, positions in all.
         self.progress: Callable[[str, int, int], None] | None = None
-        self.direction, self.temperature = KL_DIRECTIONS[options.kl_direction], options.temperature
+        self.direction, self.temperature = KL_DIRECTIONS[kl_direction], temperature
         self.config = megatron_config(
             source.dims,
             spec,
             stage_sizes(parallel, spec.layout),
             tensor=parallel.tensor,
-            virtual=parallel.virtual,
             sequence_parallel=parallel.sequence_parallel,
             recompute=parallel.recompute,
             dtype=dtype,
             on_cpu=device.type == "cpu",
-            adapter_dropout=options.adapter_dropout,
-            flex_attention=device.type == "cuda" and parallel.attention == "auto",
+            adapter_dropout=adapter_dropout,
+            flex_attention=device.type == "cuda" and os.environ.get("EE_MEGATRON_FLEX") != "0",
         )
         self._base_directory = source.path
         self.model = self._base_model(source)
-        self._base: RankModel | None = None
+        self._base: EarlyExitGPT | None = None
         self.pieces = policy_pieces(self.model)
         self.shapes = spec.tensor_shapes(source.dims)
         load_tensors(self.pieces, Holder(), self.shapes, policy, "policy")
@@ -163,20 +161,19 @@ class Learner:
         self.updates = 0
         self._plans: dict[str, GatherPlan] = {}
 
-    def _make_head(self, model: RankModel) -> Head | None:
-        if not model.last.post_process:
+    def _make_head(self, model: EarlyExitGPT) -> Head | None:
+        if not model.post_process:
             return None
         return Head(
-            model.last.readout_weight(),
+            model.readout_weight(),
             self.dims.vocab,
             replicated_input=not self.config.sequence_parallel,
             temperature=self.temperature,
         )
 
-    def _base_model(self, source: HFDirectory) -> RankModel:
-        model = build_model(self.config).to(self.device)
-        for stage in model:
-            load_base(stage, source)
+    def _base_model(self, source: HFDirectory) -> EarlyExitGPT:
+        model = build_stage(self.config).to(self.device)
+        load_base(model, source)
         source.close()
         # It scores before it learns, and after every step: dropout is on inside a step alone.
         return model.requires_grad_(False).eval()
@@ -186,12 +183,9 @@ class Learner:
     def pack(self, batch: ReplayBatch) -> PackedBatch:
         """Deal a batch out to ranks and micro-batches. Passes do it themselves to a batch that isn't packed yet; who
         scores a batch and then learns on it packs it once."""
-        stages, virtual = self.parallel.pipeline, self.parallel.virtual
         ranks = parallel_state.get_data_parallel_world_size()
-        # The interleaved schedule deals micro-batches out in groups of one per pipeline rank.
-        multiple = stages if virtual > 1 else 1
         tokens = self.parallel.tokens_per_micro_batch
-        return PackedBatch(batch, deal(batch, tokens, ranks, multiple, one_width=stages > 1))
+        return PackedBatch(batch, deal(batch, tokens, ranks, one_width=self.parallel.pipeline > 1))
 
     def score(
         self,
@@ -295,7 +289,7 @@ class Learner:
             if not wanted.exits:
                 model, head = stack.enter_context(self._reference())
             passes = SchedulePass(
-                model, head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
+                head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
                 hazards_of=wanted.hazards_of, reads_out=wanted.reads_out, done=self._clock(wanted.what, own),
             )  # fmt: skip
             # The reference's hidden states are kept for as many micro-batches as fill the pipeline.
@@ -322,7 +316,7 @@ class Learner:
             [one.weighted(weights, rows, scale, len(self.spec.exit_depths)) for one, rows in pairs], self.device
         )
 
-    def _schedule(self, passes: SchedulePass, model: RankModel, micro_batches: list[MicroBatch]) -> None:
+    def _schedule(self, passes: SchedulePass, model: EarlyExitGPT, micro_batches: list[MicroBatch]) -> None:
         model.train(passes.train)
         with model.recording_gates() if passes.exits else contextlib.nullcontext():
             run_schedule(
@@ -336,13 +330,13 @@ class Learner:
         with self._reference() as (model, head):
             states = ReferenceStates(head, deque())
             passes = SchedulePass(
-                model, head, self.direction, exits=False, train=False, keep_hidden=states.hidden, reads_out=False
+                head, self.direction, exits=False, train=False, keep_hidden=states.hidden, reads_out=False
             )  # fmt: skip
             self._schedule(passes, model, self._micro_batches(packed, part, exits=False))
         return states
 
     @contextlib.contextmanager
-    def _reference(self) -> Iterator[tuple[RankModel, Head | None]]:
+    def _reference(self) -> Iterator[tuple[EarlyExitGPT, Head | None]]:
         """Inside, the base, and the head that reads it out."""
         if not self.spec.full:
             with self.model.adapters_off():

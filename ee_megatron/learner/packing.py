@@ -83,21 +83,21 @@ def padded(positions: int) -> int:
     return max(1, -(-positions // SEQUENCE_MULTIPLE)) * SEQUENCE_MULTIPLE
 
 
-def deal(batch: ReplayBatch, tokens: int, ranks: int, multiple: int = 1, *, one_width: bool = False) -> MicroBatchPlan:
+def deal(batch: ReplayBatch, tokens: int, ranks: int, *, one_width: bool = False) -> MicroBatchPlan:
     """Deal the sequences out to `ranks`, in micro-batches of at most `tokens` positions (or one longer sequence).
 
-    Every rank gets the same number of them, a multiple of `multiple`, and as few as will do; some are empty where there
-    are fewer sequences. The same batch is always dealt alike. `one_width`: all are as wide as the widest, because
-    pipeline stages exchange hidden states of one shape.
+    Every rank gets the same number of them, as few as will do; some are empty where there are fewer sequences. The same
+    batch is always dealt alike. `one_width`: all are as wide as the widest, because pipeline stages exchange hidden
+    states of one shape.
     """
     sequences = _Sequences.of(batch)
     most = max(tokens, int(sequences.lengths.max()))
     # What every sequence begins with (few-shot examples) is in each micro-batch, however full.
     room = max(1, most - sequences.base)
     total = sequences.cost(0, len(sequences.order))
-    count = max(1, -(-total // (room * ranks * multiple))) * multiple
+    count = max(1, -(-total // (room * ranks)))
     while max(bins := _balanced(sequences, count * ranks, total))[0] > room:
-        count += multiple
+        count += 1
     micro_batches = sorted((sequences.packed(pieces) for _, pieces in bins), key=lambda rows: -rows.positions)
     # There and back, so that no rank has the larger one each time.
     dealt: list[list[PackedRows]] = [[] for _ in range(ranks)]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from ..exits import gate_log_term
-from ..model.control import ASKED, EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Control, make_control
-from ..model.gpt import EarlyExitGPT, RankModel
+from ..model.gpt import EarlyExitGPT
 from ..model.layer import gate_entropy
+from ..model.packed import ASKED, EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Control, make_control
 from ..objectives.divergences import Direction, Teacher
 from ..objectives.weights import Weights
 from ..parallel.vocabulary import Against, Head, lumped_kl
 from .batch import ReplayBatch
 from .packing import PackedRows
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,6 @@ class SchedulePass:
 
     def __init__(
         self,
-        model: RankModel,
         head: Head | None,
         direction: Direction,
         *,
@@ -137,11 +141,11 @@ class SchedulePass:
         self.token_logprobs: list[Tensor] = []
         self.token_entropy: list[Tensor] = []
         self.kl: list[Tensor] = []
-        self.exit_logprobs: list[list[Tensor]] = [[] for _ in model]
-        self.exit_entropy: list[list[Tensor]] = [[] for _ in model]
+        self.exit_logprobs: list[Tensor] = []
+        self.exit_entropy: list[Tensor] = []
         # Gates at these depths leave their hazards, 0 where they were not asked.
         self.hazards_of = hazards_of
-        self.hazards: list[list[Tensor]] = [[] for _ in model]
+        self.hazards: list[Tensor] = []
 
     def forward(self, stage: EarlyExitGPT, micro_batch: MicroBatch) -> Tensor:
         output = stage(micro_batch.tokens, micro_batch.control)
@@ -156,11 +160,10 @@ class SchedulePass:
                 hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (asked & reached)
             logprobs += gate_log_term(logit, exit_depths, depth)
             entropy += torch.where(reached, gate_entropy(logit), 0.0)
-        chunk = stage.vp_stage or 0
-        self.exit_logprobs[chunk].append(torch.where(asked, logprobs, 0.0))
-        self.exit_entropy[chunk].append(torch.where(asked, entropy, 0.0))
-        self.hazards[chunk].append(hazards)
-        if self.done is not None and chunk == len(self.hazards) - 1:
+        self.exit_logprobs.append(torch.where(asked, logprobs, 0.0))
+        self.exit_entropy.append(torch.where(asked, entropy, 0.0))
+        self.hazards.append(hazards)
+        if self.done is not None:
             self.done()
         return output
 
@@ -218,14 +221,48 @@ class SchedulePass:
 
     def stacked(self) -> Tensor:
         """This rank's share of every score [5 + M, slots of all micro-batches], in the order of `Scores`."""
-        logprobs, entropy = (
-            torch.stack([torch.cat(parts) for parts in chunks]).sum(0)
-            for chunks in (self.exit_logprobs, self.exit_entropy)
-        )
+        logprobs, entropy = torch.cat(self.exit_logprobs), torch.cat(self.exit_entropy)
         last = bool(self.token_logprobs)
         tokens, kl, token_entropy = (
             torch.cat(parts) if last else torch.zeros_like(logprobs)
             for parts in (self.token_logprobs, self.kl, self.token_entropy)
         )
-        hazards = torch.stack([torch.cat(parts, dim=1) for parts in self.hazards]).sum(0)
+        hazards = torch.cat(self.hazards, dim=1)
         return torch.cat([torch.stack([tokens, logprobs, kl, token_entropy, entropy]), hazards])
+
+
+def run_schedule(
+    model: EarlyExitGPT,
+    micro_batches: Sequence[Part],
+    forward: Callable[[EarlyExitGPT, Part], Tensor],
+    loss: Callable[[Part, Tensor], Tensor],
+    *,
+    slots: int,
+    train: bool,
+) -> None:
+    """Run every micro-batch forward and, if `train`, backward; gradients accumulate on the parameters.
+
+    forward(stage, micro_batch) runs on every stage and returns its output [slots, 1, D]; loss(micro_batch, output) runs
+    on the last stage and returns a scalar that is summed over micro-batches, undivided. With more than one stage all
+    micro-batches have `slots` slots. Raises whatever the callables raise.
+    """
+
+    def forward_step(iterator: Any, stage: EarlyExitGPT):
+        micro_batch = next(iterator)
+        return forward(stage, micro_batch), partial(_loss, micro_batch)
+
+    def _loss(micro_batch: Part, output: Tensor):
+        # A clone: the schedule works in place on what it gets.
+        value = loss(micro_batch, output).clone()
+        return value, torch.zeros((), dtype=torch.int, device=value.device), {}
+
+    with torch.set_grad_enabled(train):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(micro_batches)],
+            model=[model],
+            num_microbatches=len(micro_batches),
+            seq_length=slots,
+            micro_batch_size=1,
+            forward_only=not train,
+        )

@@ -36,7 +36,6 @@ def megatron_config(
     stage_sizes: tuple[int, ...],
     *,
     tensor: int = 1,
-    virtual: int = 1,
     sequence_parallel: bool = False,
     recompute: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -44,12 +43,11 @@ def megatron_config(
     adapter_dropout: float = 0.0,
     flex_attention: bool = False,
 ) -> EarlyExitTransformerConfig:
-    """The config of one run. `stage_sizes`: layers per stage, their sum is L; `virtual` stages lie on each pipeline
-    rank, stage i on rank i mod the number of ranks.
+    """The config of one run. `stage_sizes`: layers per stage, their sum is L.
 
     Weights are never initialised here: they are loaded right after the build.
     """
-    pipeline = len(stage_sizes) // virtual
+    pipeline = len(stage_sizes)
     layout = "|".join("t" * size for size in stage_sizes)
     fused = not on_cpu
     return EarlyExitTransformerConfig(
@@ -85,9 +83,6 @@ def megatron_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         batch_p2p_sync=False,
-        # Interleaved stages on gloo: other combinations of these three were seen to give wrong gradients silently.
-        batch_p2p_comm=virtual == 1,
-        overlap_p2p_comm=virtual > 1,
         deallocate_pipeline_outputs=False,
         # The loss arrives already normalised over the global batch, so the schedule must not divide it again.
         calculate_per_token_loss=True,

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from ..families import inverse_frequencies
 from .config import EarlyExitTransformerConfig, padded_vocab
-from .control import Control
-from .layer import EarlyExitLayer
+from .layer import CausalAttention, EarlyExitLayer, HeadNorm, RMSNorm, SkippingAttention
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
-from .parts import CausalAttention, HeadNorm, RMSNorm, SkippingAttention
+from .packed import Control
 
 # Under which names megatron-core stores a layer's norms: those of Transformer Engine, which fuses a norm with the
 # product behind it. Its layer spec for unfused norms says the same.
@@ -118,26 +117,6 @@ class EarlyExitGPT(GPTModel):
                 layer.recorded = None
         return taken
 
-
-class Rotary(RotaryEmbedding):
-    """megatron-core's angles without its cache, which keeps those of the last 32 widths, and every micro-batch may have
-    another."""
-
-    def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
-        return self.get_emb(max_seq_len, offset)
-
-
-class RankModel(nn.ModuleList):
-    """The parts of the model on this rank, in order: one stage, or several under virtual pipeline parallelism."""
-
-    def __iter__(self) -> Iterator[EarlyExitGPT]:  # type: ignore[override]
-        return super().__iter__()  # type: ignore[return-value]
-
-    @property
-    def last(self) -> EarlyExitGPT:
-        """The deepest stage on this rank."""
-        return self[len(self) - 1]  # type: ignore[return-value]
-
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Inside, the model is the base: the same weights without adapters, bit for bit."""
@@ -153,7 +132,7 @@ class RankModel(nn.ModuleList):
     @contextmanager
     def recording_gates(self) -> Iterator[None]:
         """Inside, every gated layer keeps its logits of the latest forward pass for `take_gates`."""
-        layers = [layer for stage in self for layer in stage.early_exit_layers()]
+        layers = self.early_exit_layers()
         for layer in layers:
             layer.record = layer.gate is not None
         try:
@@ -163,37 +142,37 @@ class RankModel(nn.ModuleList):
                 layer.record, layer.recorded = False, None
 
 
+class Rotary(RotaryEmbedding):
+    """megatron-core's angles without its cache, which keeps those of the last 32 widths, and every micro-batch may have
+    another."""
+
+    def forward(self, max_seq_len: int, offset: int = 0, **_: Any) -> Tensor:
+        return self.get_emb(max_seq_len, offset)
+
+
 def _ask_for_gradient(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
     return output.requires_grad_() if torch.is_grad_enabled() else output
 
 
-def build_model(config: EarlyExitTransformerConfig) -> RankModel:
-    """All stages of this rank; process groups must exist. Weights are uninitialised until they are loaded."""
-    chunks = config.virtual_pipeline_model_parallel_size
-    return RankModel([build_stage(config, stage if chunks else None) for stage in range(chunks or 1)])
-
-
-def build_stage(config: EarlyExitTransformerConfig, vp_stage: int | None = None) -> EarlyExitGPT:
-    """Build one stage. Its weights are uninitialised until they are loaded."""
+def build_stage(config: EarlyExitTransformerConfig) -> EarlyExitGPT:
+    """This rank's stage; process groups must exist. Its weights are uninitialised until they are loaded."""
     dims = config.dims
     assert dims is not None
     spec = layer_spec(config)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config)
     block = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = config.virtual_pipeline_model_parallel_size or 1
     model = EarlyExitGPT(
         config,
         block,
         vocab_size=padded_vocab(dims.vocab, config.tensor_model_parallel_size),
         max_sequence_length=dims.max_positions,
-        pre_process=pp_rank == 0 and vp_stage in (None, 0),
-        post_process=pp_rank == config.pipeline_model_parallel_size - 1 and vp_stage in (None, chunks - 1),
+        pre_process=pp_rank == 0,
+        post_process=pp_rank == config.pipeline_model_parallel_size - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=dims.tied,
         position_embedding_type="rope",
         rotary_base=int(dims.rope_theta),
-        vp_stage=vp_stage,
     )
     if model.pre_process and config.recompute:
         model.ask_for_input_gradient()

@@ -6,8 +6,9 @@ from where to where) is counted on the host, before a layer runs.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -154,3 +155,67 @@ class Active:
             keys = at.cos().to(dtype).unsqueeze(1), at.sin().to(dtype).unsqueeze(1)
             self._turns = keys, (self.pick(keys[0]), self.pick(keys[1]))
         return self._turns
+
+
+EXIT_DEPTH, ASKED = 0, 1
+# What a gate's loss may consist of.
+LIKELIHOOD, TARGET, HAZARD = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the layers must know about each of W slots, beside the hidden states.
+
+    A `Control` travels as megatron-core's `context` argument. Each pipeline stage takes it from its own data; it never
+    crosses a stage boundary. It is made on the host, where exit depths are known before anything runs, so that no layer
+    asks the device which positions are left.
+
+    `channels` fp32 [W, C]:
+        channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
+        channel 1      1 where gates are asked, else 0 (prompt, padding)
+    `gates` fp32 [W, M, terms], what each gate's loss weighs there, by `terms`; None: gates have no loss
+        LIKELIHOOD     -log-likelihood of what the gate did or, where there are targets, the cross-entropy to them
+        TARGET         its target hazard, -1 for none
+        HAZARD         its hazard
+    `segments`: the slots that run on to each of `depths`, the exit depths that occur, in rising order.
+    `packed`: which slots belong together.
+    `ranks`, `rank`: the sequence-parallel group's size (1 without) and this rank's place in it.
+    """
+
+    channels: Tensor
+    gates: Tensor | None
+    depths: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    packed: PackedSequences
+    terms: tuple[int, ...] = ()
+    ranks: int = 1
+    rank: int = 0
+    _active: dict[int, Active] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def on_rank(self, ranks: int, rank: int) -> Control:
+        """The same for a rank of the sequence-parallel group; what layers share is kept as long as this object is."""
+        return replace(self, ranks=ranks, rank=rank)
+
+    def with_gates(self, gates: dict[int, Tensor] | None) -> Control:
+        """The same with a loss of the gates, [W, M] per term."""
+        weights, terms = (torch.stack(list(gates.values()), dim=-1), tuple(gates)) if gates else (None, ())
+        return replace(self, gates=weights, terms=terms)
+
+    def active(self, layer: int) -> Active | None:
+        """The slots whose exit depth is at least `layer` (1-based); one object for all layers of a segment, None if
+        there are no such slots."""
+        at = bisect.bisect_left(self.depths, layer)
+        if at == len(self.depths):
+            return None
+        if at not in self._active:
+            self._active[at] = Active(self.segments[at], self.packed, self.ranks, self.rank)
+        return self._active[at]
+
+
+def make_control(packed: PackedSequences, exit_depths: Tensor, asked: Tensor | None = None) -> Control:
+    """From one tensor [W] per channel, on the CPU, without a loss of the gates. `asked` None: no gate is asked."""
+    where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
+    channels = torch.stack([exit_depths.float(), where.float()], dim=-1)
+    depths = sorted(set(exit_depths.tolist()) - {0})
+    segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)
+    return Control(channels, None, tuple(int(d) for d in depths), segments, packed)

@@ -85,6 +85,7 @@ class KLTerm:
 
 KL_TERMS = {
     "reward": KLTerm(in_reward=True),
+    "reward_sum": KLTerm(in_reward=True),
     "loss": KLTerm(slope=k3_slope),
     "exact": KLTerm(teacher=Teacher.REFERENCE),
 }

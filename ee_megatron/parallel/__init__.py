@@ -1,1 +1,1 @@
-"""Process groups, megatron-core on a CPU, the pipeline schedule, and losses over a sharded vocabulary."""
+"""Process groups, megatron-core on a CPU, and losses over a sharded vocabulary."""

@@ -16,13 +16,11 @@ from . import cpu_shims
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks and what each kind is for; ranks = tensor * pipeline * data. Each pipeline rank holds `virtual`
-    stages."""
+    """How many ranks and what each kind is for; ranks = tensor * pipeline * data."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
-    virtual: int = 1
 
     @property
     def world(self) -> int:
@@ -62,7 +60,6 @@ def initialise(degrees: Degrees, *, device: str = "cpu", timeout_s: float = 1800
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=degrees.tensor,
         pipeline_model_parallel_size=degrees.pipeline,
-        virtual_pipeline_model_parallel_size=degrees.virtual if degrees.virtual > 1 else None,
         # In whole minutes; rounded down it would contradict the deadline of the group of all ranks.
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )

@@ -18,8 +18,7 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from torch import Tensor, nn
 
 from ..objectives.divergences import Direction, Sloped
-from ..products import product, products_with
-from .readout_chunk import chunk_positions
+from ..products import chunk_positions, product, products_with
 
 # (log-probabilities [n, k] of a chunk, where it lies in [N]) -> the chunk's share of the loss, a scalar.
 ChunkLoss = Callable[[Tensor, slice], Tensor]

@@ -189,7 +189,7 @@ def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
         train=True, recompute=again, input_gradient=again or cfg.deepspeed.zero_stage == 3,
         divergence=KL_TERMS[cfg.rl.kl_penalty.kind].teacher is Teacher.REFERENCE,
     )  # fmt: skip
-    return cfg.rl.epochs * cfg.rl.minibatches, max(1, rollouts_per_step(cfg) // cfg.rl.minibatches), how
+    return cfg.rl.minibatches, max(1, rollouts_per_step(cfg) // cfg.rl.minibatches), how
 
 
 def scored(cfg: RunConfig) -> list[PassMode]:
@@ -247,8 +247,7 @@ def step_flops(
         "rollout": read + decode_cost(layout, every),
         "score": sum(whole_pass(layout, every, 1, how) for how in scored(cfg)),
         # Each update but the first scores its share again.
-        "update": rl.epochs * (run[train] + run[COMPARED] * train.divergence)
-        + run[POLICY] * (count - 1) / rl.minibatches,
+        "update": run[train] + run[COMPARED] * train.divergence + run[POLICY] * (count - 1) / rl.minibatches,
     }
 
 

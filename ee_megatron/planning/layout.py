@@ -27,7 +27,6 @@ class Layout:
     tensor: int
     pipeline: int
     data: int
-    virtual: int
     sequence_parallel: bool
     sizes: tuple[int, ...]
 
@@ -36,11 +35,11 @@ class Layout:
         """Raises ValueError as config/validate.py does, for stages that do not end at exits."""
         p, spec = cfg.parallel, policy_spec(cfg, dims)
         sizes = stage_sizes(p, spec.layout)
-        return Layout(dims, spec, p.tensor, p.pipeline, p.data, p.virtual, p.sequence_parallel, sizes)
+        return Layout(dims, spec, p.tensor, p.pipeline, p.data, p.sequence_parallel, sizes)
 
     def on_one_rank(self) -> Layout:
         """The same model and policy on a single rank."""
-        return Layout(self.dims, self.spec, 1, 1, 1, 1, False, (self.dims.num_layers,))
+        return Layout(self.dims, self.spec, 1, 1, 1, False, (self.dims.num_layers,))
 
     @property
     def ranks(self) -> int:

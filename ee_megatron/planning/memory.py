@@ -15,8 +15,8 @@ import torch
 from ..config.derive import position_bytes
 from ..config.schema import RunConfig
 from ..exits import gate_units
-from ..parallel.readout_chunk import chunk_positions
 from ..policy import may_travel_in, stays_float32
+from ..products import chunk_positions
 from ..rollout.engine.cache import PAGE, pages_for, pages_in, pool_pages
 from ..rollout.vllm import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .devices import GIB, Device
@@ -25,7 +25,6 @@ from .layout import JOINT, KEY_VALUE, ROW_PARALLEL, Layout, rank_parameters
 from .workload import Packing, Workload
 
 FP32 = 4
-HOST = "optimizer (host)"
 REDUCE_BUCKET = 500_000_000
 """Elements of the buffer that DeepSpeed reduces gradients in (its default)."""
 PREFILL = 8192
@@ -40,13 +39,12 @@ class Training:
     item: int
     recompute: bool
     zero_stage: int
-    offload: bool
     on_cpu: bool
     divergence: bool = False
 
 
 def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: int) -> dict[str, float]:
-    """Kind -> bytes of one rank in an update. `HOST` is not on a GPU."""
+    """Kind -> bytes of one rank in an update."""
     hidden, full, counted = layout.dims.hidden, layout.spec.full, rank_parameters(layout, pipeline_rank)
     base = counted.base + counted.copy
     # Adapters and gates are fp32 whatever the base is.
@@ -58,7 +56,7 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
         # After the backward pass: the averaged partition beside the local gradients.
         "gradients": trained + (part if t.zero_stage else 0.0),
         # AdamW's two moments and fp32 masters.
-        HOST if t.offload else "optimizer": 3 * part if t.zero_stage else 2.0 * trained,
+        "optimizer": 3 * part if t.zero_stage else 2.0 * trained,
     }
     if t.zero_stage:
         # A buffer for each dtype of gradients; a CPU maps only what is written of it.
@@ -87,12 +85,8 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
 
 
 def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
-    """Micro-batches whose forward pass is done and whose backward pass is not, at most (1F1B; with virtual stages
-    counted in stages, megatron-core's interleaved schedule)."""
-    behind = layout.pipeline - pipeline_rank
-    if layout.virtual == 1:
-        return min(behind, batches)
-    return min(2 * (behind - 1) + (layout.virtual - 1) * layout.pipeline + 1, batches * layout.virtual)
+    """Micro-batches whose forward pass is done and whose backward pass is not, at most (1F1B)."""
+    return min(layout.pipeline - pipeline_rank, batches)
 
 
 def activations(layout: Layout, packed: Packing, t: Training, pipeline_rank: int) -> float:

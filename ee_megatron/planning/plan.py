@@ -21,7 +21,7 @@ from .command import launch_command
 from .devices import GIB, Device, find_device
 from .flops import phase_flops, rollouts_per_step, updates
 from .layout import Layout, rank_parameters
-from .memory import HOST, ActorMemory, Training, learner_memory, make_actor, sync_bytes
+from .memory import ActorMemory, Training, learner_memory, make_actor, sync_bytes
 from .roofline import PhaseTime, Roofline
 from .workload import Workload, least_depth, pack_pass
 
@@ -63,8 +63,8 @@ class RunPlan:
         return rollouts_per_step(self.cfg) * self.load.answer / self.phases["rollouts"].likely
 
     def device_bytes(self, kinds: dict[str, float]) -> float:
-        """Bytes that count against a device: on a GPU without what lies in the host's memory."""
-        return sum(size for kind, size in kinds.items() if kind != HOST or self.device.on_cpu)
+        """Bytes of all kinds together."""
+        return sum(kinds.values())
 
     def shortage(self) -> str:
         """Which device lacks how much memory and what would help, in one line; empty if everything fits."""
@@ -74,7 +74,7 @@ class RunPlan:
         worst = max(range(len(stages)), key=lambda stage: stages[stage])
         learns = "parallel.recompute=true, fewer parallel.tokens_per_micro_batch, more parallel.tensor or pipeline"
         answers = (
-            "fewer rollout.max_num_seqs, a smaller rollout.cache_gib, or rollout.backend=vllm with more rollout.tensor"
+            "fewer rollout.max_num_seqs, a smaller rollout.cache_gib, or rollout.backend=vllm and rollout.vllm.tensor"
         )
         needs = [(f"a learner rank of stage {worst}", stages[worst], learns), ("a rollout actor", actor, answers)]
         if device.on_cpu:
@@ -94,7 +94,7 @@ class RunPlan:
             return (
                 f"the cache of a rollout actor holds {positions} positions (rollout.cache_gib={rollout.cache_gib:g}), "
                 f"one longest sequence needs {sequence}; try more rollout.cache_gib (0: as much as there is) or "
-                "rollout.tensor, or less rollout.max_new_tokens"
+                "rollout.vllm.tensor, or less rollout.max_new_tokens"
             )
         return ""
 
@@ -117,9 +117,7 @@ def make_plan(cfg: RunConfig, dims: ModelDims, device: Device, assumed: Assumpti
     load = Workload.of(prompt, answer, outcomes, assumed.mean_depth, first)
     longest = Workload.of(prompt, longest_answer, outcomes, 1.0, first)
     item, (_, part, how), zero = element_bytes(cfg, device.on_cpu), updates(cfg), cfg.deepspeed
-    training = Training(
-        item, cfg.parallel.recompute, zero.zero_stage, zero.offload_optimizer, device.on_cpu, how.divergence
-    )
+    training = Training(item, cfg.parallel.recompute, zero.zero_stage, device.on_cpu, how.divergence)
     packed = pack_pass(cfg, longest, part, cfg.rl.group_size)
     actor = make_actor(cfg, layout, load, longest, item, device)
     roofline = Roofline(cfg, layout, load, device, item, max(1, actor.rows), longest_answer)
@@ -182,7 +180,7 @@ def to_json(plan: RunPlan, command: str) -> dict[str, Any]:
     return {
         "ranks": layout.ranks,
         "layout": {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data,
-                   "virtual": layout.virtual, "layers_per_stage": list(layout.sizes)},
+                   "layers_per_stage": list(layout.sizes)},
         "exits": list(layout.spec.exit_depths),
         "gates": [layout.gates(p) for p in ranks],
         "parameters": [vars(rank_parameters(layout, p)) for p in ranks],

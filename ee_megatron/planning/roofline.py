@@ -168,7 +168,7 @@ class Roofline:
         work, layout = DeviceWork(), self.layout
         for times, packed, how in passes(self.cfg, self.load)[phase]:
             # The pipeline's filling and draining are idle.
-            idle = (layout.pipeline - 1) / (packed.micro_batches * layout.virtual)
+            idle = (layout.pipeline - 1) / packed.micro_batches
             work = work.plus(self._pass(packed, how), times * (1 + idle))
         if phase == "update":
             # All-reduce of the gradients; AdamW reads and writes parameter, gradient and both moments.

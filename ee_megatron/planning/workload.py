@@ -161,12 +161,11 @@ def pack_pass(cfg: RunConfig, load: Workload, sequences: float, group: int = 1) 
     """A model of the learner's packing, for sequences of the mean length, of which `group` neighbours have one prompt
     and stay together: the fewest micro-batches within parallel.tokens_per_micro_batch, or one per sequence."""
     budget, data = cfg.parallel.tokens_per_micro_batch, cfg.parallel.data
-    multiple = cfg.parallel.pipeline if cfg.parallel.virtual > 1 else 1
-    most, count = round_up(math.ceil(sequences / data), multiple), multiple
+    most, count = math.ceil(sequences / data), 1
     while True:
         # In more micro-batches fewer sequences of a group are together, and its prompt is held more often.
         shared = load.in_groups(min(float(group), max(1.0, sequences / (data * count))))
-        needed = min(most, round_up(math.ceil(sequences * shared.written / (data * budget) - 1e-9), multiple))
+        needed = min(most, math.ceil(sequences * shared.written / (data * budget) - 1e-9))
         if needed <= count:
             break
         count = needed

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib import rc_context
 
-from ..config.command import settings_of
+from ..config.load import settings_of
 from ..config.schema import RunConfig
 from ..observe.rundir import write_atomic
 from . import figures, tables

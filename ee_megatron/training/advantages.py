@@ -19,8 +19,7 @@ from ..learner.batch import ReplayBatch, pack, spread
 from ..learner.learner import Scores
 from ..learner.packing import PackingStats
 from ..objectives.advantages import ADVANTAGES, CHARGES, length_cost, mean_log_ratio
-from ..objectives.depth import DEPTH_COSTS, token_advantage
-from ..objectives.exit_credit import hazard_costs
+from ..objectives.depth import DEPTH_COSTS, hazard_costs, token_advantage
 from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS, Experience
 from ..types import ExitReading, Group, Rollout
 
@@ -152,7 +151,7 @@ def compute_advantages(
     worth = task_reward - penalty.length_weight * length_cost(batch, penalty.cost_tokens) * penalized
     kl = None if scores.reference is None else mean_log_ratio(batch, proximal[0], scores.reference)
     if KL_TERMS[rl.kl_penalty.kind].in_reward and kl is not None:
-        worth = worth - rl.kl_penalty.weight * kl * (counts.sum(1) if rl.kl_penalty.sum else 1)
+        worth = worth - rl.kl_penalty.weight * kl * (counts.sum(1) if rl.kl_penalty.kind == "reward_sum" else 1)
     depth_cost = DEPTH_COSTS[penalty.cost].of_answers(batch, layout.num_layers, penalty.cost_tokens)
     task, depth = within_groups(worth, included), lambda_depth * within_groups(-depth_cost, penalized)
 

@@ -24,8 +24,8 @@ from ..policy import PolicySpec, open_policy
 from ..tensors import FileTensors, Stream, digest, drain
 
 if TYPE_CHECKING:
+    from ..learner.engine import OptimizerState
     from ..learner.learner import Learner
-    from ..learner.optimizer_state import OptimizerState
     from .context import Distributed
 
 KEPT_CHECKPOINTS = 2
@@ -72,7 +72,7 @@ def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerStat
         if digest(tensors[kind]) != expected:
             raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
     # Late: it brings Megatron along.
-    from ..learner.optimizer_state import OptimizerState
+    from ..learner.engine import OptimizerState
 
     return OptimizerState(int(found["updates"]), tensors), found["counters"]
 

@@ -105,9 +105,6 @@ class StageContext:
         self.ranks = Distributed()
         self.path = stage_dir(cfg, stage)
         self.device_type = pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         self.dtype = pick_dtype(cfg, self.device_type)
         self.source = HFDirectory(self.model_path)
         self.spec: PolicySpec = policy_spec(cfg, self.source.dims)
@@ -133,7 +130,7 @@ class StageContext:
             from ..parallel import groups
 
             p = self.cfg.parallel
-            degrees = groups.Degrees(p.tensor, p.pipeline, p.data, p.virtual)
+            degrees = groups.Degrees(p.tensor, p.pipeline, p.data)
             self.device = groups.initialise(degrees, device=self.device_type, timeout_s=p.timeout_s)
             self.stack.callback(groups.finish)
             if degrees.world > 1:
@@ -155,8 +152,8 @@ class StageContext:
         self, policy: Mapping[str, torch.Tensor], checkpoint: Path | None = None, **options: Any
     ) -> Learner:
         """This rank's part of a learner, its optimizer where `checkpoint` left it, whatever layout wrote that;
-        `options` as in `LearnerOptions`."""
-        from ..learner.learner import Learner, LearnerOptions
+        `options` as in `Learner`."""
+        from ..learner.learner import Learner
 
         learner = Learner(
             self.source,
@@ -166,7 +163,7 @@ class StageContext:
             self.cfg.deepspeed,
             device=self.device,
             dtype=self.dtype,
-            options=LearnerOptions(**options),
+            **options,
         )
         if checkpoint:
             self.checkpoints.restore(learner, checkpoint)

@@ -79,7 +79,7 @@ class Preflight:
                 yield from faults_of(lambda: check_start(cfg, dims))
                 # Where the model is yet to be made the stage looks at it.
                 if not {*OPTIONAL} & {*stage_order(cfg)}:
-                    pair = f"base of {cfg.init_policy}: {cfg.model.path} {cfg.model.base_unchecked}"
+                    pair = f"base of {cfg.init_policy}: {cfg.model.path}"
                     yield from self._once(pair, lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
         if wanted:
             yield from self._once(f"runs {cfg.runs}", lambda: check_runs(cfg.runs))

@@ -180,7 +180,7 @@ def check_checkpoint(cfg: RunConfig) -> None:
 
 def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     """Raises ValueError if a policy that `stage` reads, its own checkpoints among them, belongs to another model than
-    the one at `model_path`, unless model.base_unchecked. A model may have been replaced at its place since."""
+    the one at `model_path`. A model may have been replaced at its place since."""
     from ..checkpoint.policy_files import check_base
     from ..families.hf_directory import HFDirectory
 
@@ -194,8 +194,7 @@ def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
         found += [path for path in [control_policy(cfg)] if path]
     base = HFDirectory(model_path)
     for policy in found:
-        otherwise = "set model.base_unchecked=true to go on all the same"
-        check_base(policy, base, unchecked=cfg.model.base_unchecked, otherwise=otherwise)
+        check_base(policy, base, otherwise="train a policy on this one")
 
 
 def check_weights(model_path: Path) -> None:

@@ -57,15 +57,15 @@ def objective_of(rl: RLConfig, max_new_tokens: int) -> PolicyGradient:
 
 def minibatches(rl: RLConfig, step: int, groups: Sequence[int], included: Tensor) -> Iterator[Tensor]:
     """Rows of the batch for each update of step `step`, int64 [n]: the answers of `groups` that enter the loss
-    (`included`, bool [B]), shuffled by group in every epoch if there are several minibatches."""
-    for epoch in range(rl.epochs if groups else 0):
-        shuffled = np.random.default_rng([rl.seed, step, epoch])
-        order = shuffled.permutation(groups) if rl.minibatches > 1 else np.array(groups)
-        for part in np.array_split(order, min(rl.minibatches, len(groups))):
-            rows = torch.tensor([g * rl.group_size + k for g in part for k in range(rl.group_size)])
-            rows = rows[included[rows]]
-            if len(rows):
-                yield rows
+    (`included`, bool [B]), shuffled by group if there are several minibatches."""
+    order = np.array(groups)
+    if rl.minibatches > 1:
+        order = np.random.default_rng([rl.seed, step, 0]).permutation(groups)
+    for part in np.array_split(order, min(rl.minibatches, len(groups))) if groups else ():
+        rows = torch.tensor([g * rl.group_size + k for g in part for k in range(rl.group_size)])
+        rows = rows[included[rows]]
+        if len(rows):
+            yield rows
 
 
 def update(
@@ -81,15 +81,15 @@ def update(
     scored: bool,
     check_finite: Callable[[Update, ReplayBatch, Weights, int], None],
 ) -> UpdateResult:
-    """Update the policy on the answers of `groups`: rl.epochs times rl.minibatches updates. Every rank calls it with
-    the same arguments; `packed` holds the batch that the advantages belong to.
+    """Update the policy on the answers of `groups`: rl.minibatches updates. Every rank calls it with the same
+    arguments; `packed` holds the batch that the advantages belong to.
 
     `scored`: the rollouts were scored before. `check_finite` hears of every update; what it raises ends the step.
     """
     batch, included = packed.batch, advantages.loss_included
     rows_of = [row for g in groups for row in range(g * rl.group_size, (g + 1) * rl.group_size) if included[row]]
     result = UpdateResult(list(groups), rows_of)
-    per_step = rl.epochs * rl.minibatches
+    per_step = rl.minibatches
     for rows in minibatches(rl, step, groups, included):
         whole = rows.equal(torch.arange(batch.rows))
         part, experience = batch.select(rows), advantages.experience.select(rows)

@@ -32,7 +32,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.kernels import compiled as kernels
 from ee_megatron.learner import engine
 from ee_megatron.learner.batch import ReplayBatch, pack
-from ee_megatron.learner.learner import Learner, LearnerOptions, Scores, Update
+from ee_megatron.learner.learner import Learner, Scores, Update
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel.groups import Degrees
@@ -129,8 +129,8 @@ def make_learner(
         ParallelConfig(
             degrees.tensor, degrees.pipeline, degrees.data, tokens_per_micro_batch=STRIP, recompute=recompute
         ),
-        DeepspeedConfig(zero_stage=zero_stage, gradient_clipping=0.3, eps=1e-3, weight_decay=0.01),
-        device=device, dtype=dtype, options=LearnerOptions(**options),
+        DeepspeedConfig(zero_stage=zero_stage, gradient_clipping=0.3, eps=1e-3),
+        device=device, dtype=dtype, **options,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import torch
 from device_cases import PATHS, Bench, on, patched
 from device_costs import live_bytes, measure
 
+from ee_megatron.learner import engine as learner_engine
 from ee_megatron.learner import learner as learner_module
-from ee_megatron.learner import optimizer_state
 from ee_megatron.model.packed import Active
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
@@ -74,7 +74,7 @@ def _step_on_the_cpu(real):
 def _moments_on_the_cpu(real):
     def state_of(state, parameter, updates=None):
         entry = state[parameter]
-        for kind in optimizer_state.MOMENTS:
+        for kind in learner_engine.MOMENTS:
             entry.setdefault(kind, torch.zeros(parameter.shape))
         return real(state, parameter, updates)
 
@@ -112,9 +112,9 @@ FAULTS = {
         decoder_module, "gates_from", lambda real: lambda tensors, depths, dtype, _: real(tensors, depths, dtype, CPU),
         "decode_sample", DEVICE,
     ),
-    "a fused optimizer's step on the CPU": Fault(optimizer_state, "state_of", _step_on_the_cpu, "resume", DEVICE),
+    "a fused optimizer's step on the CPU": Fault(learner_engine, "state_of", _step_on_the_cpu, "resume", DEVICE),
     "an optimizer's moments on the CPU": Fault(
-        optimizer_state, "state_of", _moments_on_the_cpu, "resume_flat", DEVICE
+        learner_engine, "state_of", _moments_on_the_cpu, "resume_flat", DEVICE
     ),
     "numpy of a tensor on the device": Fault(
         scoring, "_inspect_chunk",

@@ -12,18 +12,19 @@ from whole_gather import gather
 
 from ee_megatron.checkpoint.mapping import load_base, policy_pieces
 from ee_megatron.checkpoint.policy_stream import Holder, load_tensors
+from ee_megatron.config.derive import stage_sizes
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner import learner as learner_module
 from ee_megatron.learner.batch import ReplayBatch
-from ee_megatron.learner.learner import Learner, LearnerOptions, Pass
+from ee_megatron.learner.learner import Learner, Pass
+from ee_megatron.learner.passes import run_schedule
 from ee_megatron.model.config import megatron_config
-from ee_megatron.model.control import make_control
-from ee_megatron.model.gpt import RankModel, build_model
-from ee_megatron.model.packed import PackedSequences
+from ee_megatron.model.gpt import EarlyExitGPT, build_stage
+from ee_megatron.model.packed import PackedSequences, make_control
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.parallel import groups
 from ee_megatron.parallel.groups import Degrees
-from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec
 
 _now: list[Degrees] = []
@@ -44,18 +45,20 @@ def split(degrees: Degrees) -> torch.device:
 
 
 def make_learner(
-    path, spec, policy, degrees, stages, *, deepspeed=None, dtype=torch.float32, kl_direction="student_teacher",
+    path, spec, policy, degrees, stages=None, *, deepspeed=None, dtype=torch.float32, kl_direction="student_teacher",
     adapter_dropout=0.0, temperature=1.0, **parallel,
 ) -> Learner:  # fmt: skip
     """This rank's learner, after `split`; `parallel`: further settings of that section."""
-    section = ParallelConfig(*degrees, stage_layers=list(stages), **parallel)
+    section = ParallelConfig(*degrees, **parallel)
+    # Layers per stage, where they are others than an even split's.
+    learner_module.stage_sizes = (lambda *_: tuple(stages)) if stages else stage_sizes
     return Learner(
         HFDirectory(path), spec, policy, section, deepspeed or DeepspeedConfig(), device=split(Degrees(*degrees)),
-        dtype=dtype, options=LearnerOptions(adapter_dropout, kl_direction, temperature),
+        dtype=dtype, adapter_dropout=adapter_dropout, kl_direction=kl_direction, temperature=temperature,
     )  # fmt: skip
 
 
-def logits(model: RankModel, tokens, depths):
+def logits(model: EarlyExitGPT, tokens, depths):
     """Local logits [B, S, V_local] of the last stage, None on others. `depths` None: megatron-core's own layers, one
     sequence at a time."""
     kept = {}
@@ -68,7 +71,7 @@ def logits(model: RankModel, tokens, depths):
         return stage(at.view(1, -1), make_control(packed, exits.flatten()))
 
     def loss(rows, output):
-        found = (output @ model.last.readout_weight().t()).transpose(0, 1)
+        found = (output @ model.readout_weight().t()).transpose(0, 1)
         kept.setdefault("logits", []).append(found.reshape(*rows[0].shape, -1))
         return output.sum() * 0
 
@@ -83,15 +86,14 @@ def logits(model: RankModel, tokens, depths):
     return torch.cat(kept["logits"]) if kept else None
 
 
-def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages, options) -> RankModel:
+def plain_model(path, spec: PolicySpec | None, policy, learner: Learner, stages, options) -> EarlyExitGPT:
     """The same layout without gates, and without adapters where the spec has none; no learner around it."""
     config = megatron_config(
-        learner.dims, spec, stages, tensor=learner.parallel.tensor, virtual=learner.parallel.virtual,
+        learner.dims, spec, stages, tensor=learner.parallel.tensor,
         sequence_parallel=options.get("sequence_parallel", False), recompute=options.get("recompute", False),
     )  # fmt: skip
-    model = build_model(config)
-    for stage in model:
-        load_base(stage, HFDirectory(path))
+    model = build_stage(config)
+    load_base(model, HFDirectory(path))
     if spec is not None:
         load_tensors(policy_pieces(model), Holder(), spec.tensor_shapes(learner.dims), policy, "policy")
     return model.eval()

@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from ee_megatron.checkpoint import policy_stream
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
-from ee_megatron.model.control import make_control
-from ee_megatron.model.packed import PackedSequences
+from ee_megatron.learner.passes import run_schedule
+from ee_megatron.model.packed import PackedSequences, make_control
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights
-from ee_megatron.parallel.schedule import run_schedule
 from ee_megatron.policy import PolicySpec, open_policy
 from ee_megatron.tensors import ChangedStream
 from ee_megatron.training.checkpoints import TrainingStreams, read_training, write_training
@@ -29,7 +28,7 @@ policy_stream.BUCKET_BYTES = 40_000
 _kept: dict[str, Learner] = {}
 
 
-def make_learner(path, spec: PolicySpec, policy, degrees, stages, options) -> None:
+def make_learner(path, spec: PolicySpec, policy, degrees, options, stages=None) -> None:
     """Build this rank's learner and keep it for later calls. `policy`: tensors, or the checkpoint that holds them."""
     if isinstance(policy, Path):
         policy = open_policy(policy, check=False)[1]
@@ -93,7 +92,7 @@ def read_out(hidden, ids, slope):
 
 def ask_gates(hidden):
     """Logits [M, N] of this rank's gates on streams [N, D]."""
-    layers = [layer for stage in _kept["learner"].model for layer in stage.early_exit_layers()]
+    layers = _kept["learner"].model.early_exit_layers()
     with torch.no_grad():
         return torch.stack([layer.gate(hidden) for layer in layers if layer.gate is not None])
 

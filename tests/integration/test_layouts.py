@@ -44,24 +44,23 @@ MODELS = {
 MODELS |= {family: dict(family=family, tied=True) for family in sorted(FAMILIES.keys() - MODELS.keys())}
 # Models whose first generated tokens exit.
 FIRST = ("llama", "qwen3")
-# (tensor, pipeline, data, virtual), layers per stage, options
+# (tensor, pipeline, data), layers per stage, options
 LAYOUTS = {
-    "TP1": ((1, 1, 1, 1), (6,), {}),
-    "TP1_recompute": ((1, 1, 1, 1), (6,), {"recompute": True}),
-    "TP2": ((2, 1, 1, 1), (6,), {}),
-    "TP2_SP": ((2, 1, 1, 1), (6,), {"sequence_parallel": True}),
-    "PP2": ((1, 2, 1, 1), (4, 2), {}),
-    "PP2_VPP2": ((1, 2, 1, 2), (1, 2, 1, 2), {}),
-    "DP2": ((1, 1, 2, 1), (6,), {}),
-    "PP4_uneven": ((1, 4, 1, 1), (1, 2, 1, 2), {}),
-    "TP2_PP2": ((2, 2, 1, 1), (2, 4), {}),
-    "TP2_PP2_SP": ((2, 2, 1, 1), (3, 3), {"sequence_parallel": True}),
-    "TP2_PP2_SP_recompute": ((2, 2, 1, 1), (3, 3), {"sequence_parallel": True, "recompute": True}),
+    "TP1": ((1, 1, 1), (6,), {}),
+    "TP1_recompute": ((1, 1, 1), (6,), {"recompute": True}),
+    "TP2": ((2, 1, 1), (6,), {}),
+    "TP2_SP": ((2, 1, 1), (6,), {"sequence_parallel": True}),
+    "PP2": ((1, 2, 1), (4, 2), {}),
+    "DP2": ((1, 1, 2), (6,), {}),
+    "PP4_uneven": ((1, 4, 1), (1, 2, 1, 2), {}),
+    "TP2_PP2": ((2, 2, 1), (2, 4), {}),
+    "TP2_PP2_SP": ((2, 2, 1), (3, 3), {"sequence_parallel": True}),
+    "TP2_PP2_SP_recompute": ((2, 2, 1), (3, 3), {"sequence_parallel": True, "recompute": True}),
 }
 
 
 def world(layout: str) -> int:
-    tensor, pipeline, data, _ = LAYOUTS[layout][0]
+    tensor, pipeline, data = LAYOUTS[layout][0]
     return tensor * pipeline * data
 
 

@@ -74,13 +74,13 @@ def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, tokens,
     cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data = degrees
     cfg.parallel.tokens_per_micro_batch = tokens
     packed = pack_pass(cfg, Workload.of(prompt, answer, spec.layout.outcomes, depth), sequences, group)
-    plan = Layout(HFDirectory(path).dims, spec, *degrees, 1, options.get("sequence_parallel", False), sizes)
+    plan = Layout(HFDirectory(path).dims, spec, *degrees, options.get("sequence_parallel", False), sizes)
     measured = ranks.call(
         "plan_cases:measure", path=path, spec=spec, degrees=degrees, sizes=sizes, sequences=sequences, prompt=prompt,
         answer=answer, shares=packed.load.shares, group=group, tokens=tokens, options=options,
     )  # fmt: skip
     again = options.get("recompute", False)
-    training = Training(4, again, options.get("zero_stage", 1), offload=False, on_cpu=True)
+    training = Training(4, again, options.get("zero_stage", 1), on_cpu=True)
     passes = {
         "flops score": PassMode(train=False),
         "flops reference": PassMode(train=False, policy=False),

@@ -75,7 +75,7 @@ def by_the_book(path, spec, policy):
         {"params": [v for n, v in trained.items() if n.startswith("gates.") == gates], "lr": RATES[group]}
         for group, gates in (("body", False), ("gates", True))
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=EPS, weight_decay=0.0)
     norms = []
     for update in range(UPDATES):
         optimizer.zero_grad()
@@ -87,7 +87,7 @@ def by_the_book(path, spec, policy):
 
 
 def settings(stage, **options):
-    return DeepspeedConfig(stage, gradient_clipping=CLIP, eps=EPS, weight_decay=0.01, **options)
+    return DeepspeedConfig(stage, gradient_clipping=CLIP, eps=EPS, **options)
 
 
 def build(ranks, case, layout, optimizer):
@@ -126,14 +126,6 @@ def test_five_updates(zero, trained, ranks, models):
     for policy, _ in ranks.call("parallel_cases:state"):
         assert policy.keys() == expected.keys()
         assert_same(policy, expected, case[2])
-
-
-def test_offloaded_optimizer_state(ranks, models):
-    case = models["llama_tied", "lora"]
-    build(ranks, case, "TP2_DP2", settings(1, offload_optimizer=True))
-    norms = update(ranks, 0, UPDATES)
-    assert [n["all"] for n in norms] == pytest.approx(case[3][1], rel=1e-4)
-    assert_same(ranks.call("parallel_cases:state")[0][0], case[3][0], case[2])
 
 
 MOVES = [

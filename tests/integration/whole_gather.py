@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ee_megatron.learner.engine import MOMENTS, OptimizerState
 from ee_megatron.learner.learner import Learner
-from ee_megatron.learner.optimizer_state import MOMENTS, OptimizerState
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from test_whole_method import command, only, run
 from tests.tiny import tiny_hf
 
 KILLS = 20
-RL = ("rl.steps=40", "rl.checkpoint_every=1", "rl.dump_rollouts=true", "rl.minibatches=2", "rl.epochs=2")
+RL = ("rl.steps=40", "rl.checkpoint_every=1", "rl.dump_rollouts=true", "rl.minibatches=4")
 
 
 def rows(file: Path) -> int:

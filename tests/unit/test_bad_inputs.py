@@ -11,7 +11,7 @@ from ee_megatron import cli
 from tests.bad_inputs import complaint, draw
 
 ROOT = Path(__file__).parents[2]
-COUNT = 63
+COUNT = 56
 
 
 def answer(arguments: list[str]) -> object:

@@ -18,27 +18,20 @@ def shape(stage: str, *overrides: str) -> JobShape:
     return job_shape(cfg, stage)
 
 
-def test_the_7b_run_learns_on_one_node_and_generates_on_the_other() -> None:
-    cfg = load(["experiment=rl_7b"])
-    assert job_shape(cfg, "rl") == JobShape(
-        nodes=2, learner_nodes=1, ranks=8, ranks_per_node=8, rollout_nodes=1, actors_per_node=8, first_device=0,
-        gpus_per_node=8,
-    )  # fmt: skip
-    assert not job_shape(cfg, "rl").shares_devices
-
-
-def test_the_70b_run_generates_on_two_actors_of_four_devices() -> None:
-    cfg = load(["experiment=rl_70b"])
-    validate(cfg, None)
-    assert job_shape(cfg, "rl") == JobShape(
-        nodes=5, learner_nodes=4, ranks=32, ranks_per_node=8, rollout_nodes=1, actors_per_node=2, first_device=0,
-        gpus_per_node=8,
-    )  # fmt: skip
-    assert not job_shape(cfg, "rl").shares_devices
+@pytest.mark.parametrize(
+    ("experiment", "nodes", "learner_nodes", "ranks", "actors_per_node"),
+    [("rl_7b", 2, 1, 8, 8), ("rl_70b", 5, 4, 32, 2)],
+)
+def test_the_cluster_runs_learn_on_the_first_nodes_and_generate_on_the_last(
+    experiment: str, nodes: int, learner_nodes: int, ranks: int, actors_per_node: int
+) -> None:
+    found = job_shape(load([f"experiment={experiment}"]), "rl")
+    assert found == JobShape(nodes, learner_nodes, ranks, 8, 1, actors_per_node, first_device=0, gpus_per_node=8)
+    assert not found.shares_devices
 
 
 def test_actors_of_several_devices_get_those_behind_the_ranks() -> None:
-    behind = shape("rl", *EIGHT, "rollout=vllm", "parallel=tp2_pp2", "rollout.tensor=2", "rollout.actors=2")
+    behind = shape("rl", *EIGHT, "rollout=vllm", "parallel=tp2_pp2", "rollout.vllm.tensor=2", "rollout.actors=2")
     assert (behind.first_device, behind.actors_per_node, behind.shares_devices) == (4, 2, False)
 
 

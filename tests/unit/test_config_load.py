@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from ee_megatron.config import aliases
 from ee_megatron.config.config_paths import find_config_dir, list_groups
-from ee_megatron.config.derive import ranks
 from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.load import load, read_saved
 from ee_megatron.config.schema import RunConfig
@@ -66,13 +66,6 @@ def test_group_choices_and_lists() -> None:
     assert (cfg.exits.depths, cfg.rollout.backend, cfg.rollout.stop) == ([7, 14], "local", [])
 
 
-def test_rl_7b_is_two_by_two_by_two_on_gsm8k() -> None:
-    cfg = load(["experiment=rl_7b"])
-    assert (cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.data, ranks(cfg)) == (2, 2, 2, 8)
-    assert (cfg.task.name, cfg.teacher, cfg.rollout.prompt_template) == ("gsm8k", None, "chat")
-    assert 14 in cfg.exits.depths and cfg.rollout.max_new_tokens == 8192
-
-
 @pytest.mark.parametrize("sign", ["", "+", "++"])
 def test_an_unknown_key_names_the_nearest_one(sign: str) -> None:
     message = refused(f"{sign}rl.lamda_exit=0.3")
@@ -83,6 +76,8 @@ def test_an_unknown_key_names_the_nearest_one(sign: str) -> None:
     ("override", "nearest"),
     [
         ("lambda_exit=1", "rl.depth_penalty.weight"),
+        ("rl.lamda=1", "rl.depth_penalty.weight"),
+        ("lamda=1", "rl.depth_penalty.weight"),
         ("experimnt=demo_cpu", "experiment"),
         ("paralel.tensor=2", "parallel.tensor"),
         ("rl.steps.x=1", "rl.steps"),
@@ -105,6 +100,26 @@ def refused_plain(directory: Path) -> str:
     with pytest.raises(ValueError) as caught:
         load([], directory)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("older", "now"),
+    [
+        ("rollout.tensor=2", "rollout.vllm.tensor=2"),
+        ("rl.kl_sum=true", "rl.kl_penalty.kind=reward_sum"),
+        ("rl.beta=0.2", "rl.kl_penalty.weight=0.2"),
+        ("rl.epochs=1", ""),
+    ],
+)
+def test_an_older_name_is_taken_and_the_new_one_named(older: str, now: str, caplog: pytest.LogCaptureFixture) -> None:
+    aliases.warn.cache_clear()
+    assert load([DEMO, older]) == load([DEMO, *([now] if now else [])])
+    assert older.split("=")[0] in caplog.text and now.split("=")[0] in caplog.text
+
+
+@pytest.mark.parametrize("override", ["rl.epochs=2", "parallel.attention=blocks", "rl.kl_penalty.sum=false"])
+def test_a_setting_that_was_removed_is_refused_at_another_value(override: str) -> None:
+    assert refused(override).startswith(override.split("=")[0])
 
 
 @pytest.mark.parametrize(

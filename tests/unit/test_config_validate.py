@@ -125,10 +125,8 @@ pretrain=true rollout.prompt_template=chat -> rollout.prompt_template=chat
 name=a/b -> name='a/b'
 parallel.sequence_parallel=true -> parallel.sequence_parallel parallel.tensor
 parallel.sequence_parallel=true parallel.tensor=3 -> parallel.tensor=3 2, 4
-parallel.virtual=2 -> parallel.virtual=2 parallel.pipeline
 deepspeed.zero_stage=4 -> deepspeed.zero_stage=4
 deepspeed.zero_stage=3 parallel.tensor=2 -> deepspeed.zero_stage=3 parallel.tensor deepspeed.zero_stage=2
-deepspeed.zero_stage=0 deepspeed.offload_optimizer=true -> deepspeed.offload_optimizer=true deepspeed.zero_stage
 rl.minibatches=99 -> rl.minibatches=99 rl.prompts_per_step
 rollout.stop=[""] -> rollout.stop
 rollout.device_share=1.5 -> rollout.device_share=1.5
@@ -139,16 +137,14 @@ rollout.actors=5 rollout.device_share=2 TWO -> rollout.actors=5 4 cluster.rollou
 rollout.actors=17 rollout.device_share=0.5 cluster.gpus_per_node=8 -> rollout.actors=17 16
 cluster.rollout_nodes=1 -> cluster.rollout_nodes=1 cluster.nodes=2
 rollout=local TWO -> cluster.rollout_nodes=1 rollout.backend local
-rollout=vllm rollout.tensor=16 TWO -> rollout.tensor=16 cluster.gpus_per_node=8
-rollout=vllm rollout.tensor=4 rollout.actors=3 TWO -> rollout.actors=3 2 cluster.rollout_nodes
+rollout=vllm rollout.vllm.tensor=16 TWO -> rollout.vllm.tensor=16 cluster.gpus_per_node=8
+rollout=vllm rollout.vllm.tensor=4 rollout.actors=3 TWO -> rollout.actors=3 2 cluster.rollout_nodes
 rollout=vllm parallel.data=8 cluster.gpus_per_node=8 -> rollout.backend=vllm cluster.rollout_nodes 8
-rollout.tensor=2 -> rollout.tensor=2 rollout.backend=vllm
 rollout.vllm.compile=false -> rollout.vllm rollout.backend=vllm ray
 rollout=vllm exits.first_token=true -> exits.first_token=true rollout.backend=vllm
 rollout=vllm rollout.vllm.exits=compact -> rollout.vllm.exits=compact rollout.vllm.compile=false
 rollout=vllm rollout.device_share=0.5 TWO -> rollout.device_share=0.5 rollout.backend=vllm
 rl.depth_penalty.credit=token rl.depth_penalty.cost=max -> rl.depth_penalty.credit=token rl.depth_penalty.cost=max
-rl.kl_penalty.sum=true rl.kl_penalty.kind=exact -> rl.kl_penalty.sum=true rl.kl_penalty.kind=reward
 rl.fixed_depth=5 rl.exit_credit=true -> rl.fixed_depth=5 rl.exit_credit=null
 rl.loss.importance.kind=mask rl.loss.importance.low=2 -> rl.loss.importance.low=2 rl.loss.importance.high=2
 rl.loss.clip_high=0.1 -> rl.loss.clip_high=0.1 rl.loss.clip=0.2
@@ -157,18 +153,17 @@ rl.depth_penalty.target.margin=-100 -> rl.depth_penalty.target.margin=-100
 rl.depth_penalty.target.margin=1 rl.depth_penalty.weight=5 -> rl.depth_penalty.weight=5 rl.depth_penalty.target
 rl.exit_credit.divergence=all rl.temperature=0.7 -> rl.exit_credit.divergence=all rl.temperature=0.7
 rl.exit_credit.divergence=all rollout.max_staleness=1 -> rl.exit_credit.divergence=all rollout.max_staleness=1
-SKIP rl.epochs=2 -> rl.skip_scoring=true rl.epochs=2
 SKIP rl.minibatches=2 -> rl.skip_scoring=true rl.minibatches=2
 SKIP rl.loss.importance.kind=truncate -> rl.skip_scoring=true rl.loss.importance.kind=truncate
 SKIP rollout.max_staleness=1 -> rl.skip_scoring=true rollout.max_staleness=1
 SKIP rl.kl_penalty.kind=loss -> rl.skip_scoring=true rl.kl_penalty.kind=loss rl.kl_penalty.weight=0.05
 SKIP rl.exit_credit=true -> rl.skip_scoring=true rl.exit_credit.kl_weight=1.0
-rl.skip_scoring=true rl.epochs=2 -> rl.epochs=2 rl.loss.importance.kind=truncate rl.kl_penalty.kind=reward
+rl.skip_scoring=true rl.minibatches=2 -> rl.minibatches=2 rl.loss.importance.kind=truncate rl.kl_penalty.kind=reward
 """
 ALLOWED = """
 parallel.data=8 rollout.actors=8 TWO
 rollout.actors=24 rollout.device_share=0.333 TWO
-rollout=vllm rollout.tensor=4 rollout.actors=2 parallel.data=8 TWO
+rollout=vllm rollout.vllm.tensor=4 rollout.actors=2 parallel.data=8 TWO
 rollout=vllm parallel.data=7 cluster.gpus_per_node=8
 rollout=vllm rollout.device_share=0.5
 rollout=vllm rollout.vllm.exits=compact rollout.vllm.compile=false
@@ -180,7 +175,7 @@ rl.depth_penalty.target.margin=0 rl.depth_penalty.weight=4
 rl.depth_penalty.target.margin=-1.5 rl.depth_penalty.weight=0
 SKIP rl.exit_credit.kl_weight=0
 SKIP rl.kl_penalty.kind=reward rl.kl_penalty.weight=0 rl.exit_credit=true
-rl.epochs=2 rl.minibatches=2 rollout.max_staleness=1 rl.exit_credit=true
+rl.minibatches=2 rollout.max_staleness=1 rl.exit_credit=true
 task=tom
 task=reasoning_gym
 task=dataset task.path=rows.jsonl task.dataset.evaluation_split=
@@ -240,17 +235,12 @@ def test_what_is_scored_before_the_first_update(kl: str, credit: str) -> None:
     [
         (["parallel.tensor=3"], dims(), ["parallel.tensor=3", "28", "2, 4"]),
         (["parallel.tensor=4"], dims(intermediate=110), ["parallel.tensor=4", "110", "1, 2"]),
-        (["rollout=vllm", "rollout.tensor=3"], dims(), ["rollout.tensor=3", "28", "[1, 2, 4]"]),
-        (["rollout=vllm", "rollout.tensor=4"], dims(intermediate=110), ["rollout.tensor=4", "110", "[1, 2]"]),
-        (["rollout=vllm", "rollout.tensor=7"], dims(), ["rollout.tensor=7", "[1, 2, 4]"]),
+        (["rollout=vllm", "rollout.vllm.tensor=3"], dims(), ["rollout.vllm.tensor=3", "28", "[1, 2, 4]"]),
+        (["rollout=vllm", "rollout.vllm.tensor=4"], dims(intermediate=110), ["rollout.vllm.tensor=4", "110", "[1, 2]"]),
+        (["rollout=vllm", "rollout.vllm.tensor=7"], dims(), ["rollout.vllm.tensor=7", "[1, 2, 4]"]),
         (["exits.depths=[5,28]"], dims(), ["exits.depths", "1..27"]),
         (["exits.depths=[0]"], dims(), ["exits.depths", "1..27"]),
-        (
-            ["exits.depths=[5,10]", "parallel.pipeline=2", "parallel.stage_layers=[14,14]"],
-            dims(),
-            ["exits.depths", "14"],
-        ),
-        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.pipeline", "parallel.virtual", "4"]),
+        (["exits.depths=[5]", "parallel.pipeline=4"], dims(), ["parallel.pipeline=4"]),
     ],
 )
 def test_rules_that_need_the_model(overrides: list[str], model: ModelDims, parts: list[str]) -> None:
@@ -271,22 +261,18 @@ def test_a_cache_that_the_longest_answer_does_not_fit_is_refused_with_the_number
     validate(config(f"rollout.cache_gib={enough}", *rows), dims(positions=128))
     # Devices that share key-value heads out hold more; those that are more than the heads don't.
     shared = f"rollout.cache_gib={100.5 * position / 2**30 / 4}"
-    validate(config(shared, "rollout=vllm", "rollout.tensor=2", "rollout.max_new_tokens=40", rows[1]), dims())
+    validate(config(shared, "rollout=vllm", "rollout.vllm.tensor=2", "rollout.max_new_tokens=40", rows[1]), dims())
     wide = dims(heads=32, positions=128)
     for tensor in (4, 8):
-        limit = ("rollout=vllm", f"rollout.tensor={tensor}", shared, rows[1])
+        limit = ("rollout=vllm", f"rollout.vllm.tensor={tensor}", shared, rows[1])
         validate(config(*limit, "rollout.max_new_tokens=99"), wide)
         assert " 100 " in refused(*limit, "rollout.max_new_tokens=100", model=wide)
 
 
-def test_exits_as_given_by_default_and_at_requested_boundaries() -> None:
+def test_exits_as_given_and_by_default() -> None:
     assert resolve_exits(config("exits.depths=[3,9]"), dims()).depths == (3, 9)
     assert resolve_exits(config(), dims()).depths == (5, 10, 15, 20, 25)
     assert resolve_exits(config("parallel.pipeline=2"), dims()).depths == (5, 10, 14, 15, 20, 25)
-    cfg = config("parallel.pipeline=2", "parallel.stage_layers=[12,16]")
-    layout = resolve_exits(cfg, dims())
-    assert layout.depths == (5, 10, 12, 15, 20, 25)
-    assert layout.stage_sizes(2, cfg.parallel.stage_layers) == (12, 16)
 
 
 def test_policy_spec_carries_every_field() -> None:
@@ -340,11 +326,11 @@ def write_model(path: Path, layers: int) -> None:
 
 
 # What does not belong to a stage's identity: it changes how a result is computed, not what it is.
-NEVER = ("name", "runs", "device", "deterministic", "parallel", "tracker", "cluster")
+NEVER = ("name", "runs", "device", "parallel", "tracker", "cluster")
 EXECUTION = {
-    "model.base_unchecked", "pretrain.checkpoint_every", "calibrate.checkpoint_every",
-    "rl.checkpoint_every", "rl.dump_rollouts", "deepspeed.zero_stage", "deepspeed.offload_optimizer", "rollout.backend",
-    "rollout.vllm.python", "rollout.vllm.compile", "rollout.vllm.exits", "rollout.tensor", "rollout.actors",
+    "pretrain.checkpoint_every", "calibrate.checkpoint_every",
+    "rl.checkpoint_every", "rl.dump_rollouts", "deepspeed.zero_stage", "rollout.backend",
+    "rollout.vllm.python", "rollout.vllm.compile", "rollout.vllm.exits", "rollout.vllm.tensor", "rollout.actors",
     "rollout.threads", "rollout.max_num_seqs", "rollout.cache_gib", "rollout.device_share",
     "rollout.timeout_s", "rollout.failure_budget",
 }  # fmt: skip

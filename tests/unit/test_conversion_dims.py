@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from ee_megatron.checkpoint.megatron_settings import CARRIED, arguments, refuse_
 from ee_megatron.checkpoint.megatron_write import CheckpointLayout
 from ee_megatron.checkpoint.policy_files import check_base
 from ee_megatron.exits import ExitLayout
-from ee_megatron.families import FAMILIES, ModelDims, dims_from_config
+from ee_megatron.families import FAMILIES, Family, ModelDims, dims_from_config
 from ee_megatron.families.base import read_common
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
@@ -174,7 +173,7 @@ def read_odd(config: dict) -> Unrotated:
 def test_what_only_a_new_family_has_is_lost_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    odd = SimpleNamespace(MODEL_TYPE="odd", ARCHITECTURE="LlamaForCausalLM", read_dims=read_odd)
+    odd = Family("LlamaForCausalLM", read_odd)
     monkeypatch.setitem(FAMILIES, "odd", odd)
     monkeypatch.chdir(tmp_path)
     base = tiny_hf("llama", Path("base"), layers=2)

@@ -12,10 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ee_megatron.exits import ExitLayout, exit_distribution, sample_exits
+from ee_megatron.exits import ExitLayout, exit_distribution
 from ee_megatron.learner.batch import ReplayBatch, pack
-from ee_megatron.objectives.depth import DEPTH_COSTS
-from ee_megatron.objectives.exit_credit import hazard_costs
+from ee_megatron.objectives.depth import DEPTH_COSTS, hazard_costs
 
 LAYOUT = ExitLayout(8, (2, 4, 6))
 EXITS = len(LAYOUT.depths)
@@ -93,33 +92,6 @@ def test_with_outcomes_in_proportion_the_weights_add_up_to_the_slope_of_the_expe
     found = hazard_costs(batch, LAYOUT, price.expand(*batch.tokens.shape, -1), own, hazards)
     expected = slope_of_expected_cost(EXACT_HAZARDS, price + by_outcome)
     torch.testing.assert_close(found.sum((0, 1)) / 8, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("with_divergence", [False, True])
-def test_sampled_outcomes_give_the_slope_of_the_expected_cost_of_every_kind_of_position(with_divergence):
-    """Three kinds of positions with their own hazards; 40 batches of 3,000 positions, four standard errors. The kinds
-    differ in every hazard, so that each has parts of its own, and in what the other outcomes then come to."""
-    kinds = torch.tensor([[0.15, 0.6, 0.2], [0.4, 0.3, 0.5], [0.7, 0.1, 0.8]])
-    price = torch.tensor([0.2, 0.5, 0.7, 1.0])
-    by_outcome = torch.tensor([0.9, 0.1, -0.3, 0.05]) if with_divergence else torch.zeros(4)
-    generator = torch.Generator().manual_seed(0)
-    tokens, answers = 30, 100
-    kind = torch.arange(answers * tokens) % 3
-    blank = batch_of([[EXITS] * tokens] * answers)
-    depths = torch.tensor(LAYOUT.outcomes, dtype=blank.exit_depths.dtype)
-    slopes = []
-    for _ in range(40):
-        outcomes = sample_exits(kinds[kind], generator)
-        batch = replace(blank, exit_depths=blank.exit_depths.masked_scatter(blank.asked, depths[outcomes]))
-        own = at_asked(batch, by_outcome[outcomes]) if with_divergence else None
-        costs = price.expand(*batch.tokens.shape, -1)
-        found = hazard_costs(batch, LAYOUT, costs, own, at_asked(batch, kinds[kind]))[batch.asked]
-        slopes.append(torch.stack([found[kind == k].mean(0) for k in range(3)]))
-    means, error = torch.stack(slopes).mean(0), torch.stack(slopes).std(0) / len(slopes) ** 0.5
-    expected = torch.stack([slope_of_expected_cost(hazards, price + by_outcome) for hazards in kinds])
-    # Parts are drawn towards the gate's mean as by four positions, of some hundred that they have.
-    assert ((means - expected).abs() < 4 * error + 2e-3).all(), (means, expected, error)
-    assert error.max() < 5e-3 and expected.abs().min() > 0.01
 
 
 def test_positions_are_compared_with_those_of_about_the_same_hazard():

@@ -372,7 +372,7 @@ def test_what_is_no_study_is_refused_in_one_line(tmp_path: Path, make, named: st
 
 def test_what_was_left_out_and_what_isnt_alike_is_remarked(tmp_path: Path) -> None:
     longer = run("max 1")
-    longer.also = {"rl.steps": 99, "rl.kl_penalty.sum": False}
+    longer.also = {"rl.steps": 99, "rl.kl_penalty.kind": "reward"}
     # The same run evaluated again, with less measured: the fuller one stays.
     again = Run("lambda 0", models={"reinforced": run("lambda 0").models["reinforced"]}, also={"evaluate.answers": 1})
     # With longer steps answers may be longer: no difference among runs that are compared.
@@ -384,4 +384,4 @@ def test_what_was_left_out_and_what_isnt_alike_is_remarked(tmp_path: Path) -> No
     assert len(runs) == 3 and set(runs.loc[runs["condition"] == "lambda 0", "models"]) == {"reinforced teacher start"}
     said = " | ".join(remarks)
     assert said.count("1 of 5") == 2 and "rl.steps: 12, 99" in said and "max_new_tokens" not in said
-    assert re.search(r"\b1 of 3\b.*rl\.kl_penalty\.sum=false", said)
+    assert re.search(r"\b1 of 3\b.*rl\.kl_penalty\.kind=reward", said)

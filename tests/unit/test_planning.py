@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ee_megatron import cli
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.schema import RunConfig, VllmConfig
 from ee_megatron.families import ModelDims, dims_from_config
 from ee_megatron.planning.command import launch_command, launch_commands
 from ee_megatron.planning.devices import Device, find_device
@@ -44,9 +44,9 @@ def dims_of(name: str) -> ModelDims:
     return dims_from_config(published_config(name))
 
 
-def config(tensor=1, pipeline=1, data=1, virtual=1, **settings) -> RunConfig:
+def config(tensor=1, pipeline=1, data=1, **settings) -> RunConfig:
     cfg = RunConfig(name="x")
-    for key, value in dict(tensor=tensor, pipeline=pipeline, data=data, virtual=virtual).items():
+    for key, value in dict(tensor=tensor, pipeline=pipeline, data=data).items():
         setattr(cfg.parallel, key, value)
     for key, value in settings.items():
         *path, name = key.split("__")
@@ -72,7 +72,7 @@ def built(layout: Layout, tensor_rank: int, pipeline_rank: int) -> int:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from ee_megatron.model.config import megatron_config
-    from ee_megatron.model.gpt import build_model
+    from ee_megatron.model.gpt import build_stage
     from ee_megatron.parallel import cpu_shims, groups
 
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
@@ -84,24 +84,21 @@ def built(layout: Layout, tensor_rank: int, pipeline_rank: int) -> int:
     rank = tensor_rank + layout.tensor * layout.data * pipeline_rank
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.ranks)
     try:
-        parallel_state.initialize_model_parallel(
-            layout.tensor, layout.pipeline, layout.virtual if layout.virtual > 1 else None,
-            create_gloo_process_groups=False,
-        )  # fmt: skip
+        parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline, create_gloo_process_groups=False)
         model_parallel_cuda_manual_seed(0)
         config = megatron_config(
-            layout.dims, layout.spec, layout.sizes, tensor=layout.tensor, virtual=layout.virtual,
+            layout.dims, layout.spec, layout.sizes, tensor=layout.tensor,
             sequence_parallel=layout.sequence_parallel, on_cpu=True,
         )  # fmt: skip
         with FakeTensorMode():
-            return sum(parameter.numel() for stage in [build_model(config)] for parameter in stage.parameters())
+            return sum(parameter.numel() for parameter in build_stage(config).parameters())
     finally:
         groups.finish()
 
 
-# Tied and untied, biases, head norms, odd vocabularies, virtual stages, sequence parallelism, full, gates alone.
+# Tied and untied, biases, head norms, odd vocabularies, sequence parallelism, full, gates alone.
 CASES = [
-    (SEVEN, config(4, 2, 1, 2, parallel__sequence_parallel=True)),
+    (SEVEN, config(4, 2, 1, parallel__sequence_parallel=True)),
     (SEVENTY, config(8, 4, 2, adapter__full=True)),
     ("Qwen3-0.6B", config(2, 3)),
     (SMOL, config(3, 2, adapter__targets="attention")),
@@ -154,20 +151,18 @@ def test_reading_exits_again_costs_what_a_walk_over_positions_and_layers_counts(
 
 @given(
     st.integers(1, 300), st.integers(1, 6000), st.integers(1, 64), st.integers(1, 16), st.integers(1, 4),
-    st.integers(64, 20000), st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]),
+    st.integers(64, 20000), st.sampled_from([1, 2, 4]),
 )  # fmt: skip
 def test_micro_batches_hold_all_sequences_and_keep_within_the_budget(
-    prompt, answer, groups, group, data, budget, stages
+    prompt, answer, groups, group, data, budget, pipeline
 ):
-    pipeline, virtual = stages
-    cfg = config(pipeline=pipeline, data=data, virtual=virtual, parallel__tokens_per_micro_batch=budget)
+    cfg = config(pipeline=pipeline, data=data, parallel__tokens_per_micro_batch=budget)
     packed = pack_pass(cfg, Workload(prompt, answer, (4,), (1.0,)), groups * group, group)
     count, longest, positions = data * packed.micro_batches, prompt + answer - 1, groups * group * packed.load.written
     assert count * packed.width >= positions >= groups * (group * answer + prompt - 1) - 1e-6
     assert packed.width <= 1.04 * max(budget, longest) + 8
-    assert virtual == 1 or packed.micro_batches % pipeline == 0
     assert packed.micro_batches < -(-groups * group // data) + pipeline
-    assert positions > (packed.micro_batches - (pipeline if virtual > 1 else 1)) * data * budget
+    assert positions > (packed.micro_batches - 1) * data * budget
 
 
 # ---- memory ----
@@ -227,8 +222,8 @@ SEVENS, SEVENTIES = ["experiment=rl_7b", "--dims", SEVEN], ["experiment=rl_70b",
         (["experiment=rl_7b"], "config.json", False),
         # The plan is printed all the same, to see what takes the room.
         ([*SEVENS, "parallel.recompute=false", "--memory-gib", "22"], "learner rank,parallel.recompute=true", True),
-        ([*SEVENTIES, "rollout=ray", "rollout.tensor=1"], "rollout actor,rollout.backend=vllm", True),
-        ([*SEVENTIES, "--memory-gib", "45"], "cache,8400,rollout.tensor", True),
+        ([*SEVENTIES, "rollout=ray", "rollout.vllm=null"], "rollout actor,rollout.backend=vllm", True),
+        ([*SEVENTIES, "--memory-gib", "45"], "cache,8400,rollout.vllm.tensor", True),
         ([*SEVENTIES, "rollout.cache_gib=0.64"], "rollout.cache_gib=0.64,8368", True),
     ],
 )
@@ -255,7 +250,7 @@ def test_a_plan_and_a_dry_run_say_the_same(tmp_path: Path, capsys: pytest.Captur
     """Whether it fits, what it takes, how many nodes it asks for."""
     (tmp_path / "config.json").write_text(json.dumps(published_config(SEVENTY)))
     # A whole replica on one device, which no H100 holds.
-    wanted = ["experiment=rl_70b", "rollout.backend=ray", "rollout.tensor=1", f"model.path={tmp_path}"]
+    wanted = ["experiment=rl_70b", "rollout.backend=ray", "rollout.vllm=null", f"model.path={tmp_path}"]
     code, _, err = run(capsys, *wanted)
     assert code == 2 and "rollout actor" in err
     assert cli.main(["rl", *wanted, "--dry-run"]) == 0
@@ -295,7 +290,8 @@ def test_the_command(stage: str, overrides: list[str], expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "cfg", "device"),
-    [(SEVEN, config(2, 2, 2), "H100"), (SEVENTY, config(8, 4, 1, rollout__backend="vllm", rollout__tensor=8), "A100"),
+    [(SEVEN, config(2, 2, 2), "H100"),
+     (SEVENTY, config(8, 4, 1, rollout__backend="vllm", rollout__vllm=VllmConfig(tensor=8)), "A100"),
      (SMOL, config(data=2), "cpu")],
 )  # fmt: skip
 def test_an_estimate_is_a_range(name: str, cfg: RunConfig, device: str) -> None:

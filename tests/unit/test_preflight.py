@@ -47,12 +47,13 @@ def test_everything_is_said_at_once(base: list[str], tmp_path: Path, capsys: pyt
         "evaluate.thresholds=[]", "task=dataset", "task.path=/nonexistent", "rollout.max_new_tokens=100000",
         "evaluate.controls=true", "evaluate.controls.policy=/x", "rl.kl_penalty.weight=nan", "rl.steps=many",
         "rl.group_size=1",
-        "exits.depths=[99]", "parallel.virtual=2",
+        "exits.depths=[99]", "parallel.sequence_parallel=true",
     )  # fmt: skip
     wanted = (
         "rl.lamda_exit: no such setting", "rl.steps: Value 'many'",
         "rl.kl_penalty.weight=nan: expected a finite number",
-        "rl.group_size=1", "evaluate.thresholds=[]", "rollout.stop=['']", "parallel.virtual=2",
+        "rl.group_size=1", "evaluate.thresholds=[]", "rollout.stop=['']",
+        "parallel.tensor=1, parallel.sequence_parallel=true",
         "rollout.max_new_tokens=100000", "exits.depths: [99]", "init_policy=/nonexistent",
         "evaluate.controls.policy=/x", "task.path=/nonexistent",
     )  # fmt: skip

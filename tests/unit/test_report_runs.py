@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from ee_megatron.cli import main
-from ee_megatron.config.command import settings_of
 from ee_megatron.config.identity import STAGES, stage_dir, to_yaml
-from ee_megatron.config.load import load, read_saved
+from ee_megatron.config.load import load, read_saved, settings_of
 from ee_megatron.observe.rundir import DONE
 from ee_megatron.report.page import report_directories, report_run
 from ee_megatron.report.results import report_path

@@ -27,8 +27,8 @@ from ee_megatron.learner.batch import spread
 from ee_megatron.learner.learner import Scores, Update
 from ee_megatron.learner.packing import PackingStats
 from ee_megatron.objectives.advantages import ADVANTAGES
+from ee_megatron.objectives.depth import hazard_costs
 from ee_megatron.objectives.divergences import Teacher
-from ee_megatron.objectives.exit_credit import hazard_costs
 from ee_megatron.objectives.schedules import LAMBDA_GAIN, LAMBDA_MAX
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training import reinforce
@@ -102,7 +102,7 @@ def test_the_paper_s_reward_by_hand(of_sums):
     plain = collate(groups, 6)
     # log pi is -1 everywhere, so the two log ratios are 0.2 and 0.7.
     reference = scores(plain, tokens=torch.tensor([[-1.2], [-1.7]]).expand(plain.tokens.shape))
-    rl = rl_of(depth=0.4, kl=dict(weight=0.1, sum=of_sums))
+    rl = rl_of(depth=0.4, kl=dict(weight=0.1, kind="reward_sum" if of_sums else "reward"))
     _, _, experience, values, _ = weights_of(groups, rl, reference=reference)
     tokens = (3, 2) if of_sums else (1, 1)
     first, second = 1 - 0.1 * tokens[0] * 0.2 - 0.4 * 10 / 18, 0.5 - 0.1 * tokens[1] * 0.7 - 0.4
@@ -427,9 +427,9 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
     ]
 
 
-def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monkeypatch):
-    """Three steps of two epochs and two minibatches are twelve updates, the last at a tenth."""
-    rl = rl_of(steps=3, epochs=2, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
+def test_the_learning_rate_goes_by_updates_over_all_minibatches(monkeypatch):
+    """Three steps of two minibatches are six updates, the last at a tenth."""
+    rl = rl_of(steps=3, minibatches=2, decay="linear", group_size=2, adapter_lr=1e-3, gate_lr=1e-2)
     groups = [a_group([6, 2], [6, 6], rewards=rewards) for rewards in ([1, 0], [0, 1])]
     rates: list[tuple[float, float]] = []
 
@@ -448,9 +448,9 @@ def test_the_learning_rate_goes_by_updates_over_all_epochs_and_minibatches(monke
     monkeypatch.setattr(reinforce, "cost_metrics", lambda *_: {})
     for number in range(3):
         metrics, _ = reinforce.learn(session, learner, groups, number, LambdaController(rl, None, {}))
-        assert metrics["updates"] == 4
-    assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 12).tolist())
-    assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 12).tolist())
+        assert metrics["updates"] == 2
+    assert [adapter for adapter, _ in rates] == pytest.approx(np.linspace(1e-3, 1e-4, 6).tolist())
+    assert [gate for _, gate in rates] == pytest.approx(np.linspace(1e-2, 1e-3, 6).tolist())
 
 
 FLOOR = rl_of(depth=dict(weight=0.5, target=AccuracyTarget(margin=2.0, rate=2.0, window=3)))

@@ -46,6 +46,8 @@ OLDER = {
         "90211f4d 4f379bd7 6993436d ce0a0595 d74bfb07 cfec3da5 8386a38c",
     "rl.importance=mask rl.importance_floor=0.4 rl.importance_cap=3":
         "90211f4d 4f379bd7 6993436d ce0a0595 d74bfb07 4d32e5ab 5c7d3bfc",
+    "rl.epochs=1 deepspeed.weight_decay=0 rl.minibatches=2":
+        "90211f4d 4f379bd7 6993436d ce0a0595 d74bfb07 8dfee1a8 a8817923",
     "rl.importance=none rl.overlong=filter rl.drop_equal_groups=true rl.kl_sum=true":
         "90211f4d 4f379bd7 6993436d ce0a0595 d74bfb07 90882f21 34a569bd",
     "calibrate.patterns=3 calibrate.keep=0.5 calibrate.settle=0.2 calibrate.reach=2 calibrate.depth_power=1":
@@ -66,12 +68,12 @@ OLDER = {
     "exits.depths=[2,4] exits.gate_width=0.5 exits.gate_input=raw exits.first_token=true adapter.full=true "
     "adapter.rank=4":
         "90211f4d 4f379bd7 5bf076dc 9a6866e7 7e591f1a cbd6e930 fa6f8368",
-    "deepspeed.gradient_clipping=0.5 deepspeed.weight_decay=0.1 deepspeed.eps=1e-6 deepspeed=zero2":
-        "90211f4d 4dc07388 7f1374c5 97c11ad6 4086dd10 b060f032 5a6b9e56",
+    "deepspeed.gradient_clipping=0.5 deepspeed.eps=1e-6 deepspeed=zero2":
+        "90211f4d 23c9a884 34cdc6b0 82d18735 7acee828 881a052c df600f83",
     "model.checkpoint=a/b model.dtype=float32":
         "a44dd9bc 14d88d95 7780623b 3e18adfd d7a6640f a54c8356 2d17ec58",
-    "calibrate.seed=3 rl.seed=4 rl.epochs=2 rl.decay=cosine rl.gate_centre=0.7":
-        "90211f4d 4f379bd7 6993436d ce0a0595 c33d84a2 95f69473 d08c1d20",
+    "calibrate.seed=3 rl.seed=4 rl.decay=cosine rl.gate_centre=0.7":
+        "90211f4d 4f379bd7 6993436d ce0a0595 c33d84a2 b4c5fb99 c0c63c50",
     "experiment=ladder adapter.rank=4 rl=long_answers rl.accuracy_window=2 rl.exit_divergence=all":
         "c0f49de8 df53f41d 5ff0b948 88e43ea9 9d2e9646 bcffc494 c58da0c1",
     "experiment=ladder task=hops rl=paper evaluate.controls=true evaluate.choice=all evaluate.choice_answers=8":

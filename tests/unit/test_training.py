@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ee_megatron.config.schema import AccuracyTarget, CalibrateConfig, DepthPenalty, RLConfig, RunConfig
 from ee_megatron.exits import ExitLayout, exit_distribution, target_hazards
 from ee_megatron.learner.batch import pack, spread
-from ee_megatron.learner.optimizer_state import OptimizerState
+from ee_megatron.learner.engine import OptimizerState
 from ee_megatron.objectives.advantages import ADVANTAGES
 from ee_megatron.objectives.depth import DEPTH_COSTS
 from ee_megatron.objectives.distillation import GATE_TARGETS, Distillation, current_targets

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ee_megatron.config.schema import RunConfig
+from ee_megatron.config.schema import RunConfig, VllmConfig
 from ee_megatron.families import dims_from_config
 from ee_megatron.planning import devices
 from ee_megatron.planning.flops import (
@@ -109,9 +109,9 @@ def test_a_steps_flops_are_those_that_a_plan_of_it_has() -> None:
     assert step(shared) == found
     # Answers that are left out teach nothing; more updates, each but the first with its scores.
     assert step(cfg, kept=range(4, 8))["flops/update"] == pytest.approx(found["flops/update"] / 2)
-    twice = config(rl__prompts_per_step=2, rl__group_size=4, rl__epochs=2)
+    twice = config(rl__prompts_per_step=2, rl__group_size=4, rl__minibatches=2)
     scored = whole_pass(LAYOUT, load.in_groups(4), 8, PassMode(train=False))
-    assert step(twice)["flops/update"] == pytest.approx(2 * found["flops/update"] + scored, rel=2e-3)
+    assert step(twice)["flops/update"] == pytest.approx(found["flops/update"] + scored / 2, rel=2e-3)
     # Prompts that lay in strips of their own were run again.
     assert step(cfg, positions=8 * 60)["flops/score"] > 1.5 * found["flops/score"]
 
@@ -135,7 +135,7 @@ def test_where_nothing_is_scored_the_update_tells_how_much_of_the_prompts_was_sh
 def test_what_a_device_made_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"tokens": 1200.0, "flops/rollout": 1e13, "flops/score": 4e13, "flops/update": 8e13}
     seconds = {"sync": 1.0, "rollout": 4.0, "verify": 0.5, "score": 2.0, "update": 5.0, "step": 14.0}
-    cfg = config(parallel__data=4, rollout__actors=2, rollout__backend="vllm", rollout__tensor=3)
+    cfg = config(parallel__data=4, rollout__actors=2, rollout__backend="vllm", rollout__vllm=VllmConfig(tensor=3))
     found = step_timings(cfg, values, seconds, peak_flops("cpu", torch.bfloat16))
     assert found["tokens_per_s_device/rollout"] == 1200 / 4 / 6 and found["tokens_per_s_device/score"] == 1200 / 2 / 4
     assert found["flops_per_s_device/update"] == 8e13 / 5 / 4

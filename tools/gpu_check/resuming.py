@@ -1,6 +1,6 @@
 """A learner that goes on from what it wrote, undisturbed and after SIGKILL, against one that was never stopped.
 
-Deterministic algorithms are on (`deterministic: true`). What may differ at most is what two undisturbed runs differ by:
+Deterministic algorithms are on. What may differ at most is what two undisturbed runs differ by:
 nothing, and then it has to be the same to the bit, or four times that, as the largest of a few such differences.
 """
 

@@ -78,7 +78,7 @@ class StoredChunk(NamedTuple):
     @staticmethod
     def from_json(row: list[Any]) -> StoredChunk:
         """From its fields in their order, tuples being lists."""
-        return StoredChunk(*(tuple(value) if isinstance(value, list) else value for value in row))
+        return StoredChunk._make(tuple(value) if isinstance(value, list) else value for value in row)
 
 
 def check_tiling(name: str, chunks: Sequence[StoredChunk]) -> None:

@@ -132,7 +132,7 @@ class MessagePart(NamedTuple):
     share: Share
     at: int
     element: int
-    count: int
+    length: int
 
 
 def message(shares: Mapping[str, list[Share]], bucket: Bucket) -> tuple[list[MessagePart], list[int]]:
@@ -143,7 +143,7 @@ def message(shares: Mapping[str, list[Share]], bucket: Bucket) -> tuple[list[Mes
         for share in shares.get(name, ())
         for piece in share.pieces(first, last)
     ]
-    return parts, [part.count for part in parts]
+    return parts, [part.length for part in parts]
 
 
 class GatherPlan:
@@ -241,7 +241,7 @@ class TensorStream:
 
     def _read(self, part: MessagePart) -> Tensor:
         parameter = self._plan.pieces[part.share.number].parameter
-        return self._holder.read(parameter, part.element, part.element + part.count)
+        return self._holder.read(parameter, part.element, part.element + part.length)
 
 
 def _place(tables: list[Tensor], bucket: Bucket, part: MessagePart, numbers: Tensor) -> None:

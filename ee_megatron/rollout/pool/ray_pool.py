@@ -7,19 +7,17 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from ...config.derive import actor_share, call_timeout, start_timeout
 from ...config.device import require_gpus
 from ...families.hf_directory import HFDirectory
 from ...host_memory import return_freed
 from ...policy import WeightSet
-from ...tensors import Block, Digest, Entries, Hasher, HeldStream, LazyTensors, Stream, part_of
+from ...tensors import Block, Digest, Entries, Hasher, HeldStream, LazyTensors, Stream
 from ...types import Rollout
 from ..engine.request import GenerationRequest, Progress
 from .interface import TEACHER, ReplicaSettings, RolloutPool, identity
@@ -121,14 +119,11 @@ def create_replica(ray: Any, settings: ReplicaSettings, needs: dict[str, float])
 
 
 class PutTensors(LazyTensors):
-    """The tensors of a version where they lie in the object store, `numbers` the chunk of each. They stay there for as
-    long as this object lives."""
+    """A version's tensors in the object store, where the actors read them. They stay there for as long as this object
+    lives."""
 
-    def __init__(self, ray: Any, chunks: tuple[Any, ...], numbers: Mapping[str, int], entries: Entries):
-        self._ray, self.chunks, self._numbers, self.entries = ray, chunks, numbers, entries
-
-    def part(self, name: str, *where: slice) -> Tensor:
-        return part_of(unpack(self._ray.get(self.chunks[self._numbers[name]])), name, *where)
+    def __init__(self, chunks: tuple[Any, ...], entries: Entries):
+        self.chunks, self.entries = chunks, entries
 
 
 class RayPool(RolloutPool):
@@ -158,16 +153,16 @@ class RayPool(RolloutPool):
     def take(self, version: int, stream: Stream) -> WeightSet:
         """Into the object store, one chunk after the other, each while the next one's tensors come: the node's actors
         read it where it lies."""
-        chunks, numbers, entries = [], {}, {}
+        chunks, entries = [], {}
         narrow, decoder = self.sync_dtype, self._replica.dtype
         with Hasher(0) as hasher:
             found = Digest(hasher)
-            for number, chunk in enumerate(pack(stream, lambda name: travels_in(name, narrow, decoder))):
+            for chunk in pack(stream, lambda name: travels_in(name, narrow, decoder)):
                 for name, tensor in unpack(chunk).items():
+                    entries[name] = tensor.dtype, tuple(tensor.shape)
                     found.add_block(Block(name, tuple(tensor.shape), 0, tensor))
-                    numbers[name], entries[name] = number, (tensor.dtype, tuple(tensor.shape))
                 chunks.append(self._ray.put(chunk))
-            return WeightSet(version, PutTensors(self._ray, tuple(chunks), numbers, entries), found.hexdigest())
+            return WeightSet(version, PutTensors(tuple(chunks), entries), found.hexdigest())
 
     def load(self, weights: WeightSet | None) -> None:
         """Returns when every actor reports this version and digest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,7 @@ def _drawn(runs: pd.DataFrame) -> Figure:
 
 def _means(axes: Axes, x: pd.Series, rows: pd.DataFrame, series: int, label: str | None = None) -> None:
     """Means over bases at x, joined, with their intervals; each base faint behind them."""
-    look = {"color": SERIES[series], "marker": MARKERS[series]}
+    look: dict[str, Any] = {"color": SERIES[series], "marker": MARKERS[series]}
     bases = rows.groupby([x.rename("x"), "base"])["share_steps"].mean()
     axes.plot(bases.index.get_level_values("x"), bases, linestyle="", alpha=0.4, **look)
     means = bases.groupby(level="x").agg(lambda values: t_interval(values.tolist()))

@@ -302,12 +302,11 @@ def externalisation_charts(results: Results) -> list[ReportChart]:
 
 def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list[ReportChart]:
     """The policy's accuracy minus each control's at equal depth; hollow where the depth was missed."""
-    entries = [
-        (e, *(or_nan(e["comparison"]["difference"].get(key)) for key in ("value", "low", "high")))
-        for e in controls
-        if e["matched_by"] == "depth"
-    ]
-    entries = [entry for entry in entries if math.isfinite(entry[1])]
+    entries: list[tuple[Mapping[str, Any], float, float, float]] = []
+    for e in controls:
+        value, low, high = (or_nan(e["comparison"]["difference"].get(key)) for key in ("value", "low", "high"))
+        if e["matched_by"] == "depth" and math.isfinite(value):
+            entries.append((e, value, low, high))
     if not entries:
         return []
     drawn, (axes,) = figure(height=0.9 + 0.28 * len(entries))
@@ -324,8 +323,9 @@ def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list
     return [ReportChart(name, title, figure_svg(drawn, title, tips), figure_png(drawn), note)]
 
 
-def training_curve(metric: str, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Markup:
-    """A small chart of one metric over steps, each run's by its series; values that aren't finite leave a gap."""
+def training_curve(alt: str, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Markup:
+    """A small chart of one metric over steps, each run's by its series; values that aren't finite leave a gap. alt: as
+    of `figure_svg`; a page has no other of the same."""
     drawn, (axes,) = figure(2.7, 1.4)
     drawn.set_layout_engine("none")
     axes.set_position((0.17, 0.17, 0.8, 0.76))
@@ -334,4 +334,4 @@ def training_curve(metric: str, curves: Mapping[int, Sequence[tuple[int, float]]
         axes.plot(*zip(*points, strict=True), color=SERIES[series % len(SERIES)], marker=marker)
     axes.locator_params(axis="y", nbins=4)
     axes.locator_params(axis="x", nbins=4, integer=True)
-    return figure_svg(drawn, f"{metric} over steps")
+    return figure_svg(drawn, alt)

@@ -233,7 +233,7 @@ def _training(inputs: Inputs) -> list[dict[str, Any]]:
                 constant.append((shown, number(last[0])))
             else:
                 ends = dict.fromkeys(map(number, (min(last), max(last))))
-                panels.append((shown, " to ".join(ends), figures.training_curve(shown, lines)))
+                panels.append((shown, " to ".join(ends), figures.training_curve(f"{name}: {shown} over steps", lines)))
         steps = max(step for stage in stages for points in stage.curves.values() for step, _ in points)
         runs = [(stage.run, series) for series, stage in enumerate(stages, 1)]
         found.append({"name": name, "runs": runs, "panels": panels, "constant": constant, "steps": steps})

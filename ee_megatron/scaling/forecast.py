@@ -61,8 +61,8 @@ def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[
         ends = [low, high, *np.clip(run, form.low, form.high)]
         found.append(_record(name, at, comparison.metric, value, ends, comparison.columns))
     if len(found) > 1:
-        ends = {end: (min if end.endswith("low") else max)(one[end] for one in found) for end in ENDS}
-        found.append({**found[0], "method": "any of these", **ends})
+        widest = {end: (min if end.endswith("low") else max)(one[end] for one in found) for end in ENDS}
+        found.append({**found[0], "method": "any of these", **widest})
     return found
 
 

@@ -129,7 +129,7 @@ def test_runs_are_compared_on_one_page_and_what_they_share_stands_once(stages, t
     assert "0.640" in page.text and page.text.count("teacher: config.yaml") == 1
     assert "rl, lambda_exit=0.5: config.yaml" in page.text
     assert (tmp_path / "plots" / "front_runs.png").is_file() and (tmp_path / "plots" / "controls_1.png").is_file()
-    assert [a["aria-label"] for a in page.of("svg")].count("reward over steps") == 1, "one chart for both"
+    assert [a["aria-label"] for a in page.of("svg")].count("rl: reward over steps") == 1, "one chart for both"
     edit(two, lambda data: data["meta"].update(num_layers=12))
     with pytest.raises(ValueError, match="layers"):
         write_report(runs, tmp_path / "none.html")

@@ -91,8 +91,8 @@ def write_stream(path: Path, stream: Stream) -> str:
         return found.hexdigest()
 
 
-def write_small(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file of tensors that are in memory anyway."""
+def write_small(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
+    """Write a file of tensors that are in memory anyway; returns their lines of the manifest."""
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, entries) as writer:
         for name in aligned(entries):

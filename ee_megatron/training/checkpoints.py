@@ -26,7 +26,7 @@ from ..tensors import FileTensors, Stream, digest, drain
 if TYPE_CHECKING:
     from ..learner.engine import OptimizerState
     from ..learner.learner import Learner
-    from .context import Distributed
+    from .ranks import Distributed
 
 KEPT_CHECKPOINTS = 2
 """Newest ones of a stage."""

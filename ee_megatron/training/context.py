@@ -48,7 +48,7 @@ from ..tensors import FileTensors, LayeredTensors
 from ..types import Prompt, Rollout
 from .answer_cache import ANSWERS, AnswerCache
 from .checkpoints import Checkpointing
-from .ranks import Stopped, keeping_signals, listener
+from .ranks import Distributed, Stopped, keeping_signals, listener
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner, Update
@@ -59,37 +59,6 @@ logger = logging.getLogger(__name__)
 PART_WAVES = 16
 BAD_STEPS = 5
 """Updates in a row without a finite gradient after which a stage stops."""
-
-
-class Distributed:
-    """This process among the ranks of its stage. `heartbeat` is None for a single rank."""
-
-    def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.leads = self.rank == 0
-        self.heartbeat: Heartbeat | None = None
-
-    @property
-    def meet(self) -> Callable[[], None] | None:
-        """Waits for rank 0 as long as it gives signs of life; None for a single rank."""
-        return self.heartbeat.meet if self.heartbeat else None
-
-    def broadcast_from_rank0(self, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """What rank 0 makes of the arguments, on every rank; the others' are ignored. Plain records only. The others
-        wait as long as rank 0 lives: deadlines of its work are `make`'s own."""
-        box: list[Any] = [make(*arguments) if self.leads and make else None]
-        if self.heartbeat is not None:
-            self.heartbeat.meet()
-            dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def told_to_stop(self) -> bool:
-        """Whether any rank has been; all ranks call it."""
-        told = torch.tensor([listener.asked])
-        if self.heartbeat is not None:
-            self.heartbeat.meet()
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
 
 
 class StageContext:

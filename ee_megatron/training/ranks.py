@@ -2,7 +2,7 @@
 
 Slurm sends USR1, USR2 or TERM before a time limit or at a preemption; a stage then ends at its next step with a
 checkpoint, and its process with an exit code that says so. A signal may reach one rank and not another, so ranks act on
-it only once they have agreed (context.py). No torch here: signals are listened to before the imports that take longest.
+it only once they have agreed (context.py). No torch until a stage runs: signals are listened to before the imports that take longest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ..host_memory import limit_arenas
+
+if TYPE_CHECKING:
+    from ..parallel.heartbeat import Heartbeat
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 STOPPED = 85
@@ -335,3 +340,40 @@ def _terminating() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Distributed:
+    """This process among the ranks of its stage. `heartbeat` is None for a single rank."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.leads = self.rank == 0
+        self.heartbeat: Heartbeat | None = None
+
+    @property
+    def meet(self) -> Callable[[], None] | None:
+        """Waits for rank 0 as long as it gives signs of life; None for a single rank."""
+        return self.heartbeat.meet if self.heartbeat else None
+
+    def broadcast_from_rank0(self, make: Callable[..., T] | None, *arguments: Any) -> T:
+        """What rank 0 makes of the arguments, on every rank; the others' are ignored. Plain records only. The others
+        wait as long as rank 0 lives: deadlines of its work are `make`'s own."""
+        box: list[Any] = [make(*arguments) if self.leads and make else None]
+        if self.heartbeat is not None:
+            from torch import distributed as dist
+
+            self.heartbeat.meet()
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def told_to_stop(self) -> bool:
+        """Whether any rank has been; all ranks call it."""
+        if self.heartbeat is None:
+            return listener.asked
+        import torch
+        from torch import distributed as dist
+
+        told = torch.tensor([listener.asked])
+        self.heartbeat.meet()
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())

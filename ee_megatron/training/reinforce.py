@@ -21,7 +21,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -38,7 +37,7 @@ from ..types import Group
 from .advantages import StepScores, collate, compute_advantages, kept_groups, rollouts_of
 from .collect import Collector
 from .context import StageContext
-from .rl_metrics import accuracy, cost_metrics, peak_flops, step_metrics, step_timings
+from .rl_metrics import TargetState, accuracy, cost_metrics, peak_flops, step_metrics, step_timings
 from .serialization import keep_samples, sampled_steps
 from .update import objective_of, update
 
@@ -133,13 +132,6 @@ def score(learner: Learner, packed: PackedBatch, rl: RLConfig) -> StepScores:
     if wanted.reference:
         reference = learner.score(packed, reference=True).token_logprobs
     return StepScores(policy, reference, packed.stats if wanted.policy or wanted.reference else None)
-
-
-class TargetState(NamedTuple):
-    """Running mean of the policy's accuracy, and what it should be at least; shares of 1."""
-
-    running: float
-    goal: float
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,14 @@ from ..types import Group
 from .advantages import Advantages, StepScores, rollouts_of
 from .update import LogprobDiff, UpdateResult
 
-if TYPE_CHECKING:
-    from .reinforce import TargetState
-
 PHASES = ("rollout", "score", "update")
+
+
+class TargetState(NamedTuple):
+    """Running mean of the policy's accuracy, and what it should be at least; shares of 1."""
+
+    running: float
+    goal: float
 
 
 def accuracy(groups: Sequence[Group]) -> float:

@@ -9,6 +9,7 @@ from ..config.derive import draws_weights, model_dir
 from ..config.identity import stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
+from ..families.hf_directory import HFDirectory
 from ..observe.rundir import DONE as DONE
 from ..observe.rundir import latest_checkpoint
 
@@ -156,7 +157,8 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
         from .pretrain import draw_model
 
         return draw_model(cfg, path)
-    check_weights(path)
+    # Every shard is there, whole and as config.json says, by their headers.
+    HFDirectory(path)
     check_bases(cfg, stage, path)
     return path
 
@@ -167,7 +169,7 @@ def check_given(cfg: RunConfig) -> None:
         if not is_done(cfg, "imported"):
             check_checkpoint(cfg)
     elif not draws_weights(cfg):
-        check_weights(model_dir(cfg))
+        HFDirectory(model_dir(cfg))
 
 
 def check_checkpoint(cfg: RunConfig) -> None:
@@ -182,11 +184,9 @@ def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     """Raises ValueError if a policy that `stage` reads, its own checkpoints among them, belongs to another model than
     the one at `model_path`. A model may have been replaced at its place since."""
     from ..checkpoint.policy_files import check_base
-    from ..families.hf_directory import HFDirectory
 
     # One of a stage's checkpoints stands for all of them, whole or not.
-    policies = sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]
-    found = [path.parent for path in policies]
+    found = [path.parent for path in sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]]
     if stage in ("rl", "evaluate"):
         found.append(calibrated(cfg))
     if stage == "evaluate":
@@ -195,10 +195,3 @@ def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     base = HFDirectory(model_path)
     for policy in found:
         check_base(policy, base, otherwise="train a policy on this one")
-
-
-def check_weights(model_path: Path) -> None:
-    """Every shard there, whole and as config.json says, by their headers. Raises FileNotFoundError or ValueError."""
-    from ..families.hf_directory import HFDirectory
-
-    HFDirectory(model_path)

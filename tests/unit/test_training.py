@@ -44,7 +44,7 @@ from ee_megatron.training.calibrate import (
 )
 from ee_megatron.training.checkpoints import Checkpointing, TrainingStreams, damage, read_training, write_training
 from ee_megatron.training.collect import WeightHistory, check_versions, step_prompts
-from ee_megatron.training.context import Distributed
+from ee_megatron.training.ranks import Distributed
 from ee_megatron.training.reinforce import LambdaController
 from ee_megatron.training.serialization import load_traces, save_rollouts, save_traces
 from ee_megatron.types import Prompt, Trace

@@ -2,7 +2,8 @@
 
 Slurm sends USR1, USR2 or TERM before a time limit or at a preemption; a stage then ends at its next step with a
 checkpoint, and its process with an exit code that says so. A signal may reach one rank and not another, so ranks act on
-it only once they have agreed (context.py). No torch until a stage runs: signals are listened to before the imports that take longest.
+it only once they have agreed. No torch until a stage runs: signals are listened to before the imports that take
+longest.
 """
 
 from __future__ import annotations
@@ -369,7 +370,7 @@ class Distributed:
     def told_to_stop(self) -> bool:
         """Whether any rank has been; all ranks call it."""
         if self.heartbeat is None:
-            return listener.asked
+            return bool(listener.asked)
         import torch
         from torch import distributed as dist
 

@@ -57,32 +57,12 @@ class ExitLayout:
         edges = [round(num_layers * s / pipeline) for s in range(1, pipeline)]
         return ExitLayout(num_layers, tuple(sorted({*range(5, num_layers, 5), *edges} - {0, num_layers})))
 
-    def stage_sizes(self, stages: int, requested: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Layers per stage such that every inner boundary is an exit depth.
-
-        Without `requested` the boundaries are the exits nearest to an even split. Raises ValueError, naming the
-        nearest fix, if there are too few exits or a requested boundary is none.
-        """
-        if requested:
-            sizes = tuple(int(s) for s in requested)
-            if len(sizes) != stages or sum(sizes) != self.num_layers or min(sizes) < 1:
-                raise ValueError(
-                    f"parallel.stage_layers: {list(sizes)} must be {stages} positive numbers "
-                    f"that sum to {self.num_layers}"
-                )
-            edges = [sum(sizes[: s + 1]) for s in range(stages - 1)]
-            for edge in edges:
-                if edge not in self.depths:
-                    near = min(self.depths, key=lambda d: abs(d - edge), default=None)
-                    move = f"move the boundary to {near} or " if near else ""
-                    raise ValueError(
-                        f"stage boundary after layer {edge} is not an exit depth {list(self.depths)}; "
-                        f"{move}add {edge} to exits.depths"
-                    )
-            return sizes
+    def stage_sizes(self, stages: int) -> tuple[int, ...]:
+        """Layers per stage; the inner boundaries are the exits nearest to an even split. Raises ValueError, naming the
+        nearest fix, if there are too few exits."""
         if len(self.depths) < stages - 1:
             raise ValueError(
-                f"parallel.pipeline x parallel.virtual = {stages} stages need {stages - 1} boundaries at exits, but "
+                f"parallel.pipeline={stages}: stages need {stages - 1} boundaries at exits, but "
                 f"exits.depths has only {len(self.depths)}: {list(self.depths)}; add depths near "
                 f"{[round(self.num_layers * s / stages) for s in range(1, stages)]}"
             )

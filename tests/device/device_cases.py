@@ -199,7 +199,7 @@ def on(kind: str, degrees: Degrees = SINGLE) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(patched(kernels, library=lambda dtype: None))
-        stack.enter_context(patched(decoder_linear, _pack=lambda weight: None))
+        stack.enter_context(patched(decoder_linear, _packed=lambda weight, bias: None))
         stack.enter_context(torch._dynamo.config.patch(disable=True))
         stack.enter_context(patched(engine, import_deepspeed=lambda on_cpu: SimpleNamespace(initialize=_initialize)))
         if kind != "cpu":

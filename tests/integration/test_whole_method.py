@@ -83,10 +83,8 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         assert entry["matched_by"] != "depth" or entry["within"] == (
             abs(entry["validation"]["mean_depth"] / entry["target"] - 1) <= 0.01
         )
-    for model in ("calibrated", "reinforced"):
-        ((own,), (wide,)) = (results["meta"][f"{split}_{model}"] for split in ("validation", "wide"))
-        assert own["threshold"] == wide["threshold"] == 0.5 and own["n"] == 6 and 1 < wide["n"] <= 5
-    assert f"and {wide['n']} on wide operands" in results["meta"]["threshold choice"]
+    (wide,) = re.findall(r"and (\d+) on wide operands", results["meta"]["threshold choice"])
+    assert 1 < int(wide) <= 5
     on_wide = results["wide"]
     assert list(on_wide) == ["teacher, full depth"] + [
         f"{model}, {exits}" for model in ("calibrated", "reinforced") for exits in ("full depth", "hazard > 0.5")

@@ -224,6 +224,22 @@ def test_without_kernels_pytorch_does_the_work(monkeypatch):
         kernels.library.cache_clear()
 
 
+def test_tokens_of_little_weight_are_sampled_also_where_a_scan_adds_in_its_own_dtype(monkeypatch):
+    """As on a GPU: after a sum of 1, a float32 scan adds nothing below 6e-8. The tail here has .44 % of the mass."""
+
+    def scan(self: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.from_numpy(np.add.accumulate(self.to(dtype or self.dtype).numpy(), axis=dim))
+
+    monkeypatch.setattr(sampling, "_library", lambda logits: None)
+    monkeypatch.setattr(torch.Tensor, "cumsum", scan)
+    logits = torch.full((2, 150_000), -17.3)
+    logits[:, 0] = 0
+    tokens, _ = sampling.inverse_cdf(logits, torch.tensor([0.9, 0.998], dtype=torch.float64))
+    tail = 149_999 * np.exp(-17.3)
+    assert tokens.tolist()[0] == 0
+    assert tokens.tolist()[1] == pytest.approx((0.998 * (1 + tail) - 1) / np.exp(-17.3), abs=2)
+
+
 @needs_compiler
 def test_a_compiler_that_fails_is_reported_and_pytorch_takes_over(monkeypatch, tmp_path, caplog):
     kernels.library.cache_clear()

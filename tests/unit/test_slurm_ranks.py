@@ -352,6 +352,18 @@ def test_the_sites_binding_is_the_ranks_and_rays_step_has_none_of_its_own(tmp_pa
     assert "|--cpu-bind=none|" in ray and "map_ldom" not in ray
 
 
+@pytest.mark.parametrize(("nodes", "code"), [("1", 0), ("2", 2)])
+def test_a_loopback_address_serves_one_node_only(nodes: str, code: int, tmp_path: Path) -> None:
+    """Debian's installers put the host's name at 127.0.1.1 in /etc/hosts."""
+    (tmp_path / "getent").write_text("#!/bin/bash\necho 127.0.1.1 STREAM node1\n")
+    (tmp_path / "getent").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "slurm/node_address.sh"], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": nodes},
+    )  # fmt: skip
+    assert done.returncode == code and ("EE_INTERFACE" in done.stderr) == bool(code)
+
+
 def test_a_heterogeneous_job_is_refused(tmp_path: Path) -> None:
     done = in_a_job(tmp_path, "prepare", SLURM_HET_SIZE="2")
     assert done.returncode == 2 and done.stderr.startswith("error: a heterogeneous job")

@@ -125,9 +125,10 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
         )
         return tokens, logprobs
     weights = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    cumulative = weights.cumsum(dim=-1)
+    # In float32 a scan over a large vocabulary loses tokens of little weight on a GPU, which adds up by pairs.
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:].contiguous()
-    aim = uniform.to(logits)[:, None] * total
+    aim = uniform.to(cumulative)[:, None] * total
     tokens = torch.searchsorted(cumulative, aim, right=True)
     # Rounding can put the aim on the total: the last token with any weight is meant.
     last = torch.searchsorted(cumulative, total)

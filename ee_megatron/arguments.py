@@ -22,9 +22,9 @@ class Parser(argparse.ArgumentParser):
 
     # Subcommands' parsers are asked by this method too, each for its own options.
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        found, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(found).items():
+        options, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(options).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not (math.isfinite(value) and abs(value) < LARGEST):
                 self.error(f"--{name.replace('_', '-')} {value}: expected a finite number")
-        return found, rest
+        return options, rest

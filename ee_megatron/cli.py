@@ -241,9 +241,9 @@ def _look(overrides: list[str], command: str, here: list[str] | None) -> tuple[R
     from .config.load import attempt
     from .training.preflight import Preflight
 
-    found = attempt(overrides)
-    wanted = [command] if command != "run" else stage_order(found.cfg) if found.cfg else []
-    return found.cfg, *Preflight().look(found, wanted, inputs=command != "run", here=here)
+    result = attempt(overrides)
+    wanted = [command] if command != "run" else stage_order(result.cfg) if result.cfg else []
+    return result.cfg, *Preflight().look(result, wanted, inputs=command != "run", here=here)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -288,8 +288,8 @@ def _job(options: argparse.Namespace) -> int:
     cfg = _ready(options.overrides, options.stage, starts_here=False)
     from .training.launch import describe_job
 
-    found = describe_job(cfg, options.stage, os.environ)
-    print("\n".join(f"{key}={value}" for key, value in found.items()))
+    job = describe_job(cfg, options.stage, os.environ)
+    print("\n".join(f"{key}={value}" for key, value in job.items()))
     return 0
 
 

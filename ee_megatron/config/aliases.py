@@ -103,29 +103,29 @@ REWRITTEN: dict[str, Callable[[Any], list[Given]]] = {
 """Older names whose values are others now."""
 
 
-def modern(key: str, value: Any, told: bool) -> list[Given]:
-    """(key, value, when) by the names of today; `told`: an older name is warned of. Raises ValueError for a setting
+def modern(key: str, value: Any, warns: bool) -> list[Given]:
+    """(key, value, when) by the names of today; `warns`: an older name is warned of. Raises ValueError for a setting
     that was removed, unless it has the value that is now its only one."""
     if gone := REMOVED.get(key):
         if value != gone.default:
             raise ValueError(f"{key}={value}: was removed and is always {gone.default} now; {gone.instead}")
-        found = list[Given]()
+        settings = list[Given]()
     elif key in REWRITTEN:
-        if told and REWRITTEN[key] is _kl_sum and not value:
+        if warns and REWRITTEN[key] is _kl_sum and not value:
             raise ValueError(f"{key}={value}: leave it out, or set rl.kl_penalty.kind=reward")
-        found = REWRITTEN[key](value)
+        settings = REWRITTEN[key](value)
     elif SWITCHES.get(key, key) != key:
-        found = [(SWITCHES[key], value, SWITCH)]
+        settings = [(SWITCHES[key], value, SWITCH)]
     elif (new := RENAMED.get(key)) is None:
         return [(key, value, NORMAL)]
     elif new.is_switch:
-        found = [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
+        settings = [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
     else:
-        found = [(new.key, value, BOUND if new.bound else NORMAL)]
-    if told:
-        called = " and ".join(name for name, _, _ in found)
+        settings = [(new.key, value, BOUND if new.bound else NORMAL)]
+    if warns:
+        called = " and ".join(name for name, _, _ in settings)
         warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
-    return found
+    return settings
 
 
 @functools.cache
@@ -134,22 +134,22 @@ def warn(text: str) -> None:
     log.warning(text)
 
 
-def modernise(config: dict[str, Any], *, told: bool) -> list[str]:
+def modernise(config: dict[str, Any], *, warns: bool) -> list[str]:
     """Give a nested configuration the names of today, in place. Returns a fault for each setting that there is no more,
     unless it has the value that is now its only one."""
-    faults, found = list[str](), list[Given]()
+    faults, settings = list[str](), list[Given]()
     for key in (*REWRITTEN, *REMOVED, *RENAMED, *SWITCHES):
         *path, name = key.split(".")
         part = _section(config, path)
         if part is None or name not in part or SWITCHES.get(key) == key:
             continue
         try:
-            found += modern(key, part.pop(name), told)
+            settings += modern(key, part.pop(name), warns)
         except ValueError as error:
             faults.append(str(error))
         if not part and path:
             del config[path[0]]
-    assign_all(config, found, told=told)
+    assign_all(config, settings, warns=warns)
     for key in MAY_BE_OFF:
         *path, name = key.split(".")
         part = _section(config, path)
@@ -164,12 +164,12 @@ def _section(config: Any, path: list[str]) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def assign_all(config: dict[str, Any], given: list[Given], *, told: bool) -> None:
+def assign_all(config: dict[str, Any], given: list[Given], *, warns: bool) -> None:
     """Set values in a nested configuration, each when it is its turn."""
     for key, value, when in sorted(given, key=lambda entry: entry[2]):
         if when != BOUND or _is_on(config, key):
             assign(config, key, value)
-        elif told:
+        elif warns:
             warn(f"{key}: has no effect, the section is switched off")
 
 

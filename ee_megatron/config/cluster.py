@@ -95,10 +95,10 @@ def seats(devices: int, share: float) -> int:
 def require_ray_tokens() -> None:
     """Raises ValueError if the Ray installed here is older than its tokens: it ignores RAY_AUTH_MODE, and
     anybody who reaches such a cluster can run code on it."""
-    found = metadata.version("ray")
-    if [int(part) for part in re.findall(r"\d+", found)[:2]] < [2, 52]:
+    version = metadata.version("ray")
+    if [int(part) for part in re.findall(r"\d+", version)[:2]] < [2, 52]:
         raise ValueError(
-            f"ray {found} has no token authentication, so that a cluster of several machines would be open to all; "
+            f"ray {version} has no token authentication, so that a cluster of several machines would be open to all; "
             "install ray 2.52 or newer: pip install 'ray>=2.52,<3'"
         )
 
@@ -121,7 +121,7 @@ SETTINGS = ("nodes", "ntasks", "ntasks-per-node", "array")
 def site_options(environment: Mapping[str, str]) -> dict[str, str]:
     """EE_SBATCH as option -> value, "" for one without. Raises ValueError for what a job script could not take: a word
     that is no --option=value, what the settings say, another way to ask for what the scripts' #SBATCH lines ask for."""
-    found: dict[str, str] = {}
+    options: dict[str, str] = {}
     text = environment.get(SITE, "")
     try:
         given = shlex.split(text)
@@ -136,20 +136,20 @@ def site_options(environment: Mapping[str, str]) -> dict[str, str]:
         for group in SAME[:2]:
             if key in group[1:]:
                 raise ValueError(f"{SITE}: --{key}: the job scripts say --{group[0]}, beside which sbatch refuses it")
-        found[key] = value
-    return found
+        options[key] = value
+    return options
 
 
 def merged(*given: Mapping[str, str]) -> dict[str, str]:
     """All options; of two ways to ask for the same the later one counts."""
-    found: dict[str, str] = {}
+    union: dict[str, str] = {}
     for options in given:
         for key, value in options.items():
             for group in SAME:
                 if key in group:
-                    found = {k: v for k, v in found.items() if k not in group}
-            found[key] = value
-    return found
+                    union = {k: v for k, v in union.items() if k not in group}
+            union[key] = value
+    return union
 
 
 def words(options: Mapping[str, str]) -> list[str]:

@@ -15,9 +15,9 @@ class Faults(ValueError):
 
 def refuse(lines: Iterable[str]) -> None:
     """Raises Faults if there are any."""
-    found = list(lines)
-    if found:
-        raise Faults(found)
+    faults = list(lines)
+    if faults:
+        raise Faults(faults)
 
 
 def faults_of(check: Callable[[], object]) -> Iterator[str]:

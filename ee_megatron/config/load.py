@@ -49,10 +49,10 @@ def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
     Raises Faults (a ValueError: unknown keys or choices, wrong types, missing values; a line for each) or
     FileNotFoundError (no configs).
     """
-    found = attempt(overrides, config_dir)
-    refuse(found.faults)
-    assert found.cfg is not None
-    return found.cfg
+    result = attempt(overrides, config_dir)
+    refuse(result.faults)
+    assert result.cfg is not None
+    return result.cfg
 
 
 def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
@@ -75,8 +75,8 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
         return Attempt(None, faults)
     try:
         composed = _compose(directory, [text for text in chosen if text != "experiment=null"])
-        faults += modernise(composed, told=True)
-        assign_all(composed, given, told=True)
+        faults += modernise(composed, warns=True)
+        assign_all(composed, given, warns=True)
         _check_keys(composed)
         cfg = _merged(composed, groups, faults, without)
     except ValueError as error:
@@ -124,7 +124,7 @@ def read_saved(path: Path) -> RunConfig:
         if not isinstance(loaded, DictConfig):
             raise ValueError("a list, expected settings")
         saved = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
-        refuse(modernise(saved, told=False))
+        refuse(modernise(saved, warns=False))
         _check_keys(saved)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(SCHEMA, saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
@@ -153,11 +153,11 @@ def _read(override: Override, groups: Mapping[str, list[str]]) -> tuple[list[str
         if value is not None and text not in groups[key]:
             raise ValueError(f"{key}={text}: no such choice; there are {', '.join(groups[key])}")
         return [f"{key}={text}"], []
-    found = modern(key, value, told=True)
-    for name, _, _ in found:
+    settings = modern(key, value, warns=True)
+    for name, _, _ in settings:
         if name not in KNOWN:
             raise ValueError(_unknown(name, [*KNOWN, *groups]))
-    return [], found
+    return [], settings
 
 
 def _compose(directory: Path, overrides: list[str]) -> dict[str, Any]:
@@ -234,17 +234,17 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
     given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
     # That of the run's name first: composing all of them takes seconds.
     experiments = sorted(list_groups(directory).get("experiment", []), key=lambda name: not cfg.name.startswith(name))
-    found: list[list[str]] = []
+    candidates: list[list[str]] = []
     for start in (*([f"experiment={name}"] for name in experiments), []):
         for settings in (start, [*start, *given]):
             if base := _base(directory, *settings):
                 # A section that is None here and on in the experiment is no key of `base`: it is written, too.
                 changed = {key: value for key, value in wanted.items() if base.get(key, MISSING) != value}
-                found.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
+                candidates.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
                 break
-        if found and min(map(len, found)) <= FEW:
+        if candidates and min(map(len, candidates)) <= FEW:
             break
-    return next((settings for settings in sorted(found, key=len) if _loaded(directory, *settings) == cfg), None)
+    return next((settings for settings in sorted(candidates, key=len) if _loaded(directory, *settings) == cfg), None)
 
 
 def _loaded(directory: Path, *settings: str) -> RunConfig | None:
@@ -279,7 +279,7 @@ def _word(value: Any) -> str:
         if re.fullmatch(r"([A-Za-z/]|\.\.?/)[A-Za-z0-9._/+-]*", value) and value.lower() not in WORDS:
             return value
         # Backslashes count before a quotation mark only, those at the end included.
-        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+        escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
         return f'"{escaped}"'
     if isinstance(value, list):
         return f"[{','.join(map(_word, value))}]"

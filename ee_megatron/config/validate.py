@@ -72,8 +72,8 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
 def alone(cfg: RunConfig) -> dict[str, str]:
     """Settings that are wrong by themselves: key -> fault."""
-    found = {key: text for key, value, rules in settings(cfg) if (text := fault(key, value, rules))}
-    return found if cfg.model.path else found | {"model.path": "model.path: empty; expected a Hugging Face directory"}
+    faults = {key: text for key, value, rules in settings(cfg) if (text := fault(key, value, rules))}
+    return faults if cfg.model.path else faults | {"model.path": "model.path: empty; expected a Hugging Face directory"}
 
 
 def check_name(what: str, text: str) -> None:
@@ -93,10 +93,10 @@ def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
     return cfg
 
 
-def unless_about(found: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
+def unless_about(entries: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
     """The lines of those that have nothing to do with these settings; a plain line is about the one that it begins
     with."""
-    each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in found]
+    each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in entries]
     return [text for text, about in each if not set(about).intersection(keys)]
 
 

@@ -177,8 +177,8 @@ def _has_ended(holder: dict) -> bool:
 
 
 def _cluster_here() -> str:
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config")[1], re.MULTILINE)
-    return found[1] if found else ""
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config")[1], re.MULTILINE)
+    return match[1] if match else ""
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:

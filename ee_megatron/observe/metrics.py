@@ -54,9 +54,9 @@ def read_metrics(path: Path) -> list[dict]:
             row = json.loads(line)
             rows.append({k: math.nan if v is None else v for k, v in row.items()} | {"step": int(row["step"])})
         except (ValueError, KeyError, TypeError, AttributeError):
-            found = line[:60].decode(errors="replace")
+            start = line[:60].decode(errors="replace")
             raise ValueError(
-                f'{path}, line {number}: expected a JSON object with "step", found {found!r}; delete that line'
+                f'{path}, line {number}: expected a JSON object with "step", found {start!r}; delete that line'
             ) from None
     return rows
 
@@ -132,9 +132,9 @@ def _mend(path: Path, resume_step: int | None) -> None:
     if not path.exists():
         return
     rows = read_metrics(path)
-    kept = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
-    if len(kept) < len(rows) or not path.read_bytes().endswith(b"\n"):
-        write_atomic(path, "".join(_line(row) for row in kept))
+    remaining = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
+    if len(remaining) < len(rows) or not path.read_bytes().endswith(b"\n"):
+        write_atomic(path, "".join(_line(row) for row in remaining))
 
 
 def _together(metrics: Path, timings: Path) -> list[dict[str, Any]]:
@@ -185,10 +185,10 @@ def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
     Raises ValueError for a WANDB_MODE that is none of these."""
     if setting != "auto":
         return setting
-    asked = environment.get("WANDB_MODE", "").strip().lower()
-    if asked and asked not in SPOKEN:
-        raise ValueError(f"WANDB_MODE={asked}: expected online, offline or disabled")
-    return SPOKEN.get(asked) or ("online" if environment.get("WANDB_API_KEY") else "offline")
+    mode = environment.get("WANDB_MODE", "").strip().lower()
+    if mode and mode not in SPOKEN:
+        raise ValueError(f"WANDB_MODE={mode}: expected online, offline or disabled")
+    return SPOKEN.get(mode) or ("online" if environment.get("WANDB_API_KEY") else "offline")
 
 
 def _forget_wandb() -> None:

@@ -113,9 +113,9 @@ def fault(directory: Path) -> str | None:
     try:
         sizes = json.loads(marker.read_text() or "{}")
         for name, size in sizes.items():
-            found = (directory / name).stat().st_size if (directory / name).is_file() else None
-            if found != size:
-                return f"{name} has {found} bytes, {size} were written" if found is not None else f"{name} is missing"
+            actual = (directory / name).stat().st_size if (directory / name).is_file() else None
+            if actual != size:
+                return f"{name} has {actual} bytes, {size} were written" if actual is not None else f"{name} is missing"
     except (ValueError, AttributeError):
         return f"{COMPLETE} is damaged"
     return None

@@ -51,7 +51,7 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
     small = FP32 * (counted.adapters + counted.gates)
     trained, share = small + t.item * base * full, layout.data if t.zero_stage else 1
     part = FP32 * counted.trained(full) / share
-    found = {
+    kinds = {
         "weights": t.item * base + small - (trained - trained / share if t.zero_stage == 3 else 0.0),
         # After the backward pass: the averaged partition beside the local gradients.
         "gradients": trained + (part if t.zero_stage else 0.0),
@@ -63,25 +63,25 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
         sizes = {FP32: small // FP32}
         sizes[t.item] = sizes.get(t.item, 0) + base * full
         buffers = {item: min(n, REDUCE_BUCKET) if t.on_cpu else REDUCE_BUCKET for item, n in sizes.items() if n}
-        found["reduction bucket"] = float(sum(item * n for item, n in buffers.items()))
-    found["activations"] = activations(layout, packed, t, pipeline_rank)
+        kinds["reduction bucket"] = float(sum(item * n for item, n in buffers.items()))
+    kinds["activations"] = activations(layout, packed, t, pipeline_rank)
     if layout.pipeline > 1:
         # Outputs are kept until their gradient returns (deallocate_pipeline_outputs is off).
         flying = in_flight(layout, pipeline_rank, packed.micro_batches)
-        found["pipeline buffers"] = float(packed.width * hidden * t.item * (1 + flying))
+        kinds["pipeline buffers"] = float(packed.width * hidden * t.item * (1 + flying))
     if layout.has_head(pipeline_rank):
         # A chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its slope is
         # made of; the head's gradient where it is trained, and a CPU's copy of a bfloat16 head, both fp32.
         rows, answers = layout.vocabulary_rows, packed.each * packed.load.answer
         chunk = min(chunk_positions(rows, on_cpu=t.on_cpu, trained=full), answers)
         copies = (full + (t.on_cpu and t.item != FP32)) * hidden
-        found["logits chunk"] = FP32 * rows * ((7 if t.divergence else 2) * chunk + copies)
+        kinds["logits chunk"] = FP32 * rows * ((7 if t.divergence else 2) * chunk + copies)
         if t.divergence:
             # The reference runs ahead of the update by one micro-batch for each pipeline rank.
-            found["reference states"] = layout.pipeline * answers * hidden * t.item
+            kinds["reference states"] = layout.pipeline * answers * hidden * t.item
     if full:
-        found["reference"] = float(t.item * base)
-    return found
+        kinds["reference"] = float(t.item * base)
+    return kinds
 
 
 def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
@@ -96,9 +96,9 @@ def activations(layout: Layout, packed: Packing, t: Training, pipeline_rank: int
     stages, flying = layout.stages(pipeline_rank), in_flight(layout, pipeline_rank, packed.micro_batches)
     entered = packed.width * hidden * t.item / here
     each = {layer: layer_activations(layout, packed, t, layer) for layer in itertools.chain(*stages)}
-    kept = [sum(entered if t.recompute else each[layer] for layer in stage) for stage in stages]
-    others = (flying - 1) * sum(kept) / len(stages)
-    peak = others + kept[-1]
+    sizes = [sum(entered if t.recompute else each[layer] for layer in stage) for stage in stages]
+    others = (flying - 1) * sum(sizes) / len(stages)
+    peak = others + sizes[-1]
     if layout.has_head(pipeline_rank):
         # The final norm's input (and what follows it, where it is trained), and the gradients that the loss has made
         # already: of the counted positions' hidden states and, where it is trained, of the head.
@@ -117,38 +117,38 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
     every, active, here = packed.width, packed.filled, layout.sequence_ranks
     entering = carries_gradient(layout, layer, PassMode(True, input_gradient=t.recompute or t.zero_stage == 3))
     # Norms keep their input in fp32 and, where the gain is trained, what it multiplies.
-    kept = ((every * entering + active) * FP32 + (every + active) * e * full) / here * dims.hidden
+    total = ((every * entering + active) * FP32 + (every + active) * e * full) / here * dims.hidden
     if here > 1:
         # Sequence parallelism: what is put at its place before a gather and before the two reduce-scatters.
-        kept += (active / here + 2 * active) * dims.hidden * e
+        total += (active / here + 2 * active) * dims.hidden * e
     for parts in JOINT:
         rows, columns, rank = layout.joint(parts)
         # Linears keep their input for their adapters' or their own gradient; keys and values read what queries read.
         if (full or rank) and not (parts == KEY_VALUE and (full or layout.joint(JOINT[0])[2])):
-            kept += active * columns * e
+            total += active * columns * e
         # An adapter's narrow product and its factors as joined for one product each; a row-parallel linear's second
         # factor is one adapter's own: a parameter, or its narrower copy.
-        kept += rank * (active + columns + rows * (parts[0] not in ROW_PARALLEL or e != FP32)) * e
+        total += rank * (active + columns + rows * (parts[0] not in ROW_PARALLEL or e != FP32)) * e
     # Attention: rotated queries and the output, one sum per query, keys and values; on a CPU its kernel runs in fp32.
     q, kv, heads = (size // layout.tensor for size in (dims.q_size, dims.kv_size, dims.heads))
     kernel = FP32 if t.on_cpu else e
-    kept += active * (2 * q * kernel + heads * FP32)
+    total += active * (2 * q * kernel + heads * FP32)
     if load.shared or kernel != e:
-        kept += packed.each * (load.prompt + load.answer - 1) * 2 * kv * kernel
+        total += packed.each * (load.prompt + load.answer - 1) * 2 * kv * kernel
     else:
         # Values are a view of the joint product, which stays with them.
-        kept += active * (kv + q + 2 * kv) * e
+        total += active * (kv + q + 2 * kv) * e
     if dims.qk_norm:
         # The norms' inputs. Queries of a single group are a view of the joint product; of several they are copied.
         copied = q if e != FP32 or dims.kv_heads > layout.tensor else 0
-        kept += active * ((copied + heads + kv * (e != FP32)) * FP32 + (q + kv) * e * full)
+        total += active * ((copied + heads + kv * (e != FP32)) * FP32 + (q + kv) * e * full)
     # SwiGLU: gate and up, silu(gate).
-    kept += active * 3 * (dims.intermediate // layout.tensor) * e
+    total += active * 3 * (dims.intermediate // layout.tensor) * e
     if layer - 1 in layout.spec.exit_depths:
         # The stream in fp32, what the gate's first product reads, and its result after the ReLU.
         units = gate_units(layout.spec.gate_width, dims.hidden)
-        kept += packed.each * load.later / here * (dims.hidden * (FP32 + e) + FP32 * units)
-    return kept
+        total += packed.each * load.later / here * (dims.hidden * (FP32 + e) + FP32 * units)
+    return total
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def actor_memory(
     adapted = [part for parts in JOINT if layout.joint(parts)[2] for part in parts]
     changed = dims.num_layers * sum(math.prod(dims.linear_shapes()[part]) for part in adapted)
     behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
-    found = {
+    kinds = {
         "weights": float(item * sum(map(math.prod, dims.tensor_shapes().values()))),
         "adapted matrices": float(item * changed),
         "stacked key/value weights": float(item * behind * 2 * dims.kv_size * dims.hidden),
@@ -206,15 +206,15 @@ def actor_memory(
         # The packed form takes the place of an adapted or stacked matrix; the head's is fp32 where the processor has no
         # products of bfloat16 with fp32 sums.
         multiplied = dims.num_layers * linear_elements(dims) - changed
-        found["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
+        kinds["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
     pages = pool_pages(rows * pages_for(load.prompt + int(load.answer) - 1))
-    found["KV cache"] = float(min(pages, pages if most is None else most) * PAGE * position_bytes(dims, item))
+    kinds["KV cache"] = float(min(pages, pages if most is None else most) * PAGE * position_bytes(dims, item))
     # Keys and values of the prompts that are read together, and what a layer makes of them.
     read = min(PREFILL, rows * load.prompt)
-    found["prompts being read"] = float(read * item * (2 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))
+    kinds["prompts being read"] = float(read * item * (2 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))
     # Sampling: logits, their exponentials and the running sum.
-    found["logits"] = float(rows * dims.vocab * 3 * FP32)
-    return found
+    kinds["logits"] = float(rows * dims.vocab * 3 * FP32)
+    return kinds
 
 
 def vllm_memory(cfg: RunConfig, layout: Layout, item: int, device: Device) -> dict[str, float]:
@@ -224,15 +224,15 @@ def vllm_memory(cfg: RunConfig, layout: Layout, item: int, device: Device) -> di
     # what a layer makes of them; and a gate's first matrix, rounded to the stream's dtype.
     widest = max(3 * dims.intermediate, 2 * dims.q_size + 2 * dims.kv_size) // tensor
     first = max((math.prod(shape) for name, shape in gates.items() if name.endswith("fc1.weight")), default=0)
-    found = {
+    kinds = {
         "weights": item * vllm_elements(layout, tensor),
         "gates": float(FP32 * sum(map(math.prod, gates.values()))),
         "activations of a step": float(CHUNK * item * (6 * dims.hidden + widest) + item * first),
         "logits": float(cfg.rollout.max_num_seqs * dims.vocab * 3 * FP32),
     }
     if device.on_cpu:
-        found["packed copies"] = item * linear_elements(dims) * dims.num_layers / tensor
-    return found
+        kinds["packed copies"] = item * linear_elements(dims) * dims.num_layers / tensor
+    return kinds
 
 
 def vllm_elements(layout: Layout, tensor: int) -> float:

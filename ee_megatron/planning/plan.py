@@ -206,12 +206,12 @@ def to_text(plan: RunPlan, command: str) -> str:
         f"ranks: {layout.ranks} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
         f"exits: {list(layout.spec.exit_depths)}; layers per stage: {list(layout.sizes)}\n",
     ]
-    kinds = dict.fromkeys(kind for found in plan.learner for kind in found)
+    kinds = dict.fromkeys(kind for memory in plan.learner for kind in memory)
     rows = [["a learner rank", *(f"pipeline rank {p}" for p in ranks)]]
     rows += [["gates after layers", *(str(layout.gates(p)) for p in ranks)]]
     rows += [[f"parameters: {name}", *(f"{vars(count)[name]:,}" for count in counts)] for name in vars(counts[0])]
-    rows += [[kind, *(gib(found.get(kind, 0.0)) for found in plan.learner)] for kind in kinds]
-    lines += table([*rows, ["on the device", *(gib(plan.device_bytes(found)) for found in plan.learner)]])
+    rows += [[kind, *(gib(memory.get(kind, 0.0)) for memory in plan.learner)] for kind in kinds]
+    lines += table([*rows, ["on the device", *(gib(plan.device_bytes(memory)) for memory in plan.learner)]])
     where = "the learner's devices" if plan.shared else "devices of their own"
     rows = [[f"a rollout actor ({cfg.rollout.backend}: {cfg.rollout.actors} x {actor.devices} on {where})", ""]]
     rows += [[kind, gib(value)] for kind, value in actor.kinds.items()]

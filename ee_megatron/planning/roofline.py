@@ -83,14 +83,14 @@ class Roofline:
         rank = self.device.of_cores(cores if ranks == 1 else min(1.0, cores / ranks))
         # Attention, gates, logits and copies bring a CPU's passes over whole answers down to float32's rate.
         rank, reader = (replace(d, tflops=d.fp32) if d.on_cpu else d for d in (rank, actor))
-        found = {phase: self._estimate(rank, self._learn(phase)) for phase in ("scoring", "update")}
+        learning = {phase: self._estimate(rank, self._learn(phase)) for phase in ("scoring", "update")}
         made = self._estimate(actor, self._rollouts(self.longest), self._rollouts(self.load.answer))
         read = {}
         if exits_read(rl):
             mine = -(-rl.prompts_per_step // self.cfg.rollout.actors) * rl.group_size
             flops = mine * exits_read_cost(self.layout, self.load, rl.group_size)
             read = {"exits read": self._estimate(reader, DeviceWork(flops=flops))}
-        return {"rollouts": made, **read, **found, "weight sync": self._estimate(actor, self._sync())}
+        return {"rollouts": made, **read, **learning, "weight sync": self._estimate(actor, self._sync())}
 
     def round_seconds(self) -> float:
         """Likely seconds in which each concurrent answer of an actor gets a token."""
@@ -140,7 +140,7 @@ class Roofline:
         counts, elements = CPU_KERNELS if self.device.on_cpu else KERNELS, float(dims.vocab * dims.hidden)
         kernels = float(counts["round"])
         for first, stop in itertools.pairwise((0, *spec.layout.outcomes)):
-            share, layers, gated = load.asked(stop) / later, stop - first, stop < dims.num_layers
+            share, layers, gated = load.reaching(stop) / later, stop - first, stop < dims.num_layers
             anybody = 1 - (1 - share) ** rows
             elements += anybody * (layers * linear_elements(dims) + (gates / len(spec.exit_depths) if gated else 0))
             # Keys and values for the rows that have left.

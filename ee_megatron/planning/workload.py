@@ -63,7 +63,7 @@ class Load:
         """Keys that these positions' queries see, summed."""
         return self.prompts_seen + float(self.seen_by_depth[0 if full else layer :].sum())
 
-    def asked(self, depth: int) -> float:
+    def reaching(self, depth: int) -> float:
         """Positions at which the gate at `depth` is computed: those that reach it."""
         return float(self.by_depth[depth:].sum())
 

@@ -133,8 +133,8 @@ class Sweep:
 
     def record(self, key: str) -> TaskRecord | None:
         """None before the task's first start."""
-        found = _read(self.directory / "tasks" / f"{key}.json")
-        return None if found is None else TaskRecord(**found)
+        fields = _read(self.directory / "tasks" / f"{key}.json")
+        return None if fields is None else TaskRecord(**fields)
 
     def write_record(self, key: str, record: TaskRecord) -> None:
         _write(self.directory / "tasks" / f"{key}.json", asdict(record))
@@ -295,14 +295,14 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
-    found = sorted((runs / name).glob(f"sweep-{last or '*'}/{MANIFEST}"))
-    if len(found) > 1:
-        listed = ", ".join(f"{name}/{file.parent.name}" for file in found)
-        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
-    if not found:
+    files = sorted((runs / name).glob(f"sweep-{last or '*'}/{MANIFEST}"))
+    if len(files) > 1:
+        listed = ", ".join(f"{name}/{file.parent.name}" for file in files)
+        raise ValueError(f"{name}: there are {len(files)} sweeps of this name; give --last STAGE or one of {listed}")
+    if not files:
         others = sorted({file.parent.parent.name for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
         raise FileNotFoundError(f"{runs / name}: no such sweep; {runs} has {', '.join(others) or 'none'}")
-    return open_sweep(found[0].parent)
+    return open_sweep(files[0].parent)
 
 
 def placed(new: Sweep, extend: bool) -> Sweep:

@@ -24,7 +24,7 @@ from ..config.schema import RunConfig
 from ..observe.lock import RunLock
 from ..observe.progress import Progress
 from ..observe.rundir import DONE
-from ..training.ranks import STOPPED as TOLD_TO_STOP
+from ..training.ranks import STOPPED as STOPPED_CODE
 from ..training.ranks import WITH_PARENT
 from .sweep import FAILED, FINISHED, KILLED, RUNNING, STOPPED, RunStage, StageTask, Sweep, TaskRecord
 
@@ -83,8 +83,8 @@ def run_task(
     except StageEnded as error:
         # The shell's way to say "by a signal" is 128 and its number, Python's is the number below 0.
         killed = error.code < 0 or error.code in (130, 137, 143)
-        told = error.code == TOLD_TO_STOP or stop()
-        record.state, record.code = STOPPED if told else KILLED if killed else FAILED, error.code
+        stopped = error.code == STOPPED_CODE or stop()
+        record.state, record.code = STOPPED if stopped else KILLED if killed else FAILED, error.code
         record.error = str(error)
     except Exception as error:
         if os.environ.get("EE_DEBUG") == "1":
@@ -114,7 +114,7 @@ def _make(
     lock = RunLock(path / ".lock")
     while not (path / DONE).is_file():
         if stop():
-            raise StageEnded(TOLD_TO_STOP)
+            raise StageEnded(STOPPED_CODE)
         if lock.is_held():
             # Another task, sweep or command makes it, or a killed sweep's stage is still writing its checkpoint.
             if time.monotonic() > deadline:

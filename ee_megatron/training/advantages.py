@@ -78,7 +78,7 @@ def loss_included(groups: Sequence[Group], rl: RLConfig) -> Tensor:
     return finished if rl.loss.overlong == "filter" else finished | True
 
 
-def kept_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
+def filter_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
     """Groups that enter the loss. With rl.loss.drop_equal_groups those whose answers differ in reward, or of which
     right ones may still become shallower."""
     if not rl.loss.drop_equal_groups:

@@ -50,13 +50,13 @@ class AnswerCache:
     ) -> list[AnsweredSet]:
         """As `answer_sets`: a set for each of the request's rules; those that aren't there are made together. `timed`:
         one without `seconds` is made again."""
-        found = {rule: self._read(weights, request.by(rule)) for rule in request.rules}
-        lacking = [rule for rule, one in found.items() if one is None or (timed and one.seconds is None)]
+        sets = {rule: self._read(weights, request.by(rule)) for rule in request.rules}
+        lacking = [rule for rule, one in sets.items() if one is None or (timed and one.seconds is None)]
         if lacking:
             for rule, made in zip(lacking, answer_sets(pool, request.by(*lacking), progress), strict=True):
                 self._write(weights, request.by(rule), made)
-                found[rule] = made
-        return [one for rule in request.rules if (one := found[rule]) is not None]
+                sets[rule] = made
+        return [one for rule in request.rules if (one := sets[rule]) is not None]
 
     def score(
         self,
@@ -90,14 +90,14 @@ class AnswerCache:
         if not place.is_dir():
             return None
         try:
-            found = load_answers(place)
-            if [r.prompt_id for r in found.rollouts] != [p.id for p in request.prompts for _ in range(request.samples)]:
+            saved = load_answers(place)
+            if [r.prompt_id for r in saved.rollouts] != [p.id for p in request.prompts for _ in range(request.samples)]:
                 raise ValueError("other prompts")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             logger.warning("%s: damaged (%s); its answers are made again", place, error)
             return None
-        logger.info("%s: %d answers of before", place, len(found.rollouts))
-        return found
+        logger.info("%s: %d answers of before", place, len(saved.rollouts))
+        return saved
 
     def _write(self, weights: str, request: GenerationRequest, made: AnsweredSet) -> None:
         place = self._place(weights, request)

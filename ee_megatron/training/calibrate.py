@@ -189,7 +189,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         target = target_depth(traces, layout, c.kl_factor)
         with context.progress(len(updates), done) as bar:
             for step in range(done, len(updates)):
-                context.stop_if_told(learner, step)
+                context.stop_if_requested(learner, step)
                 settled = step >= planned.settle_from
                 if step == planned.settle_from and c.wise_ft_alpha < 1:
                     policy = learner.stream_policy(context.ranks.meet)

@@ -66,15 +66,15 @@ def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerStat
     """What `write_training` wrote beside the policy; tensors stay in their files. Without `check` nobody looks at their
     digests. Raises FileNotFoundError if the directory holds a policy only, ValueError if its contents are not what was
     written."""
-    found = json.loads((directory / "training.json").read_text())
-    tensors = {kind: FileTensors(directory / "optimizer" / f"{kind}.safetensors") for kind in found["sha256"]}
-    for kind, expected in found["sha256"].items() if check else ():
+    training = json.loads((directory / "training.json").read_text())
+    tensors = {kind: FileTensors(directory / "optimizer" / f"{kind}.safetensors") for kind in training["sha256"]}
+    for kind, expected in training["sha256"].items() if check else ():
         if digest(tensors[kind]) != expected:
             raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
     # Late: it brings Megatron along.
     from ..learner.engine import OptimizerState
 
-    return OptimizerState(int(found["updates"]), tensors), found["counters"]
+    return OptimizerState(int(training["updates"]), tensors), training["counters"]
 
 
 def damage(directory: Path) -> str | None:
@@ -111,11 +111,11 @@ class Checkpointing:
         """(steps done, checkpoint) of this stage as rank 0 finds it; (0, None) at the start. A damaged checkpoint is
         skipped, with a warning, for the one before it."""
         directory = self.directory
-        found = self.ranks.broadcast_from_rank0(
+        latest = self.ranks.broadcast_from_rank0(
             lambda: str(directory.latest_checkpoint(damage) or "") if directory else ""
         )
-        self.saved = int(Path(found).name.split("_")[1]) if found else 0
-        return (self.saved, Path(found)) if found else (0, None)
+        self.saved = int(Path(latest).name.split("_")[1]) if latest else 0
+        return (self.saved, Path(latest)) if latest else (0, None)
 
     def read_policy(self, directory: Path, *, checked: bool = True) -> Mapping[str, Tensor]:
         """The tensors of a policy checkpoint, of which a rank reads what it uses. Rank 0 compares them with their

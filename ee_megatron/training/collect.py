@@ -74,8 +74,8 @@ class Collector:
         if not file.is_file():
             first = price_rise(rl.steps, rl.depth_penalty.warmup)
             steps = range(first, rl.steps)[: None if target.samples else target.window]
-            asked = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
-            prompts = list(asked.values())
+            needed = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
+            prompts = list(needed.values())
             self.pool.load(None)
             samples = target.samples or rl.group_size
             answers = self._context.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
@@ -141,8 +141,8 @@ class Collector:
     def _saved_steps(self) -> int:
         """Steps done in the newest checkpoint on disk, where a killed run would go on."""
         directory = self._context.directory
-        found = directory.latest_checkpoint() if directory else None
-        return int(found.name.split("_")[1]) if found else 0
+        checkpoint = directory.latest_checkpoint() if directory else None
+        return int(checkpoint.name.split("_")[1]) if checkpoint else 0
 
     def _health(self, staleness: float) -> dict[str, float]:
         pool = self.pool.health()
@@ -193,9 +193,9 @@ def verified(verifier: VerifierPool, prompts: Sequence[Prompt], answers: Sequenc
     )
     groups = []
     for prompt, group in zip(prompts, answers, strict=True):
-        found = [next(verdicts) for _ in group]
-        rewards = np.array([verdict.reward for verdict in found], dtype=np.float32)
-        correct, well_formed = ([getattr(v, name) for v in found] for name in ("correct", "well_formed"))
+        judged = [next(verdicts) for _ in group]
+        rewards = np.array([verdict.reward for verdict in judged], dtype=np.float32)
+        correct, well_formed = ([getattr(v, name) for v in judged] for name in ("correct", "well_formed"))
         groups.append(Group(prompt, group, rewards, np.array(correct), np.array(well_formed)))
     return groups
 

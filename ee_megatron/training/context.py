@@ -178,9 +178,9 @@ class StageContext:
         if self.metrics is not None:
             self.metrics.log(step, values, timings)
 
-    def stop_if_told(self, learner: Learner | None, step: int) -> None:
+    def stop_if_requested(self, learner: Learner | None, step: int) -> None:
         """`stop` before step `step` if any rank has been told to; all ranks call it."""
-        if self.ranks.told_to_stop():
+        if self.ranks.stop_requested():
             self.stop(learner, step)
 
     def unless_stopped(self, learner: Learner | None, step: int, make: Callable[..., T] | None, *arguments: Any) -> T:
@@ -194,10 +194,10 @@ class StageContext:
             except Stopped:
                 return False, None
 
-        finished, found = self.ranks.broadcast_from_rank0(attempt if make else None)
+        finished, result = self.ranks.broadcast_from_rank0(attempt if make else None)
         if not finished:
             self.stop(learner, step)
-        return cast(T, found)
+        return cast(T, result)
 
     def stop(self, learner: Learner | None, step: int) -> NoReturn:
         """End the stage on every rank after `step` steps, with a checkpoint of them (None: the stage keeps none).
@@ -217,19 +217,19 @@ class StageContext:
         r = self.cfg.rollout
         sampling = SamplingParams(temperature, r.max_new_tokens, tuple(r.stop))
         cache, part = self.answer_cache(self.path / ANSWERS), max(1, PART_WAVES * r.max_num_seqs * r.actors // samples)
-        found: list[Rollout] = []
+        rollouts: list[Rollout] = []
         with self.progress(len(prompts) * samples, what=what) as bar:
             for first in range(0, len(prompts), part):
                 request = GenerationRequest(prompts[first : first + part], samples, sampling, Off(), seed)
 
-                def told(done: int, total: int, before: int = len(found)) -> None:
+                def advance(done: int, total: int, before: int = len(rollouts)) -> None:
                     bar.advance(before + done - bar.done)
 
-                (made,) = cache.answers(pool, TEACHER[1], request, told)
-                found += made.rollouts
-                if bar.done < len(found):
-                    bar.advance(len(found) - bar.done)
-        return [found[i : i + samples] for i in range(0, len(found), samples)]
+                (made,) = cache.answers(pool, TEACHER[1], request, advance)
+                rollouts += made.rollouts
+                if bar.done < len(rollouts):
+                    bar.advance(len(rollouts) - bar.done)
+        return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
 
     def answer_cache(self, directory: Path) -> AnswerCache:
         """Sets of answers, told apart by what of this stage decides them beside weights and requests."""

@@ -300,7 +300,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     share = actor_share(cfg.rollout)
     # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
     cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
-    found = {
+    job = {
         "nodes": str(shape.nodes),
         "learner_nodes": str(shape.learner_nodes),
         "ranks": str(shape.ranks),
@@ -313,11 +313,11 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         "requeue_limit": str(cfg.job.requeue_limit),
         "done": "yes" if done else "no",
     }
-    if not found["directory"].isprintable():
+    if not job["directory"].isprintable():
         raise ValueError(
-            f"directory={found['directory']!r}: expected printable characters only; the job's script reads it as a line"
+            f"directory={job['directory']!r}: expected printable characters only; the job's script reads it as a line"
         )
-    return found
+    return job
 
 
 def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str) -> None:

@@ -59,7 +59,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> None:
         context.open_metrics(resume_step=done)
         with context.progress(p.steps, done) as bar:
             for step in range(done, p.steps):
-                context.stop_if_told(learner, step)
+                context.stop_if_requested(learner, step)
                 batch = make_batch([texts[i] for i in order[step]], context.spec.num_layers)
                 rate = p.learning_rate * schedule(step, p.steps)
                 context.fit(learner, batch, text_likelihood(batch), rate, step, bar)
@@ -95,10 +95,10 @@ def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int
         return context.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     rows = context.make_task().worked(split)
-    asked = tokens([prompt.text for prompt, _ in rows])
+    questions = tokens([prompt.text for prompt, _ in rows])
     # Apart, as rollouts have it: no token spans the question's end.
     answers = tokens([f"{answer}\n" for _, answer in rows])
-    return [(np.array(q + a, dtype=np.int64), len(q)) for q, a in zip(asked, answers, strict=True)]
+    return [(np.array(q + a, dtype=np.int64), len(q)) for q, a in zip(questions, answers, strict=True)]
 
 
 def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
@@ -118,7 +118,7 @@ def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
         batch = make_batch([text for text, _ in part], context.spec.num_layers)
         losses = -learner.score(batch).token_logprobs.double() * batch.counts
         # Position p predicts token p + 1: the answer's first token is predicted by the question's last.
-        first = torch.tensor([asked - 1 for _, asked in part]).unsqueeze(1)
+        first = torch.tensor([length - 1 for _, length in part]).unsqueeze(1)
         answer = batch.counts & (torch.arange(batch.tokens.size(1)) >= first)
         sums += torch.stack([losses.sum(), batch.counts.sum(), (losses * answer).sum(), answer.sum()])
     return {"loss": float(sums[0] / sums[1]), "answer_loss": float(sums[2] / sums[3])}

@@ -129,7 +129,7 @@ class Listener:
     """What this process has been told: `asked` is the last signal, 0 before the first."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.last_signal = 0
         self._at_once = False
 
     def listen(self) -> None:
@@ -138,18 +138,18 @@ class Listener:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
+        self.last_signal = number
         if self._at_once:
             self._at_once = False
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
-        return Stopped(f"told to stop by {signal.Signals(self.asked).name}")
+        return Stopped(f"told to stop by {signal.Signals(self.last_signal).name}")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside, a signal raises `Stopped` wherever the main thread is: for work that may be given up half-way."""
-        if self.asked:
+        if self.last_signal:
             raise self._stopped()
         self._at_once = True
         try:
@@ -367,14 +367,14 @@ class Distributed:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def told_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any rank has been; all ranks call it."""
         if self.heartbeat is None:
-            return bool(listener.asked)
+            return bool(listener.last_signal)
         import torch
         from torch import distributed as dist
 
-        told = torch.tensor([listener.asked])
+        stops = torch.tensor([listener.last_signal])
         self.heartbeat.meet()
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
+        dist.all_reduce(stops, op=dist.ReduceOp.MAX)
+        return bool(stops.item())

@@ -34,7 +34,7 @@ from ..objectives.schedules import dual_price, price, price_rise
 from ..policy import sharpened
 from ..tensors import drain
 from ..types import Group
-from .advantages import StepScores, collate, compute_advantages, kept_groups, rollouts_of
+from .advantages import StepScores, collate, compute_advantages, filter_groups, rollouts_of
 from .collect import Collector
 from .context import StageContext
 from .rl_metrics import TargetState, accuracy, cost_metrics, peak_flops, step_metrics, step_timings
@@ -61,7 +61,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         with context.progress(rl.steps, done) as bar:
             learner.progress = bar.detail
             for step in range(done, rl.steps):
-                context.stop_if_told(learner, step)
+                context.stop_if_requested(learner, step)
                 begun = time.monotonic()
                 stream, weights = learner.stream_policy(context.ranks.meet), None
                 if collector is not None:
@@ -107,7 +107,7 @@ def learn(
             "learn from; raise it, or set rl.loss.overlong=verdict", step + 1, cfg.rollout.max_new_tokens,
         )  # fmt: skip
     result = update(
-        learner, packed, rollouts_of(groups), advantages, kept_groups(groups, rl, lambda_depth),
+        learner, packed, rollouts_of(groups), advantages, filter_groups(groups, rl, lambda_depth),
         objective_of(rl, cfg.rollout.max_new_tokens), rl, step,
         scored=scores.policy is not None, check_finite=context.check_finite,
     )  # fmt: skip

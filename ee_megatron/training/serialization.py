@@ -138,13 +138,13 @@ def keep_samples(directory: RunDirectory, step: int, groups: Sequence[Group], de
 def _entry(group: Group, k: int, decode: Callable[[int], str]) -> dict[str, Any]:
     rollout = group.rollouts[k]
     half, places = TOKENS // 2, list(range(rollout.length))
-    kept = places if len(places) <= TOKENS else places[:half] + places[-half:]
+    shown = places if len(places) <= TOKENS else places[:half] + places[-half:]
     return {
         "prompt": group.prompt.text,
         "reference": group.prompt.answer,
         "correct": bool(group.correct[k]),
         "reward": float(group.rewards[k]),
-        "left_out": rollout.length - len(kept),
+        "left_out": rollout.length - len(shown),
         "tokens": [
             {
                 "text": decode(int(rollout.tokens[t])),
@@ -152,6 +152,6 @@ def _entry(group: Group, k: int, decode: Callable[[int], str]) -> dict[str, Any]
                 "logprob": round(float(rollout.token_logprobs[t]), 5),
                 "exit_logprob": round(float(rollout.exit_logprobs[t]), 5),
             }
-            for t in kept
+            for t in shown
         ],
     }

@@ -88,10 +88,10 @@ def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
 def policy_at(setting: str, path: str) -> Path:
     """The checkpoint at `path`, or the newest one of the stage there. Raises FileNotFoundError, naming the setting."""
     given = Path(path)
-    found = given if (given / POLICY).is_file() else latest_checkpoint(given)
-    if found is None:
+    checkpoint = given if (given / POLICY).is_file() else latest_checkpoint(given)
+    if checkpoint is None:
         raise FileNotFoundError(f"{setting}: no policy checkpoint there; give a stage or checkpoint directory")
-    return found
+    return checkpoint
 
 
 def reinforced(cfg: RunConfig) -> Path:
@@ -99,10 +99,10 @@ def reinforced(cfg: RunConfig) -> Path:
 
 
 def _trained(cfg: RunConfig, stage: str) -> Path:
-    found = latest_checkpoint(_finished(cfg, stage))
-    if found is None:
+    checkpoint = latest_checkpoint(_finished(cfg, stage))
+    if checkpoint is None:
         raise _missing(cfg, stage)
-    return found
+    return checkpoint
 
 
 def _finished(cfg: RunConfig, stage: str) -> Path:
@@ -186,12 +186,12 @@ def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     from ..checkpoint.policy_files import check_base
 
     # One of a stage's checkpoints stands for all of them, whole or not.
-    found = [path.parent for path in sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]]
+    policies = [path.parent for path in sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]]
     if stage in ("rl", "evaluate"):
-        found.append(calibrated(cfg))
+        policies.append(calibrated(cfg))
     if stage == "evaluate":
-        found += [reinforced(cfg)] if is_done(cfg, "rl") else []
-        found += [path for path in [control_policy(cfg)] if path]
+        policies += [reinforced(cfg)] if is_done(cfg, "rl") else []
+        policies += [path for path in [control_policy(cfg)] if path]
     base = HFDirectory(model_path)
-    for policy in found:
+    for policy in policies:
         check_base(policy, base, otherwise="train a policy on this one")

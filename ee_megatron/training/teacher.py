@@ -49,7 +49,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> None:
         with context.progress(updates, what="fine-tuning") as bar:
             for step in range(updates):
                 # Fine-tuning is short and keeps nothing half-way: it begins again.
-                context.stop_if_told(None, 0)
+                context.stop_if_requested(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, context.spec.num_layers)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
@@ -73,13 +73,13 @@ def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]
     for group in verified(verifier, prompts, answers):
         good = group.correct & group.well_formed
         right += int(good.sum())
-        kept = next((a for a, fits in zip(group.rollouts, good, strict=True) if fits and a.finished), None)
-        if kept is not None:
+        answer = next((a for a, fits in zip(group.rollouts, good, strict=True) if fits and a.finished), None)
+        if answer is not None:
             tokens = context.tokenizer(group.prompt.text, add_special_tokens=False)["input_ids"]
-            examples.append((np.array(tokens, dtype=np.int64), kept.tokens))
-    told = f"{right} of {len(prompts) * t.samples} samples right, {len(examples)} of {len(prompts)} problems kept"
-    logger.info("teacher: %s", told)
-    print(f"teacher: {told}")
+            examples.append((np.array(tokens, dtype=np.int64), answer.tokens))
+    summary = f"{right} of {len(prompts) * t.samples} samples right, {len(examples)} of {len(prompts)} problems kept"
+    logger.info("teacher: %s", summary)
+    print(f"teacher: {summary}")
     if len(examples) < t.batch_size:
         raise ValueError(
             f"only {len(examples)} problems were answered right, fewer than one batch of {t.batch_size}; "

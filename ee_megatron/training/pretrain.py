@@ -1,5 +1,5 @@
-"""Before stage 0: a model trained on the task's worked problems, from random weights (the size ladder) or from those of
-a pretrained one, which learns the ways to answer that it is to choose from.
+"""Before stage 0: a model trained on the task's worked problems, from random weights (the size ladder) or from a
+pretrained model, which learns the answer styles that it later chooses from.
 
 texts <- question and worked answer of every training problem
 maximise log p(text), every weight, full depth                              (learner)
@@ -80,8 +80,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> None:
 
 
 def plan(count: int, p: PretrainConfig) -> np.ndarray:
-    """Which texts make up each update, int64 [steps, batch_size]: all of them before any comes again, shuffled anew
-    each time."""
+    """Which texts make up each update, int64 [steps, batch_size]: passes over all texts, each shuffled anew."""
     generator = np.random.default_rng(p.seed)
     wanted = p.steps * p.batch_size
     order = np.concatenate([generator.permutation(count) for _ in range(-(-wanted // count))])
@@ -96,13 +95,13 @@ def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int
 
     rows = context.make_task().worked(split)
     questions = tokens([prompt.text for prompt, _ in rows])
-    # Apart, as rollouts have it: no token spans the question's end.
+    # Tokenized separately, as in rollouts: no token spans the end of the question.
     answers = tokens([f"{answer}\n" for _, answer in rows])
     return [(np.array(q + a, dtype=np.int64), len(q)) for q, a in zip(questions, answers, strict=True)]
 
 
 def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
-    """Every token but the first is predicted; no gate is asked."""
+    """Every token but the first is predicted; no gate decides."""
     batch = pack([text[:1] for text in texts], [text[1:] for text in texts], None, num_layers)
     return replace(batch, asked=torch.zeros_like(batch.asked))
 

@@ -75,7 +75,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                     keep_samples(context.directory, step + 1, collected.groups, context.decode)
                 metrics, seconds = learn(context, learner, collected.groups, step, controller)
                 if context.device_type == "cpu":
-                    # The pool works next, here too.
+                    # The pool, on the same machine, works next.
                     return_freed()
                 values = metrics | collected.health
                 seconds |= collected.seconds | {"step": time.monotonic() - begun}
@@ -142,7 +142,7 @@ class LambdaController:
     saved in every checkpoint, so that a resumed run continues with the same lambda.
 
     Policy and reference are compared on the prompts of the same steps if the reference has answered them, else with its
-    mean: a step may have few prompts, and their difficulty varies by far more than what depth costs. Warm-up steps are
+    mean: a step may have few prompts, whose difficulty varies far more than the effect of depth. Warm-up steps are
     not compared: exits that are calibrated but not yet reinforced lose accuracy when they are sampled, whatever lambda.
     """
 
@@ -157,7 +157,7 @@ class LambdaController:
         return self.state.get("lambda", self.rl.depth_penalty.weight)
 
     def update(self, step: int, accuracy: float, prompts: Sequence[str]) -> TargetState | None:
-        """Take in the accuracy of step `step`'s rollouts, equally many for each of its prompts (ids)."""
+        """Update lambda from the accuracy of step `step`'s rollouts, equally many for each of its prompts (ids)."""
         penalty, target = self.rl.depth_penalty, self.rl.depth_penalty.target
         if self.reference is None or target is None or step < price_rise(self.rl.steps, penalty.warmup):
             return None

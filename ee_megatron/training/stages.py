@@ -1,4 +1,4 @@
-"""What each stage reads and writes, and whether it is there. No torch: the command line asks before anything starts."""
+"""What each stage reads and writes, and whether it is there. No torch, so that the command line can check quickly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..observe.rundir import latest_checkpoint
 # As policy.py has it, which imports torch.
 POLICY = "policy.json"
 FIRST = ("imported", "pretrain")
-"""Stages that make the model which the others start from, and read none that a stage has made."""
+"""Stages that make the model which the others start from; they read no other stage's output."""
 
 
 def is_done(cfg: RunConfig, stage: str) -> bool:
@@ -42,7 +42,7 @@ def traces(cfg: RunConfig) -> Path:
 
 
 def calibrated(cfg: RunConfig) -> Path:
-    """The policy checkpoint that RL starts from: `start`, or this configuration's own calibration."""
+    """The policy checkpoint that RL starts from: `init_policy`, or this configuration's own calibration."""
     return (
         policy_at(f"init_policy={cfg.init_policy}", cfg.init_policy) if cfg.init_policy else _trained(cfg, "calibrate")
     )
@@ -55,7 +55,7 @@ def control_policy(cfg: RunConfig) -> Path | None:
 
 
 def trained_as(checkpoint: Path) -> str:
-    """What sets the rl stage of `checkpoint` apart, for a table: the one depth that it had, or its price of depth."""
+    """A label of `checkpoint`'s rl stage, for a table: its fixed depth, or its depth penalty."""
     stage = checkpoint.absolute().parents[1]
     try:
         rl = read_saved(stage / "config.yaml").rl if stage.name.startswith("rl-") else None
@@ -70,7 +70,7 @@ def trained_as(checkpoint: Path) -> str:
 
 def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
     """The settings, the base model and the newest checkpoint of a calibrate or rl stage, by its directory alone,
-    wherever that and this process are now. Raises FileNotFoundError or ValueError for a directory that is none."""
+    wherever that and this process are now. Raises FileNotFoundError or ValueError for any other directory."""
     cfg = read_saved(stage / "config.yaml")
     checkpoint = latest_checkpoint(stage)
     if checkpoint is None:
@@ -185,7 +185,7 @@ def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     the one at `model_path`. A model may have been replaced at its place since."""
     from ..checkpoint.policy_files import check_base
 
-    # One of a stage's checkpoints stands for all of them, whole or not.
+    # All checkpoints of a stage have the same base, so one is enough, complete or not.
     policies = [path.parent for path in sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]]
     if stage in ("rl", "evaluate"):
         policies.append(calibrated(cfg))

@@ -236,7 +236,7 @@ def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> R
 
 
 def _look(overrides: list[str], command: str, here: list[str] | None) -> tuple[RunConfig | None, list[str], list[str]]:
-    """The settings, and what is wrong with them by themselves and on this machine, as Preflight has it."""
+    """The settings, their faults by themselves, and their faults on this machine, as Preflight reports them."""
     from .config.identity import stage_order
     from .config.load import attempt
     from .training.preflight import Preflight
@@ -252,7 +252,7 @@ def _run(options: argparse.Namespace) -> int:
         return _dry_run(options.overrides, options.command)
     from .training import launch
 
-    # Of several ranks whoever started them has looked at what they read.
+    # For several ranks, the process that started them has checked their inputs.
     cfg = _configured(options) if is_rank(os.environ) else _ready(options.overrides, options.command)
 
     if options.command == "run":
@@ -263,7 +263,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(overrides: list[str], command: str) -> int:
-    """What another machine may have is no reason to refuse a plan."""
+    """Print the settings and a plan. Inputs that this machine lacks are remarks, not errors."""
     from .config.errors import refuse
     from .config.identity import to_yaml
     from .training.preflight import remarks

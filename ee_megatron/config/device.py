@@ -1,6 +1,6 @@
 """CPU or GPU: what the settings ask for, whether this node has it, and if not why, in one line.
 
-torch is imported only when a node is looked at, nvidia-smi asked only once something is missing.
+torch is imported only when a node is examined, and nvidia-smi run only if something is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def asks_for_gpus(cfg: RunConfig) -> bool:
 def pick_device(cfg: RunConfig, count: int = 1) -> str:
     """ "cuda" or "cpu" for `count` processes of this node, which take a GPU each.
 
-    Raises ValueError, one line, where GPUs are asked for, or used because they are there, and are fewer than that.
+    Raises ValueError, one line, if GPUs are required, or used because they are there, and there are fewer than `count`.
     """
     if cfg.device == "cpu":
         return "cpu"

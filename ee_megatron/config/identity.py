@@ -54,7 +54,7 @@ def stage_dir(cfg: RunConfig, stage: str) -> Path:
 
 
 def outdated(cfg: RunConfig, stage: str) -> Path | None:
-    """The directory that the stage would have had if the data at task.path had not changed since; None if it hasn't."""
+    """The stage's directory for the data that task.path had before it changed; None if it has not changed."""
     plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(identity(cfg, stage))}"
     return None if stage_dir(cfg, stage) == plain else plain
 
@@ -70,7 +70,7 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
     names, every = list(STAGES), _results(cfg)
     sections = {part: every[part] for name in names[: names.index(stage) + 1] for part in STAGES[name]}
     if "exits" in sections and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
-        # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
+        # Default exits follow the stage boundaries: the resulting depths count, not how they were set.
         sections["exits"]["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
     return sections
 
@@ -87,7 +87,7 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 def _results(cfg: RunConfig) -> dict[str, Any]:
-    """Everything that makes a difference to results, by the sections and names that it had first."""
+    """Every setting that affects results, under its original section and name."""
     sections: dict[str, dict[str, Any]] = {part: {} for parts in STAGES.values() for part in parts}
     off = {key for key in MAY_BE_OFF if find(cfg, key) is None}
     left_out = {k.key for k in KEYS if k.switch and k.key in off}

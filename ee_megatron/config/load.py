@@ -56,7 +56,7 @@ def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
 
 
 def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
-    """`load` that goes on past what is wrong, so that all of it can be said. Raises FileNotFoundError (no configs)."""
+    """`load` that continues after errors, so that all are reported. Raises FileNotFoundError (no configs)."""
     directory = find_config_dir(config_dir)
     groups = list_groups(directory)
     chosen, given = list[str](), list[Given]()
@@ -87,7 +87,7 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
 def _merged(
     composed: dict[str, Any], groups: Mapping[str, list[str]], faults: list[str], without: set[str]
 ) -> RunConfig | None:
-    """What was composed, as the schema has it. Values of a wrong type are left out, one after another, and noted."""
+    """The composed settings under the schema. Values of a wrong type are left out and added to `faults`."""
     while True:
         try:
             merged = OmegaConf.merge(SCHEMA, composed)
@@ -115,9 +115,9 @@ def _merged(
 
 
 def read_saved(path: Path) -> RunConfig:
-    """A configuration as a stage saved it. Fields that it doesn't have yet get their defaults.
+    """A configuration as a stage saved it. Missing fields get their defaults.
 
-    Raises ValueError if the file is none, or knows settings that this version doesn't.
+    Raises ValueError if the file is not a configuration, or has settings that this version lacks.
     """
     try:
         loaded = OmegaConf.load(path)
@@ -146,7 +146,7 @@ def _parsed(text: str) -> Override:
 
 
 def _read(override: Override, groups: Mapping[str, list[str]]) -> tuple[list[str], list[Given]]:
-    """A group's choice for Hydra, or a setting under the names of today. Raises ValueError for unknown ones."""
+    """A group's choice for Hydra, or a setting under today's names. Raises ValueError for unknown ones."""
     key, value = override.key_or_group, override.value()
     if key in groups and (key == "experiment" or not isinstance(value, dict)):
         text = str(override.input_line).split("=", 1)[1]
@@ -189,7 +189,7 @@ def _walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    # Older names are looked through, too: whoever mistypes one means the setting that it is now.
+    # Older names are searched, too: a mistyped one stands for today's setting.
     now = SPOKEN | {older: k.key for older, k in RENAMED.items()} | {name: name for name in known}
     names, last = list(now), key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
@@ -212,19 +212,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# ---- the other way: the settings on a command line that give a configuration again ----
+# ---- the other way: the command-line settings that reproduce a configuration ----
 
 FEW = 6
-"""No further experiment is tried once one is left by so few settings."""
+"""The search ends at an experiment from which at most so many settings differ."""
 WORDS = ("null", "true", "false", "nan", "inf", "infinity")
-"""What Hydra reads as something else than text."""
+"""Words that Hydra doesn't read as text."""
 MISSING = object()
 """Equal to no value of a setting."""
 
 
 def settings_of(cfg: RunConfig) -> list[str] | None:
-    """The shortest list found for which `load` gives `cfg`: an experiment and what differs from it. None if there is
-    none, because the configuration files are not here or a value can't be written so."""
+    """The shortest list of settings for which `load` gives `cfg`: an experiment and the differences from it. None if
+    there is none: the configuration files are missing, or a value can't be written on a command line."""
     wanted = dict(_flat(dataclasses.asdict(cfg)))
     try:
         directory = find_config_dir()
@@ -232,7 +232,7 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
         return None
     # An experiment may leave these to the user.
     given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
-    # That of the run's name first: composing all of them takes seconds.
+    # The experiment with the run's name comes first: composing all of them takes seconds.
     experiments = sorted(list_groups(directory).get("experiment", []), key=lambda name: not cfg.name.startswith(name))
     candidates: list[list[str]] = []
     for start in (*([f"experiment={name}"] for name in experiments), []):
@@ -256,7 +256,7 @@ def _loaded(directory: Path, *settings: str) -> RunConfig | None:
 
 @functools.cache
 def _base(directory: Path, *settings: str) -> dict[str, Any] | None:
-    """By key; a report of many runs asks for the same ones."""
+    """Values by key; cached, because the runs of a report share them."""
     loaded = _loaded(directory, *settings)
     return None if loaded is None else dict(_flat(dataclasses.asdict(loaded)))
 

@@ -184,7 +184,7 @@ class CalibrateConfig:
     kl_scale: float = setting(0.0, at_least=0, added_later=True, was="calibrate.reach")
     """Nats: for a share exp(-KL / kl_scale) a shallow KL counts as at full depth; 0: for none."""
     wise_ft_alpha: float = setting(1.0, at_least=0, at_most=1, was="calibrate.keep")
-    """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT)."""
+    """Share of the weights' change that remains when the adapters' training ends (WiSE-FT)."""
     gate_only_fraction: float = setting(0.0, at_least=0, at_most=1, was="calibrate.settle")
     """Share of the updates, at the end, after `wise_ft_alpha`, that train the gates alone."""
     adapter_lr: float = setting(1e-3, at_least=0)
@@ -410,7 +410,7 @@ class EvaluateConfig:
     wide_test: int = setting(0, at_least=0, added_later=True)
     """arithmetic, small: as many test problems on wide operands that every model is measured on."""
     answers: int = setting(12, at_least=0)
-    """Answers kept token by token for the report."""
+    """Answers stored token by token for the report."""
     controls: Controls | None = optional(Controls, was="evaluate.controls", bound=False)
     externalisation: Externalisation | None = optional(Externalisation, was="evaluate.externalisation")
     style_choice: StyleChoice | None = optional(StyleChoice)

@@ -48,7 +48,7 @@ STYLED = ("hops", "sums")
 
 
 class Clash(NamedTuple):
-    """Settings that don't fit one another: one line that says what was found and what to do, and their keys."""
+    """Settings that contradict each other: one line with their values and the remedy, and their keys."""
 
     text: str
     keys: tuple[str, ...]
@@ -94,14 +94,13 @@ def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
 
 
 def unless_about(entries: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
-    """The lines of those that have nothing to do with these settings; a plain line is about the one that it begins
-    with."""
+    """The lines of entries that don't involve these settings; a plain line is about the setting that it begins with."""
     each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in entries]
     return [text for text, about in each if not set(about).intersection(keys)]
 
 
 def clashes(cfg: RunConfig) -> Iterator[Clash]:
-    """Settings that don't fit one another. Each has to be right by its own rules."""
+    """Settings that contradict each other. Each must be valid by itself."""
     for rules in (_task, _families, _files, _stages, _rl, _scoring, _rollout, _parallel, _cluster):
         yield from _broken(cfg, rules(cfg))
 
@@ -202,7 +201,7 @@ def _rl(cfg: RunConfig) -> Iterator[Rule]:
 
 
 def _scoring(cfg: RunConfig) -> Iterator[Rule]:
-    """What exits and the objective have to know, and where it comes from."""
+    """Scores that exits and the objective need, and which settings provide them."""
     rl, stale, exits = cfg.rl, cfg.rollout.max_staleness, cfg.rl.exit_credit
     of_exits = "rl.exit_credit rl.exit_credit.kl_weight rl.kl_penalty.weight"
     every = exits and exits.divergence == "all" and exits_judged(rl)

@@ -39,7 +39,7 @@ class PassMode:
 
 
 POLICY, REFERENCE = PassMode(train=False), PassMode(train=False, policy=False)
-"""How rollouts are scored: the policy under their exits, the reference at full depth."""
+"""Passes that score rollouts: the policy under their exits, the reference at full depth."""
 COMPARED, HAZARDS = replace(REFERENCE, likelihood=False), replace(POLICY, likelihood=False)
 """Without a readout: the reference's hidden states for a divergence; the policy's hazards."""
 
@@ -138,9 +138,9 @@ def merged_layers_cost(dims: ModelDims, load: Load, full: bool = False) -> float
 
 
 def exits_read_cost(layout: Layout, load: Workload, group: int) -> float:
-    """An answer read once more (rl.exit_credit.divergence=all), its prompt once for a group of them: by the reference
-    at full depth, by the policy at the answer's own exits. Read out are the reference's end and, where a token may
-    exit, every exit that it came by or took, and the policy's end if it got there."""
+    """FLOPs of scoring an answer's exits (rl.exit_credit.divergence=all), its prompt once per group: by the reference
+    at full depth, by the policy at the answer's own exits. Unembedded are the reference's end and, where a token may
+    exit, every exit that it passed or took, and the policy's end if the token reached it."""
     dims, together = layout.dims, load.in_groups(group)
     readouts = load.answer + sum(load.reaching(depth) for depth in load.outcomes)
     layers = merged_layers_cost(dims, together, full=True) + merged_layers_cost(dims, together)
@@ -230,8 +230,8 @@ def step_flops(
     shared: float,
 ) -> dict[str, float]:  # fmt: skip
     """FLOPs by phase of a step that was done, from the lengths of its prompts and the exits of its answers, whoever
-    shared the work; recomputation is not counted, and every engine is taken for one that skips. `learned`: answers that
-    are learned from; shared: as in `Load.counted`."""
+    shared the work; recomputation is not counted, and engines are assumed to skip layers. `learned`: answers that the
+    updates use; shared: as in `Load.counted`."""
     layout, rl = layout.on_one_rank(), cfg.rl
     count, _, train = updates(cfg)
     train = replace(train, recompute=False, input_gradient=False)
@@ -252,12 +252,12 @@ def step_flops(
 
 
 def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
-    """FLOPs of all ranks for an update of calibration and what is scored for it, on average."""
+    """FLOPs of all ranks for an update of calibration and its scoring passes, on average."""
     c, again = cfg.calibrate, cfg.parallel.recompute
     full = TEACHERS[c.teacher] is Teacher.REFERENCE
     compared = PassMode(train=False, divergence=full)
     update = PassMode(train=True, recompute=again, input_gradient=again, likelihood=not full, divergence=full)
-    # The student's own targets, and a reach, take its divergences first, its own exits the hazards of every gate.
+    # The student's own targets, and kl_scale, need its divergences first; its own exits need every gate's hazards.
     before = [(1, load, compared)] if c.gate_targets == "current" or c.kl_scale else []
     own = [(c.student_patterns, load.at_full_depth(), HAZARDS)]
     teacher = [(full * (1 + len(before)), load, COMPARED)]
@@ -268,8 +268,8 @@ def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
 
 
 def pretrain_flops(cfg: RunConfig, dims: ModelDims, length: float, sequences: int) -> float:
-    """FLOPs of all ranks in training every weight on `sequences` sequences of `length` tokens, of which one is given
-    and the others are predicted, at full depth and without gates."""
+    """FLOPs of all ranks in training every weight on `sequences` sequences of `length` tokens, of which all but the
+    first are predicted, at full depth and without gates."""
     full = copy.deepcopy(cfg)
     full.adapter.full = True
     load = Workload(1, length - 1, (dims.num_layers,), (1.0,))

@@ -1,6 +1,6 @@
 """Bytes per learner rank and per rollout actor, by kind.
 
-Activations are what autograd keeps of one layer for the micro-batches in flight, tensor by tensor as model/ computes
+Activations are what autograd saves of one layer for the micro-batches in flight, tensor by tensor as model/ computes
 them, with every token at full depth: a batch may contain such answers.
 """
 
@@ -28,13 +28,13 @@ FP32 = 4
 REDUCE_BUCKET = 500_000_000
 """Elements of the buffer that DeepSpeed reduces gradients in (its default)."""
 PREFILL = 8192
-"""Positions that the embedded engine reads at once, at most."""
+"""Positions that the embedded engine prefills at once, at most."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What decides a learner rank's memory beside its layout. item: bytes of an element of the base (2 or 4); on_cpu:
-    attention runs in fp32; divergence: the loss has an exact one from the reference."""
+    """Settings that decide a learner rank's memory beside its layout. item: bytes of an element of the base (2 or 4);
+    on_cpu: attention runs in fp32; divergence: the loss has an exact one from the reference."""
 
     item: int
     recompute: bool
@@ -66,12 +66,12 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
         kinds["reduction bucket"] = float(sum(item * n for item, n in buffers.items()))
     kinds["activations"] = activations(layout, packed, t, pipeline_rank)
     if layout.pipeline > 1:
-        # Outputs are kept until their gradient returns (deallocate_pipeline_outputs is off).
+        # Outputs stay until their gradient returns (deallocate_pipeline_outputs is off).
         flying = in_flight(layout, pipeline_rank, packed.micro_batches)
         kinds["pipeline buffers"] = float(packed.width * hidden * t.item * (1 + flying))
     if layout.has_head(pipeline_rank):
-        # A chunk's logits in fp32, and p log p beside them; a divergence has two distributions and what its slope is
-        # made of; the head's gradient where it is trained, and a CPU's copy of a bfloat16 head, both fp32.
+        # A chunk's logits in fp32 and p log p; a divergence has two distributions and the terms of its gradient; the
+        # head's gradient if it is trained, and a CPU's copy of a bfloat16 head, both fp32.
         rows, answers = layout.vocabulary_rows, packed.each * packed.load.answer
         chunk = min(chunk_positions(rows, on_cpu=t.on_cpu, trained=full), answers)
         copies = (full + (t.on_cpu and t.item != FP32)) * hidden
@@ -90,8 +90,8 @@ def in_flight(layout: Layout, pipeline_rank: int, batches: int) -> int:
 
 
 def activations(layout: Layout, packed: Packing, t: Training, pipeline_rank: int) -> float:
-    """Peak of what autograd keeps on a rank: at the end of a micro-batch's forward pass or, under recomputation, while
-    a layer is run again."""
+    """Peak bytes that autograd saves on a rank: at the end of a micro-batch's forward pass or, under recomputation,
+    while a layer is run again."""
     hidden, full, here = layout.dims.hidden, layout.spec.full, layout.sequence_ranks
     stages, flying = layout.stages(pipeline_rank), in_flight(layout, pipeline_rank, packed.micro_batches)
     entered = packed.width * hidden * t.item / here
@@ -105,25 +105,25 @@ def activations(layout: Layout, packed: Packing, t: Training, pipeline_rank: int
         peak += packed.width * hidden / here * (FP32 + t.item * full) + layout.vocabulary_rows * hidden * t.item * full
         peak += packed.each * packed.load.answer * hidden * t.item * (1 + t.divergence)
     if t.recompute:
-        # The layer's own input is kept already, and those of the layers behind it are gone.
+        # The layer's own input is counted already; those of the layers after it have been freed.
         again = [(i + (t.item != FP32)) * entered + each[layer] for stage in stages for i, layer in enumerate(stage)]
         peak = max(peak, others + max(again))
     return peak
 
 
 def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) -> float:
-    """Bytes that autograd keeps of one layer and one micro-batch, every token at full depth; parameters left out."""
+    """Bytes that autograd saves for one layer and one micro-batch, every token at full depth, without parameters."""
     dims, e, full, load = layout.dims, t.item, layout.spec.full, packed.load
     every, active, here = packed.width, packed.filled, layout.sequence_ranks
     entering = carries_gradient(layout, layer, PassMode(True, input_gradient=t.recompute or t.zero_stage == 3))
-    # Norms keep their input in fp32 and, where the gain is trained, what it multiplies.
+    # Norms save their input in fp32 and, if the gain is trained, what it multiplies.
     total = ((every * entering + active) * FP32 + (every + active) * e * full) / here * dims.hidden
     if here > 1:
-        # Sequence parallelism: what is put at its place before a gather and before the two reduce-scatters.
+        # Sequence parallelism: copies made before a gather and before the two reduce-scatters.
         total += (active / here + 2 * active) * dims.hidden * e
     for parts in JOINT:
         rows, columns, rank = layout.joint(parts)
-        # Linears keep their input for their adapters' or their own gradient; keys and values read what queries read.
+        # Linears save their input for their adapters' or their own gradient; keys and values share that of queries.
         if (full or rank) and not (parts == KEY_VALUE and (full or layout.joint(JOINT[0])[2])):
             total += active * columns * e
         # An adapter's narrow product and its factors as joined for one product each; a row-parallel linear's second
@@ -172,7 +172,7 @@ def make_actor(
     rollout, dims, sequence = cfg.rollout, layout.dims, pages_for(longest.prompt + int(longest.answer))
     wanted = min(rollout.max_num_seqs, -(-cfg.rl.prompts_per_step // rollout.actors) * cfg.rl.group_size)
     if rollout.backend != "vllm":
-        # A row begins when what it may come to need is free.
+        # A row starts when the pages that it may need are free.
         most = pages_in(rollout.cache_gib, dims, item) if rollout.cache_gib else None
         rows = wanted if most is None else min(wanted, most // sequence)
         kinds = actor_memory(layout, longest, item, max(1, rows), device.on_cpu, most)
@@ -192,7 +192,7 @@ def actor_memory(
     """Kind -> bytes of one rollout actor with the embedded engine, a whole replica. The cache is at its fullest when
     every row is about to end: pages for all but the last token, and the pool's spare ones; `most`: pages at most."""
     dims, spec, gates = layout.dims, layout.spec, layout.spec.gate_shapes(layout.dims).items()
-    # Matrices are kept once more with adapters merged: all of a product of which one has an adapter.
+    # Matrices exist once more with adapters merged: all of a product of which one has an adapter.
     adapted = [part for parts in JOINT if layout.joint(parts)[2] for part in parts]
     changed = dims.num_layers * sum(math.prod(dims.linear_shapes()[part]) for part in adapted)
     behind = sum(dims.num_layers - depth for depth in spec.exit_depths[:1])
@@ -209,7 +209,7 @@ def actor_memory(
         kinds["packed copies"] = float(item * multiplied + FP32 * dims.vocab * dims.hidden)
     pages = pool_pages(rows * pages_for(load.prompt + int(load.answer) - 1))
     kinds["KV cache"] = float(min(pages, pages if most is None else most) * PAGE * position_bytes(dims, item))
-    # Keys and values of the prompts that are read together, and what a layer makes of them.
+    # Keys and values of the prompts that are prefilled together, and a layer's intermediate tensors.
     read = min(PREFILL, rows * load.prompt)
     kinds["prompts being read"] = float(read * item * (2 * dims.num_layers * dims.kv_size + 3 * dims.intermediate))
     # Sampling: logits, their exponentials and the running sum.
@@ -220,8 +220,8 @@ def actor_memory(
 def vllm_memory(cfg: RunConfig, layout: Layout, item: int, device: Device) -> dict[str, float]:
     """Kind -> bytes on each of vLLM's `rollout.tensor` devices, without the cache. Gates are whole on each."""
     dims, tensor, gates = layout.dims, cfg.rollout.tensor, layout.spec.gate_shapes(layout.dims)
-    # A step of CHUNK positions: the stream, its residual, the streams of positions that have left, a copy of each, and
-    # what a layer makes of them; and a gate's first matrix, rounded to the stream's dtype.
+    # A step of CHUNK positions: the stream, its residual, the streams of positions that have exited, a copy of each, a
+    # layer's intermediate tensors; and a gate's first matrix, rounded to the stream's dtype.
     widest = max(3 * dims.intermediate, 2 * dims.q_size + 2 * dims.kv_size) // tensor
     first = max((math.prod(shape) for name, shape in gates.items() if name.endswith("fc1.weight")), default=0)
     kinds = {

@@ -41,7 +41,7 @@ FIGURES = ("accuracy", "mean_depth", "reward", "loss")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 (a run failed), 130 (told to stop). Raises Faults with everything that is wrong."""
+    """Returns the exit code: 0, 1 (a run failed), 130 (stopped on request). Raises Faults with all errors."""
     if arguments and arguments[0] in ("status", "collect"):
         return _look(*arguments)
     return _sweep(parse_arguments(list(arguments)))

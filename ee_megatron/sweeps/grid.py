@@ -94,8 +94,8 @@ class Grid:
         return [key for axis in self.axes for key in axis[0]]
 
     def add(self, text: str) -> None:
-        """One setting; of two with one value the later one counts. Raises ValueError: not a setting, an axis that can't
-        be one, an axis and something else of the same key."""
+        """Add a setting; of two single values of a key the later one counts. Raises ValueError: not a setting, a key
+        that can't be an axis, an axis and another setting of the same key."""
         key, values, several = parse(text)
         if key in self.keys or (several and key in self.fixed):
             raise ValueError(f"{key}: given twice; give all its values in one setting, {key}=a,b,c")
@@ -171,7 +171,7 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
         raise ValueError(f"{text}: expected key=value, key=a,b,c or key=range(...) ({said})") from None
     if override.is_delete():
         raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
-    # What is fixed keeps the user's own words.
+    # A fixed setting stays in the user's own words.
     return key, values if several else [Value(override.get_value_string(), override.value())], several
 
 
@@ -252,7 +252,7 @@ def _axis(key: str, values: Any) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """A value from YAML as a setting's text: a string is what one would type behind `key=`."""
+    """A value from YAML as a setting's text: a string is taken as typed after `key=`."""
     if isinstance(value, dict):
         raise ValueError(f"{key}: holds a section; write keys with dots, e.g. {key}.field: value")
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

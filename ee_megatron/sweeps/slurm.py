@@ -20,15 +20,15 @@ from .task import run_task
 
 SLURM_S = 60.0
 WARNING_S = 300
-"""How long before a time limit submitit is told."""
+"""How long before a time limit submitit gets the signal."""
 SLURMS_ARRAY = 1001
-"""Slurm's own MaxArraySize where nobody has set another."""
+"""Slurm's default MaxArraySize."""
 PARTING_S = 30
-"""Of the warning, what is left when a stage that has not heeded it is killed: for the record and the way back."""
+"""Seconds before the time limit when a stage that ignores the warning is killed: time for the record and requeueing."""
 
 
 class SlurmTask:
-    """What submitit runs on a node: called, and called again after a requeue with what `checkpoint` returned."""
+    """The task that submitit runs on a node; after a requeue it calls the one that `checkpoint` returned."""
 
     def __init__(self, directory: Path, key: str, warning_s: float):
         self.directory, self.key, self.warning_s = directory, key, warning_s
@@ -50,7 +50,7 @@ class SlurmTask:
             try:
                 requeue(number, None)
             except (RuntimeError, subprocess.SubprocessError) as error:
-                # It may not go back into the queue any more, or Slurm does not take it back.
+                # No requeues are left, or Slurm refuses it.
                 record.error = str(error)
                 sweep.write_record(self.key, record)
         if record.state != FINISHED:
@@ -67,11 +67,11 @@ def submit(
     sweep: Sweep, tasks: Sequence[StageTask], options: Mapping[str, str], parallel: int, requeues: int,
     queue: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Submit tasks as one job array per level (a plain job for a single task; several arrays where Slurm takes none of
-    that size) and return at once.
+    """Submit tasks as one job array per level (a plain job for a single task; several arrays above Slurm's maximal
+    size) and return at once.
 
-    options: of sbatch; parallel: tasks at a time; requeues: after time limits, at most. A level starts after all that
-    it needs, submitted now or in the `queue`, has ended, however: a run whose shared stages failed says so itself.
+    options: of sbatch; parallel: tasks at a time; requeues: after time limits, at most. A level starts when all jobs
+    that it needs, submitted now or in the `queue`, have ended, even with errors: each task then checks its own needs.
     Raises RuntimeError with sbatch's words if it refuses.
     """
     earlier = {key: job for key, job in sweep.submitted().items() if key in queue}
@@ -155,7 +155,7 @@ def queued(sweep: Sweep) -> dict[str, str]:
     jobs = sweep.submitted()
     if not jobs:
         return {}
-    # Slurm refuses a list of which every job is gone, so all of them are asked for and sorted out here.
+    # Slurm refuses a list of which every job is gone, so all of the user's jobs are listed and filtered here.
     said = _ask("squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me")
     states: dict[str, str] = {}
     for line in said.splitlines():
@@ -165,7 +165,7 @@ def queued(sweep: Sweep) -> dict[str, str]:
 
 
 def _ask(*command: str) -> str:
-    """What a program of Slurm's says; nothing where there is none. Raises RuntimeError if it does not answer."""
+    """The output of a Slurm program; "" if it is not installed. Raises RuntimeError if it fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=True)
     except FileNotFoundError:

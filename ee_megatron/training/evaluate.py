@@ -53,7 +53,7 @@ SEED = 0
 
 
 def policies(cfg: RunConfig) -> dict[str, Path]:
-    """What is there to evaluate besides the teacher, by name: checkpoints."""
+    """Name -> checkpoint of each policy to evaluate besides the teacher."""
     checkpoints = {"calibrated": stages.calibrated(cfg)}
     if stages.is_done(cfg, "rl"):
         checkpoints["reinforced"] = stages.reinforced(cfg)
@@ -102,8 +102,8 @@ class Part:
 
 
 class Measurer:
-    """Measures models on the task's splits by a rollout pool. Answers are made once for the same weights and request,
-    and kept (answer_cache.py). The weights that were loaded last answer."""
+    """Measures models on the task's splits by a rollout pool, always with the weights that were loaded last. Answers
+    for the same weights and request are generated once and cached (answer_cache.py)."""
 
     def __init__(self, context: StageContext, sets: int):
         self.context, cfg = context, context.cfg

@@ -30,7 +30,7 @@ TASK_READERS = ("pretrain", "teacher", "traces", "rl", "evaluate")
 
 
 class Preflight:
-    """Looks at configurations; at files that several of them name, once."""
+    """Checks configurations before they run; a file that several of them name is checked once."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[str]] = {}
@@ -59,7 +59,7 @@ class Preflight:
         missing += self._of_files(cfg, dims, wanted)
         (missing if _is_given(cfg.task) else together).extend(self._of_data(cfg, wanted))
         keys = {*wrong, *loaded.without}
-        # How many nodes and devices a job takes is told by these.
+        # These sections decide how many nodes and devices a job takes.
         placed = not any(key.split(".")[0] in ("cluster", "parallel", "rollout", "device") for key in keys)
         if here is not None and wanted and placed:
             missing += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
@@ -99,7 +99,7 @@ class Preflight:
 
 
 def _is_given(task: TaskConfig) -> bool:
-    """Whether its problems come from outside this package, and may be there on one machine and not on another."""
+    """Whether its problems come from outside this package, so that a machine may lack them."""
     return bool(task.path) or task.name == "reasoning_gym"
 
 
@@ -112,7 +112,7 @@ def _dims_of(cfg: RunConfig) -> tuple[ModelDims | None, list[str]]:
 
 
 def check_start(cfg: RunConfig, dims: ModelDims) -> None:
-    """Raises ValueError if the policy at `start` has other adapters, exits or gates than the settings say."""
+    """Raises ValueError if the policy at `init_policy` has other adapters, exits or gates than the settings."""
     # Late: torch takes seconds to import.
     from ..policy import read_policy_json
 
@@ -175,8 +175,8 @@ def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterato
 
 
 def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[str]) -> list[str]:
-    """Line by line; those that start it come last. `command`: a stage, up to which directories are named, or "run";
-    `missing`: what it would be refused for here. Without a model directory what depends on the model is left out."""
+    """Lines of a dry run; the commands that start it come last. `command`: the last stage to list, or "run"; `missing`:
+    reasons why it would be refused here. Without a model directory, lines that depend on the model are left out."""
     parallel, estimates = cfg.parallel, list[str]()
     lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
     if (model_dir(cfg) / "config.json").is_file():

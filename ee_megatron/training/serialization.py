@@ -117,18 +117,18 @@ def _load(
 
 SAMPLES = "samples"
 STEPS, PER_STEP, TOKENS = 8, 3, 400
-"""So many steps of a run, the first and the last among them; answers of each, to as many problems where there are; and
-tokens of an answer, of a longer one its two ends."""
+"""Number of sampled steps of a run, first and last included; answers per step, each to another problem if possible; and
+tokens per answer (a longer answer's two ends)."""
 
 
 def sampled_steps(steps: int) -> set[int]:
-    """Which of `steps` steps, counted from 1."""
+    """The steps whose answers are stored, counted from 1."""
     return {int(step) for step in np.linspace(1, steps, min(STEPS, steps)).round()}
 
 
 def keep_samples(directory: RunDirectory, step: int, groups: Sequence[Group], decode: Callable[[int], str]) -> None:
-    """The first answers of as many groups as there are, as a file that appears whole; a step that is done again writes
-    the same one."""
+    """Write PER_STEP answers, of as many groups as possible, to a file that appears whole; repeating a step writes the
+    same file."""
     chosen = [(group, k) for k in range(max(len(g.rollouts) for g in groups)) for group in groups]
     chosen = [(group, k) for group, k in chosen if k < len(group.rollouts)][:PER_STEP]
     entries = [_entry(group, k, decode) for group, k in chosen]

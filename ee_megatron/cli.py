@@ -174,7 +174,7 @@ def _add(
 
 
 def _options(parser: argparse.ArgumentParser, *rows: tuple[str, str | int | float | None, str | None, str]) -> None:
-    """(option, default, which says its type, what stands for its value in the help, the help)."""
+    """Rows: option, default (it determines the type), metavar, help."""
     for option, default, metavar, text in rows:
         kind = str if default is None else type(default)
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
@@ -225,8 +225,8 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 
 
 def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
-    """The settings of a stage, or of all of them ("run"), once all that they need has been looked at, this machine too
-    if it `starts_here`. Raises Faults."""
+    """The settings of a stage, or of all of them ("run"), after checking their inputs, and this machine too if it
+    `starts_here`. Raises Faults."""
     from .config.errors import refuse
 
     cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None)

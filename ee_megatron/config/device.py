@@ -100,7 +100,7 @@ def hides_all(visible: str | None) -> bool:
 
 
 def _none() -> str:
-    """Why torch finds no GPU at all, and what would help. The first of these that holds."""
+    """The first reason that applies why torch finds no GPU at all, and the remedy."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -132,7 +132,7 @@ def _none() -> str:
 
 
 def _smi(*options: str) -> tuple[str, str]:
-    """(what nvidia-smi prints, ""), or ("", why it prints nothing)."""
+    """(nvidia-smi's output, ""), or ("", why it failed)."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *options], capture_output=True, text=True, timeout=SMI_S, check=False, errors="replace"

@@ -1,8 +1,8 @@
 """Where a stage's results live: one directory per set of settings that can change them.
 
-A run with other ranks, actors or deadlines finds the same directory and goes on; one with another learning rate has
-its own, and so has one whose data set has changed: the content that a stage was made from is recorded in its directory.
-Settings stand in the identity by the names that they had first (`Rules.was`), so that renaming one loses no results.
+A run with other ranks, actors or deadlines resumes in the same directory; one with another learning rate has its own,
+and so has one whose data set has changed: a hash of the data that a stage was made from is recorded in its directory.
+The identity uses each setting's original name (`Rules.was`), so that renaming one loses no results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
 }
 
-# Stages that a run may do without: model.checkpoint says so, or a section of the stage's name.
+# Stages that a run may skip: model.checkpoint decides, or the section of the stage's name.
 OPTIONAL = ("imported", "pretrain", "teacher")
 RECORD = "data.json"
 """In a stage's directory: {"sha256": of the content at task.path}. Stages of older versions have none."""
@@ -123,7 +123,7 @@ def _put(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
 def digest(path: str) -> str:
     """SHA-256 of a data set's files, by name and content; of a single file by its content alone. "" if there are none.
 
-    Files are read once per process while their sizes and times stay what they are.
+    Files are read once per process unless their sizes or times change.
     """
     if not path:
         # Path("") is the working directory, which may hold environments and a million files.
@@ -145,6 +145,6 @@ def digest(path: str) -> str:
 
 
 def recorded(stage: Path) -> str:
-    """The content that a stage was made from; "" if that is not known."""
+    """The hash of the data that a stage was made from; "" if unknown."""
     file = stage / RECORD
     return str(json.loads(file.read_text())["sha256"]) if file.is_file() else ""

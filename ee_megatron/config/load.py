@@ -1,5 +1,5 @@
-"""Command-line settings -> one `RunConfig`: Hydra composes the chosen files, the settings are put over them, and what
-comes out is compared with the schema key by key and merged into it, whether a value came from a file or a terminal."""
+"""Command-line settings -> one `RunConfig`: Hydra composes the chosen files, the settings override them, and the result
+is checked against the schema key by key and merged into it, whether a value came from a file or the command line."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .schema import KEYS, RunConfig
 KNOWN = {k.key: None if k.kind else k.type for k in KEYS}
 """Every dotted key of the schema -> the name of its type, None for a section."""
 SPOKEN = {"rl.lambda": "rl.depth_penalty.weight", "rl.lr": "rl.adapter_lr", "rl.learning_rate": "rl.adapter_lr"}
-"""What people call settings that have another name, for suggestions."""
+"""Common other names of settings, for suggestions."""
 SCHEMA = OmegaConf.structured(RunConfig)
-"""Made once, since that takes as long as merging, which copies it."""
+"""Built once: that takes as long as merging, which copies it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """What settings come to. `faults`: one line each for those that cannot be read; `without`: their keys; `cfg`: what
-    the others make, None where that cannot be said."""
+    """The result of loading settings. `faults`: one line for each that cannot be read; `without`: their keys; `cfg`:
+    the configuration without them, None if there is none."""
 
     cfg: RunConfig | None
     faults: list[str]

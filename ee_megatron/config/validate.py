@@ -1,7 +1,7 @@
-"""Whether settings can be right: each by the rules on its field, then whether they fit each other and the model.
+"""Validation of settings: each by the rules on its field, then against each other and the model.
 
-All that is wrong is said at once. What is wrong with a setting by itself hides what follows from that: a check of
-several settings runs with the default in place of a faulty one, and says nothing of that one.
+All faults are reported at once. A fault of a single setting hides those that follow from it: a check of several
+settings runs with the default in place of a faulty one, and reports nothing about that one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ TASK_FAMILIES = {
     "sums": tuple(f"hop{hops}" for hops in range(1, 5)),
 }
 STYLED = ("hops", "sums")
-"""Tasks whose answers have styles to choose from."""
+"""Tasks whose answers have several styles."""
 
 
 class Clash(NamedTuple):
@@ -71,7 +71,7 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
 
 def alone(cfg: RunConfig) -> dict[str, str]:
-    """Settings that are wrong by themselves: key -> fault."""
+    """Settings that break their field's own rules: key -> fault."""
     faults = {key: text for key, value, rules in settings(cfg) if (text := fault(key, value, rules))}
     return faults if cfg.model.path else faults | {"model.path": "model.path: empty; expected a Hugging Face directory"}
 
@@ -285,10 +285,10 @@ def nearest(choices: Sequence[int], wanted: int) -> str:
 
 
 def model_faults(cfg: RunConfig, dims: ModelDims) -> Iterator[Clash]:
-    """What does not fit the model."""
+    """Settings that don't fit the model."""
     from ..exits import gate_units
 
-    # auto: as small as it may turn out; the pool knows (rollout/pool).
+    # auto: the smaller dtype; the pool checks again with the real one (rollout/pool).
     item = 4 if cfg.model.dtype == "float32" else 2
     layout = "exits.depths parallel.pipeline"
     for check, about in (

@@ -156,12 +156,12 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
     return total / tokens / layout.num_layers
 
 
-def interpolated(policy: Stream, start: Mapping[str, torch.Tensor], keep: float) -> Stream:
-    """The policy with `keep` of its body's change since `start`; gates stay (Wortsman et al. 2022, "Robust fine-tuning
-    of zero-shot models", arXiv 2109.01903)."""
+def interpolated(policy: Stream, start: Mapping[str, torch.Tensor], alpha: float) -> Stream:
+    """The policy with the share `alpha` of its body's change since `start`; gates are unchanged (WiSE-FT: Wortsman et
+    al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903)."""
 
     def change(block: Block) -> torch.Tensor:
-        share = change_share(block.name, keep)
+        share = change_share(block.name, alpha)
         if share == 1:
             return block.data
         begun = part_of(start, block.name, slice(block.first, block.first + len(block.data)))

@@ -72,7 +72,7 @@ def save_answers(directory: Path, answered: AnsweredSet) -> None:
 
 
 def load_answers(directory: Path) -> AnsweredSet:
-    """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for what isn't that."""
+    """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for any other content."""
     lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
     names = ("text", "finished", "weight_version")
     rollouts = [

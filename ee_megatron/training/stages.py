@@ -127,7 +127,7 @@ def start_model(cfg: RunConfig, stage: str) -> Path:
 
 
 def inputs(cfg: RunConfig, stage: str) -> tuple[Path, ...]:
-    """What the function of `stage` takes: that model, and what the stage before it made. Raises as `start_model`."""
+    """Arguments of `stage`'s function: its start model and the previous stage's output. Raises as `start_model`."""
     made = {"calibrate": traces, "rl": calibrated}
     models = () if stage == "imported" else (start_model(cfg, stage),)
     return (*models, made[stage](cfg)) if stage in made else models
@@ -144,9 +144,9 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
 
 
 def ready_model(cfg: RunConfig, stage: str) -> Path:
-    """The model that `stage` starts from, its weights checked; that of `pretrain` is drawn here if it has to be, that
-    of `imported` is what model.path says of it. Done before ranks start, whose launcher would bury the one line of an
-    error in its own report.
+    """The model that `stage` starts from, its weights checked; for `pretrain` random weights are drawn here if needed,
+    for `imported` it is model.path. Done before ranks start, whose launcher would bury the one line of an error in its
+    own report.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -157,7 +157,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
         from .pretrain import draw_model
 
         return draw_model(cfg, path)
-    # Every shard is there, whole and as config.json says, by their headers.
+    # Checks by the headers that every shard is complete and matches config.json.
     HFDirectory(path)
     check_bases(cfg, stage, path)
     return path
@@ -174,7 +174,7 @@ def check_given(cfg: RunConfig) -> None:
 
 def check_checkpoint(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if model.checkpoint cannot be imported."""
-    # Late: torch takes seconds to import, and other runs need none for this.
+    # Imported late: torch takes seconds, and most runs don't need it here.
     from .import_checkpoint import open_source
 
     open_source(cfg)

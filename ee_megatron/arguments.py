@@ -1,4 +1,4 @@
-"""How every command reads its options: what is wrong with them is one line, and numbers are numbers."""
+"""Option parsing of every command: errors are one line, and numbers are finite."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ LARGEST = 2**63
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is one line and exit code 2, without the usage; and of numbers, whatever option they are
-    for, none is infinite, no number at all, or beyond 64 bits."""
+    """argparse's parser, but an error is one line and exit code 2, without the usage; and no option accepts a number
+    that is infinite, nan, or beyond 64 bits."""
 
     def error(self, message: str) -> NoReturn:
         text = "".join(c if c.isprintable() else " " for c in message)
         print(f"error: {text}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
-    # Subcommands' parsers are asked by this method too, each for its own options.
+    # argparse calls this method for subcommands' parsers too, each with its own options.
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        found, rest = super().parse_known_args(args, namespace)
-        for name, value in vars(found).items():
+        options, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(options).items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if number and not (math.isfinite(value) and abs(value) < LARGEST):
                 self.error(f"--{name.replace('_', '-')} {value}: expected a finite number")
-        return found, rest
+        return options, rest

@@ -174,7 +174,7 @@ def _add(
 
 
 def _options(parser: argparse.ArgumentParser, *rows: tuple[str, str | int | float | None, str | None, str]) -> None:
-    """(option, default, which says its type, what stands for its value in the help, the help)."""
+    """Rows: option, default (it determines the type), metavar, help."""
     for option, default, metavar, text in rows:
         kind = str if default is None else type(default)
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
@@ -225,8 +225,8 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 
 
 def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
-    """The settings of a stage, or of all of them ("run"), once all that they need has been looked at, this machine too
-    if it `starts_here`. Raises Faults."""
+    """The settings of a stage, or of all of them ("run"), after checking their inputs, and this machine too if it
+    `starts_here`. Raises Faults."""
     from .config.errors import refuse
 
     cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None)
@@ -236,14 +236,14 @@ def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> R
 
 
 def _look(overrides: list[str], command: str, here: list[str] | None) -> tuple[RunConfig | None, list[str], list[str]]:
-    """The settings, and what is wrong with them by themselves and on this machine, as Preflight has it."""
+    """The settings, their faults by themselves, and their faults on this machine, as Preflight reports them."""
     from .config.identity import stage_order
     from .config.load import attempt
     from .training.preflight import Preflight
 
-    found = attempt(overrides)
-    wanted = [command] if command != "run" else stage_order(found.cfg) if found.cfg else []
-    return found.cfg, *Preflight().look(found, wanted, inputs=command != "run", here=here)
+    result = attempt(overrides)
+    wanted = [command] if command != "run" else stage_order(result.cfg) if result.cfg else []
+    return result.cfg, *Preflight().look(result, wanted, inputs=command != "run", here=here)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -252,7 +252,7 @@ def _run(options: argparse.Namespace) -> int:
         return _dry_run(options.overrides, options.command)
     from .training import launch
 
-    # Of several ranks whoever started them has looked at what they read.
+    # For several ranks, the process that started them has checked their inputs.
     cfg = _configured(options) if is_rank(os.environ) else _ready(options.overrides, options.command)
 
     if options.command == "run":
@@ -263,7 +263,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(overrides: list[str], command: str) -> int:
-    """What another machine may have is no reason to refuse a plan."""
+    """Print the settings and a plan. Inputs that this machine lacks are remarks, not errors."""
     from .config.errors import refuse
     from .config.identity import to_yaml
     from .training.preflight import remarks
@@ -288,8 +288,8 @@ def _job(options: argparse.Namespace) -> int:
     cfg = _ready(options.overrides, options.stage, starts_here=False)
     from .training.launch import describe_job
 
-    found = describe_job(cfg, options.stage, os.environ)
-    print("\n".join(f"{key}={value}" for key, value in found.items()))
+    job = describe_job(cfg, options.stage, os.environ)
+    print("\n".join(f"{key}={value}" for key, value in job.items()))
     return 0
 
 

@@ -85,7 +85,7 @@ def _base_of(policy: Path) -> Path:
     from .policy import read_policy_json
     from .training.stages import trained
 
-    # The complaint about a directory that holds no policy comes first.
+    # First, because it raises for a directory that holds no policy.
     read_policy_json(policy)
     stage = stage_of(policy)
     if stage is None:
@@ -108,7 +108,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _import_policy(args: argparse.Namespace, source: ModelSource) -> Policy:
-    """Adapters and gates of an import: given, brought along by the directory, fresh if asked for, or none."""
+    """Adapters and gates of an import: from --policy, from the directory, fresh if requested, or none."""
     from .checkpoint.policy_files import no_policy, policy_on
     from .checkpoint.sources import gates_of
     from .exits import ExitLayout
@@ -157,7 +157,7 @@ def _write(args: argparse.Namespace, source: ModelSource, policy: Policy) -> int
 
 
 def _boundaries(layers: int, policy: Policy, pipeline: int, virtual: int) -> ExitLayout:
-    """Where stages may meet: at the model's exits; a plain model is cut evenly."""
+    """Possible stage boundaries: the model's exits; even cuts for a plain model."""
     from .exits import ExitLayout
 
     if policy[0].exit_depths:
@@ -202,7 +202,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _export_parts(args: argparse.Namespace) -> tuple[ModelSource, Policy]:
-    """Base and policy of an export: both in a Megatron checkpoint, or a policy and its base, given or its run's."""
+    """Base and policy of an export: both from a Megatron checkpoint, or a policy and its base (--hf or its run's)."""
     from .checkpoint.describe import open_base
     from .checkpoint.megatron_read import MegatronDirectory, refuse_foreign
     from .checkpoint.policy_files import base_identity, policy_beside, policy_on

@@ -1,4 +1,4 @@
-"""An interrupt that isn't lost on its way to the command."""
+"""Keeps library code from swallowing an interrupt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A block in which whatever fails after SIGINT fails as KeyboardInterrupt.
+    """A block in which any exception after SIGINT becomes KeyboardInterrupt.
 
-    Python raises that wherever the program is. Inside of an extension it may be dropped for an error of the extension's
-    own: torch.tensor, interrupted while it reads a sequence, "could not determine the shape". Blocks may be nested.
-    Where SIGINT isn't Python's to handle, or in another thread than the main one, nothing is changed.
+    Python raises KeyboardInterrupt wherever the program is. An extension may replace it by an error of its own:
+    torch.tensor, interrupted while it reads a sequence, "could not determine the shape". Blocks may be nested.
+    If Python doesn't handle SIGINT, or in another thread than the main one, nothing is changed.
     """
     before = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():

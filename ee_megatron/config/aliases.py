@@ -1,4 +1,4 @@
-"""Settings that older versions had: what became of them, on a command line, in a file, and in the names of results."""
+"""Renamed and removed settings of older versions: on a command line, in a file, and in the names of results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 
 class Removed(NamedTuple):
-    """A removed setting. `default`: the value that it now always has, accepted for one release; `instead`: what to do
-    where it had another; `hashed`: it still stands in the identity of results (identity.py) with that value."""
+    """A removed setting. `default`: the value that it now always has, accepted for one release; `instead`: advice for
+    other values; `hashed`: it is still part of the identity of results (identity.py), with that value."""
 
     default: Any
     instead: str = "leave it out"
@@ -78,8 +78,8 @@ MAY_BE_OFF = {k.key: k.on for k in KEYS if k.on is not None}
 """Sections that may be switched off -> whether they are on by default."""
 
 NORMAL, SWITCH, BOUND = 0, 1, 2
-"""When a setting is set: in order; after those, because it overrules them (older switches); last, and only where its
-section is on, as an older name that never switched it on."""
+"""When a setting is applied: in order; afterwards, because it overrides the others (older switches); last, and only if
+its section is on (older names that never switched it on)."""
 Given = tuple[str, Any, int]
 
 
@@ -100,56 +100,56 @@ REWRITTEN: dict[str, Callable[[Any], list[Given]]] = {
     "rl.kl_sum": _kl_sum,
     "rl.kl_penalty.sum": _kl_sum,
 }
-"""Older names whose values are others now."""
+"""Older names whose values changed, too."""
 
 
-def modern(key: str, value: Any, told: bool) -> list[Given]:
-    """(key, value, when) by the names of today; `told`: an older name is warned of. Raises ValueError for a setting
-    that was removed, unless it has the value that is now its only one."""
+def modern(key: str, value: Any, warns: bool) -> list[Given]:
+    """(key, value, when) under today's names; `warns`: warn about an older name. Raises ValueError for a removed
+    setting, unless it has the value that is now its only one."""
     if gone := REMOVED.get(key):
         if value != gone.default:
             raise ValueError(f"{key}={value}: was removed and is always {gone.default} now; {gone.instead}")
-        found = list[Given]()
+        settings = list[Given]()
     elif key in REWRITTEN:
-        if told and REWRITTEN[key] is _kl_sum and not value:
+        if warns and REWRITTEN[key] is _kl_sum and not value:
             raise ValueError(f"{key}={value}: leave it out, or set rl.kl_penalty.kind=reward")
-        found = REWRITTEN[key](value)
+        settings = REWRITTEN[key](value)
     elif SWITCHES.get(key, key) != key:
-        found = [(SWITCHES[key], value, SWITCH)]
+        settings = [(SWITCHES[key], value, SWITCH)]
     elif (new := RENAMED.get(key)) is None:
         return [(key, value, NORMAL)]
     elif new.is_switch:
-        found = [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
+        settings = [(new.inside[-1], None, SWITCH) if value == new.rules.off else (new.key, value, SWITCH)]
     else:
-        found = [(new.key, value, BOUND if new.bound else NORMAL)]
-    if told:
-        called = " and ".join(name for name, _, _ in found)
+        settings = [(new.key, value, BOUND if new.bound else NORMAL)]
+    if warns:
+        called = " and ".join(name for name, _, _ in settings)
         warn(f"{key}: this setting {f'is {called} now' if called else 'was removed; leave it out'}")
-    return found
+    return settings
 
 
 @functools.cache
 def warn(text: str) -> None:
-    """Each line once."""
+    """Log each line once."""
     log.warning(text)
 
 
-def modernise(config: dict[str, Any], *, told: bool) -> list[str]:
-    """Give a nested configuration the names of today, in place. Returns a fault for each setting that there is no more,
-    unless it has the value that is now its only one."""
-    faults, found = list[str](), list[Given]()
+def modernise(config: dict[str, Any], *, warns: bool) -> list[str]:
+    """Give a nested configuration today's names, in place. Returns a fault for each removed setting, unless it has the
+    value that is now its only one."""
+    faults, settings = list[str](), list[Given]()
     for key in (*REWRITTEN, *REMOVED, *RENAMED, *SWITCHES):
         *path, name = key.split(".")
         part = _section(config, path)
         if part is None or name not in part or SWITCHES.get(key) == key:
             continue
         try:
-            found += modern(key, part.pop(name), told)
+            settings += modern(key, part.pop(name), warns)
         except ValueError as error:
             faults.append(str(error))
         if not part and path:
             del config[path[0]]
-    assign_all(config, found, told=told)
+    assign_all(config, settings, warns=warns)
     for key in MAY_BE_OFF:
         *path, name = key.split(".")
         part = _section(config, path)
@@ -164,17 +164,17 @@ def _section(config: Any, path: list[str]) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def assign_all(config: dict[str, Any], given: list[Given], *, told: bool) -> None:
-    """Set values in a nested configuration, each when it is its turn."""
+def assign_all(config: dict[str, Any], given: list[Given], *, warns: bool) -> None:
+    """Set values in a nested configuration, in the order of NORMAL, SWITCH, BOUND."""
     for key, value, when in sorted(given, key=lambda entry: entry[2]):
         if when != BOUND or _is_on(config, key):
             assign(config, key, value)
-        elif told:
+        elif warns:
             warn(f"{key}: has no effect, the section is switched off")
 
 
 def assign(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value; of a section that may be off: true or some of its fields switch it on, null and false off."""
+    """Set a value. A section that may be off: true or any of its fields switches it on, null and false off."""
     *path, name = key.split(".")
     part = config
     for step in path:

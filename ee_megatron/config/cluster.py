@@ -1,4 +1,4 @@
-"""Which nodes and devices of a Slurm job do what, and what jobs ask sbatch for beside nodes.
+"""Which nodes and devices of a Slurm job do what, and the sbatch options of jobs beside nodes.
 
 Learner ranks take the first nodes of a job, rollout actors the last: cluster.rollout_nodes of their own or, where that
 is 0, all of them, beside the ranks.
@@ -38,7 +38,7 @@ class JobShape:
 
     @property
     def shares_devices(self) -> bool:
-        """Whether actors have to live on devices that learner ranks use."""
+        """Whether actors have to share devices with learner ranks."""
         apart = self.learner_nodes + self.rollout_nodes <= self.nodes or self.first_device > 0
         return bool(self.gpus_per_node) and not apart
 
@@ -56,7 +56,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     per_node = -(-world // min(available, world))
     hosts = ((own or cluster.nodes) if stage in LEARNS else nodes) if needs_actors else 0
     actors = -(-rollout.actors // hosts) if hosts else 0
-    # On a node that also learns, actors get the devices behind the ranks' where these are enough.
+    # On a node with learner ranks, actors get the devices after the ranks' if these are enough.
     behind = per_node if stage in LEARNS and hosts == nodes else 0
     enough = seats(cluster.gpus_per_node - behind, actor_share(rollout)) >= actors
     return JobShape(
@@ -72,10 +72,10 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
 
 
 def verifier_workers(cfg: RunConfig, stage: str, device: str, environment: Mapping[str, str], cores: int) -> int:
-    """Those of the `cores` that the leader may run on which nobody else on its node needs: at least 1, at most
-    MOST_VERIFIERS. `device`: of ranks and actors, "cpu" or "cuda"."""
+    """How many of rank 0's `cores` no other process on its node needs: at least 1, at most MOST_VERIFIERS. `device`:
+    of ranks and actors, "cpu" or "cuda"."""
     busy = 1
-    # srun binds a rank to cores of its own; elsewhere all processes of a node share what one of them sees.
+    # srun binds a rank to cores of its own; elsewhere all processes of a node share the same cores.
     if cores > int(environment.get("SLURM_CPUS_PER_TASK", "0")):
         shape = job_shape(cfg, stage)
         actors = shape.actors_per_node if shape.rollout_nodes == shape.nodes else 0
@@ -93,12 +93,12 @@ def seats(devices: int, share: float) -> int:
 
 
 def require_ray_tokens() -> None:
-    """Raises ValueError if the Ray installed here is older than its tokens: it ignores RAY_AUTH_MODE, and
-    anybody who reaches such a cluster can run code on it."""
-    found = metadata.version("ray")
-    if [int(part) for part in re.findall(r"\d+", found)[:2]] < [2, 52]:
+    """Raises ValueError if the installed Ray is older than token authentication: it ignores RAY_AUTH_MODE, and anybody
+    who reaches such a cluster can run code on it."""
+    version = metadata.version("ray")
+    if [int(part) for part in re.findall(r"\d+", version)[:2]] < [2, 52]:
         raise ValueError(
-            f"ray {found} has no token authentication, so that a cluster of several machines would be open to all; "
+            f"ray {version} has no token authentication, so that a cluster of several machines would be open to all; "
             "install ray 2.52 or newer: pip install 'ray>=2.52,<3'"
         )
 
@@ -109,7 +109,7 @@ SITE = "EE_SBATCH"
 """Environment variable, set in slurm/site.env: options of every job."""
 DEFAULTS = {"cpus-per-task": "8", "mem": "0"}
 """Cores of a task slot, memory of a node (0: all of it), as the #SBATCH lines of slurm/*.sh say."""
-# Ways to ask for the same, of which sbatch takes one.
+# Alternative options for the same resource; sbatch takes one of each.
 SAME = (
     ("mem", "mem-per-cpu", "mem-per-gpu"),
     ("cpus-per-task", "cpus-per-gpu"),
@@ -119,9 +119,9 @@ SETTINGS = ("nodes", "ntasks", "ntasks-per-node", "array")
 
 
 def site_options(environment: Mapping[str, str]) -> dict[str, str]:
-    """EE_SBATCH as option -> value, "" for one without. Raises ValueError for what a job script could not take: a word
-    that is no --option=value, what the settings say, another way to ask for what the scripts' #SBATCH lines ask for."""
-    found: dict[str, str] = {}
+    """EE_SBATCH as option -> value, "" for one without. Raises ValueError for a word that is not --option=value, an
+    option that follows from the settings, and an alternative (SAME) to an option of the scripts' #SBATCH lines."""
+    options: dict[str, str] = {}
     text = environment.get(SITE, "")
     try:
         given = shlex.split(text)
@@ -136,20 +136,20 @@ def site_options(environment: Mapping[str, str]) -> dict[str, str]:
         for group in SAME[:2]:
             if key in group[1:]:
                 raise ValueError(f"{SITE}: --{key}: the job scripts say --{group[0]}, beside which sbatch refuses it")
-        found[key] = value
-    return found
+        options[key] = value
+    return options
 
 
 def merged(*given: Mapping[str, str]) -> dict[str, str]:
-    """All options; of two ways to ask for the same the later one counts."""
-    found: dict[str, str] = {}
+    """All options; a later one replaces its alternatives (SAME)."""
+    union: dict[str, str] = {}
     for options in given:
         for key, value in options.items():
             for group in SAME:
                 if key in group:
-                    found = {k: v for k, v in found.items() if k not in group}
-            found[key] = value
-    return found
+                    union = {k: v for k, v in union.items() if k not in group}
+            union[key] = value
+    return union
 
 
 def words(options: Mapping[str, str]) -> list[str]:

@@ -33,8 +33,8 @@ def shipped(path: str) -> Path:
     given = Path(path)
     if given.parts[:1] != ("configs",) or given.exists():
         return given
-    found = find_config_dir().joinpath(*given.parts[1:])
-    return found if found.exists() else given
+    packaged = find_config_dir().joinpath(*given.parts[1:])
+    return packaged if packaged.exists() else given
 
 
 def list_groups(directory: Path) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What follows from the settings: ranks, the model's dimensions, its exits and stages, the policy that is trained.
+"""Quantities derived from settings: ranks, the model's dimensions, its exits and stages, the policy that is trained.
 
 torch is imported only where exits or dimensions are built, so that checks without a model cost nothing.
 """
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 START_S = 180.0
-"""For an actor's imports, and for Ray's nodes to find one another."""
+"""Time for an actor's imports, and for Ray's nodes to connect."""
 COMPILE_S = 180.0
-"""What it may take more where vLLM compiles and has nothing in its cache."""
+"""Extra time if vLLM compiles with an empty cache."""
 DISK_BYTES_PER_S = 100e6
-"""What a slow disk, or a busy network file system, gives one reader."""
+"""Read rate of a slow disk, or of a busy network file system, for one reader."""
 CALL_S, TOKEN_S = 600.0, 0.25
 """For any call on an actor, and for each token of its longest answers: ten times what two waves of full rows take a 32B
 model on an H100 (docs/plans.md)."""
@@ -40,17 +40,17 @@ class Scoring(NamedTuple):
 
 
 def exits_judged(rl: RLConfig) -> bool:
-    """Whether exits answer for divergences."""
+    """Whether exits are credited with divergences."""
     return rl.exit_credit is not None and rl.kl_penalty.weight * rl.exit_credit.kl_weight > 0
 
 
 def exits_read(rl: RLConfig) -> bool:
-    """Whether the pool reads rollouts again for the divergences of all exits that their tokens came by."""
+    """Whether the pool scores rollouts for the divergences of all exits that their tokens passed."""
     return rl.exit_credit is not None and exits_judged(rl) and rl.exit_credit.divergence == "all"
 
 
 def scoring(rl: RLConfig) -> Scoring:
-    """What the objective has to know, and what is scored for the metrics' sake unless rl.skip_scoring."""
+    """The scores that the objective needs and, unless rl.skip_scoring, those for metrics only."""
     exact = KL_TERMS[rl.kl_penalty.kind].teacher is not None
     judged = exits_judged(rl) and not exits_read(rl)
     needed = rl.kl_penalty.weight > 0 or judged
@@ -87,7 +87,7 @@ def read_dims(cfg: RunConfig) -> ModelDims:
 
 
 def shape_config(cfg: RunConfig) -> dict[str, Any]:
-    """The model directory's config.json, with the layers and the width that pretrain.layers and pretrain.width ask for.
+    """The model directory's config.json, with the layers and the width of pretrain.layers and pretrain.width.
 
     Raises FileNotFoundError (no such directory or file) or ValueError (not JSON, no whole number of heads).
     """
@@ -105,8 +105,8 @@ def shape_config(cfg: RunConfig) -> dict[str, Any]:
 
 
 def reshaped(config: dict[str, Any], layers: int, width: int) -> dict[str, Any]:
-    """config.json with so many layers and so wide a residual stream; 0: as it was. The MLP keeps its ratio to the
-    width, to the next multiple of 8; heads keep their size, so that their number follows. Raises ValueError."""
+    """config.json with other numbers of layers and hidden size; 0: unchanged. The MLP stays in proportion, to the
+    nearest multiple of 8; heads keep their size, so that their number follows. Raises ValueError."""
     changed = dict(config)
     if layers:
         changed["num_hidden_layers"] = layers
@@ -146,7 +146,7 @@ def stage_sizes(parallel: ParallelConfig, exits: ExitLayout) -> tuple[int, ...]:
 
 
 def start_timeout(rollout: RolloutConfig, weight_bytes: int) -> float:
-    """Seconds that an actor with so much to read may take to start; rollout.timeout_s, where that is more."""
+    """Seconds that an actor with `weight_bytes` to read may take to start; rollout.timeout_s, if that is more."""
     compiles = rollout.backend == "vllm" and (rollout.vllm is None or rollout.vllm.compile)
     return max(rollout.timeout_s, START_S + compiles * COMPILE_S + weight_bytes / DISK_BYTES_PER_S)
 
@@ -174,8 +174,8 @@ def policy_spec(cfg: RunConfig, dims: ModelDims) -> PolicySpec:
 
 
 def position_bytes(dims: ModelDims, item: int, tensor: int = 1) -> int:
-    """Of one position's keys and values, of `item` bytes per element, on each of `tensor` devices. They share key-value
-    heads out; where there are more devices than heads each has one."""
+    """Bytes of one position's keys and values, of `item` bytes per element, on each of `tensor` devices, which share
+    out the key-value heads; with more devices than heads each has one."""
     return 2 * item * dims.num_layers * max(1, dims.kv_heads // tensor) * dims.head_dim
 
 

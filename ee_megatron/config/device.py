@@ -1,6 +1,6 @@
 """CPU or GPU: what the settings ask for, whether this node has it, and if not why, in one line.
 
-torch is imported only when a node is looked at, nvidia-smi asked only once something is missing.
+torch is imported only when a node is examined, and nvidia-smi run only if something is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def asks_for_gpus(cfg: RunConfig) -> bool:
 def pick_device(cfg: RunConfig, count: int = 1) -> str:
     """ "cuda" or "cpu" for `count` processes of this node, which take a GPU each.
 
-    Raises ValueError, one line, where GPUs are asked for, or used because they are there, and are fewer than that.
+    Raises ValueError, one line, if GPUs are required, or used because they are there, and there are fewer than `count`.
     """
     if cfg.device == "cpu":
         return "cpu"
@@ -58,18 +58,18 @@ def multiplies_bfloat16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def require_gpus(count: int, asked: str) -> None:
-    """Raises ValueError unless this process can use `count` GPUs: what was `asked`, what is here, what to do."""
+def require_gpus(count: int, request: str) -> None:
+    """Raises ValueError unless this process can use `count` GPUs. `request`: the settings that need them."""
     import torch
 
-    found = 0
+    usable = 0
     if torch.cuda.is_available():
         # torch's own count is the driver's, also where CUDA shows a process a single MIG slice.
-        usable = getattr(torch._C, "_cuda_getDeviceCount", torch.cuda.device_count)
-        found = min(torch.cuda.device_count(), usable())
-    if found < count:
-        reason = _too_few(count, found) if found else f"{_none()}, or set device=cpu"
-        raise ValueError(f"{asked} on {socket.gethostname()}: {reason}")
+        visible = getattr(torch._C, "_cuda_getDeviceCount", torch.cuda.device_count)
+        usable = min(torch.cuda.device_count(), visible())
+    if usable < count:
+        reason = _too_few(count, usable) if usable else f"{_none()}, or set device=cpu"
+        raise ValueError(f"{request} on {socket.gethostname()}: {reason}")
 
 
 def gpu_files() -> list[str]:
@@ -78,7 +78,7 @@ def gpu_files() -> list[str]:
     return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
 
 
-def _too_few(count: int, found: int) -> str:
+def _too_few(count: int, usable: int) -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     slices = len(re.findall(r"^\s*MIG ", _smi("-L")[0], re.MULTILINE))
     if slices or (visible or "").startswith("MIG-"):
@@ -89,7 +89,7 @@ def _too_few(count: int, found: int) -> str:
         )
     shown = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
     return (
-        f"{count} processes need a GPU each, torch finds {found}{shown}; lower parallel.*, take a node with more, or "
+        f"{count} processes need a GPU each, torch finds {usable}{shown}; lower parallel.*, take a node with more, or "
         "let every process see all GPUs of its node (no --gpus-per-task, no --gpu-bind)"
     )
 
@@ -100,7 +100,7 @@ def hides_all(visible: str | None) -> bool:
 
 
 def _none() -> str:
-    """Why torch finds no GPU at all, and what would help. The first of these that holds."""
+    """The first reason that applies why torch finds no GPU at all, and the remedy."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -132,7 +132,7 @@ def _none() -> str:
 
 
 def _smi(*options: str) -> tuple[str, str]:
-    """(what nvidia-smi prints, ""), or ("", why it prints nothing)."""
+    """(nvidia-smi's output, ""), or ("", why it failed)."""
     try:
         done = subprocess.run(
             ["nvidia-smi", *options], capture_output=True, text=True, timeout=SMI_S, check=False, errors="replace"

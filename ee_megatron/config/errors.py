@@ -1,4 +1,4 @@
-"""Everything that is wrong with what somebody asked for, said at once."""
+"""Errors in settings, collected so that all of them are reported at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Faults(ValueError):
 
 
 def refuse(lines: Iterable[str]) -> None:
-    """Raises Faults if there are any."""
-    found = list(lines)
-    if found:
-        raise Faults(found)
+    """Raises Faults if there are any lines."""
+    faults = list(lines)
+    if faults:
+        raise Faults(faults)
 
 
 def faults_of(check: Callable[[], object]) -> Iterator[str]:
-    """What a check says that raises for the first thing it finds, or for all of them (Faults)."""
+    """The error lines of a check that raises for its first fault, or for all of them (Faults)."""
     try:
         check()
     except (ValueError, FileNotFoundError) as error:
@@ -29,7 +29,7 @@ def faults_of(check: Callable[[], object]) -> Iterator[str]:
 
 
 def lines_of(error: BaseException) -> list[str]:
-    """An error as the lines that it is shown in: printable, whatever it quotes."""
+    """An error as printable lines, whatever it quotes."""
     texts = error.lines if isinstance(error, Faults) else [str(error)]
     return [_printable(" ".join(text.split())) or type(error).__name__ for text in texts]
 

@@ -20,7 +20,7 @@ BOUNDS = {"above": (">", gt), "at_least": (">=", ge), "below": ("<", lt), "at_mo
 
 @dataclass(frozen=True)
 class Rules:
-    """What a field's type cannot say: which values are right, and how it stands in the identity of results."""
+    """Rules beyond a field's type: its allowed values, and how it enters the identity of results."""
 
     choices: Collection[str | int] = ()
     above: float | None = None
@@ -38,7 +38,7 @@ class Rules:
     was: str = ""
     """Its older name, which is accepted for one release and still stands in the identity."""
     off: Any = None
-    """Of a setting without a default, or of another than that: what the older name says where the section is off."""
+    """The older name's value for a section that is off, if that is not the default."""
 
 
 def setting(default: Any = MANDATORY, **rules: Any) -> Any:
@@ -52,8 +52,8 @@ def section(kind: type) -> Any:
 
 
 def optional(kind: type, was: str = "", *, on: bool = False, bound: bool = True) -> Any:
-    """A section that may be switched off (null, false), and is by default unless `on`; true, or a field of it, switches
-    it on. `was`: the older setting that said whether, true or false; `bound`: its fields' older names don't do so."""
+    """A section that may be switched off (null, false), and is off by default unless `on`; true, or a field of it,
+    switches it on. `was`: the older true/false switch; `bound`: its fields' older names don't switch it on."""
     given = {"default_factory": kind} if on else {"default": None}
     return field(**given, metadata={"kind": kind, "was": was, "bound": bound})
 
@@ -91,7 +91,7 @@ class Known(NamedTuple):
 
     @property
     def is_switch(self) -> bool:
-        """Whether its older name also said whether its section is on."""
+        """Whether its older name also switched its section on and off."""
         return self.kind is None and (self.default == MANDATORY or self.rules.off is not None) and bool(self.inside)
 
 
@@ -116,7 +116,7 @@ def find(part: Any, key: str) -> Any:
 
 
 def fault(key: str, value: Any, rules: Rules) -> str | None:
-    """What is wrong with a value by itself."""
+    """The fault of a single value, or None."""
     items = value if isinstance(value, list) else [value]
     numbers = [item for item in items if isinstance(item, int | float)]
     shown_as_is = rules.kind in ("text", "name") or all(item.isprintable() for item in items if isinstance(item, str))

@@ -1,8 +1,8 @@
 """Where a stage's results live: one directory per set of settings that can change them.
 
-A run with other ranks, actors or deadlines finds the same directory and goes on; one with another learning rate has
-its own, and so has one whose data set has changed: the content that a stage was made from is recorded in its directory.
-Settings stand in the identity by the names that they had first (`Rules.was`), so that renaming one loses no results.
+A run with other ranks, actors or deadlines resumes in the same directory; one with another learning rate has its own,
+and so has one whose data set has changed: a hash of the data that a stage was made from is recorded in its directory.
+The identity uses each setting's original name (`Rules.was`), so that renaming one loses no results.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
 }
 
-# Stages that a run may do without: model.checkpoint says so, or a section of the stage's name.
+# Stages that a run may skip: model.checkpoint decides, or the section of the stage's name.
 OPTIONAL = ("imported", "pretrain", "teacher")
 RECORD = "data.json"
 """In a stage's directory: {"sha256": of the content at task.path}. Stages of older versions have none."""
@@ -46,21 +46,21 @@ def stage_dir(cfg: RunConfig, stage: str) -> Path:
     The digits are those of the settings; where the directory of that name was made from another content of task.path,
     those of settings and content.
     """
-    found, content = identity(cfg, stage), digest(cfg.task.path)
-    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(found)}"
+    settings, content = identity(cfg, stage), digest(cfg.task.path)
+    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(settings)}"
     if recorded(plain) in ("", content) or not content:
         return plain
-    return plain.with_name(f"{stage}-{_digits(found | {'data': content})}")
+    return plain.with_name(f"{stage}-{_digits(settings | {'data': content})}")
 
 
 def outdated(cfg: RunConfig, stage: str) -> Path | None:
-    """The directory that the stage would have had if the data at task.path had not changed since; None if it hasn't."""
+    """The stage's directory for the data that task.path had before it changed; None if it has not changed."""
     plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(identity(cfg, stage))}"
     return None if stage_dir(cfg, stage) == plain else plain
 
 
-def _digits(found: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:8]
+def _digits(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
     names, every = list(STAGES), _results(cfg)
-    found = {part: every[part] for name in names[: names.index(stage) + 1] for part in STAGES[name]}
-    if "exits" in found and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
-        # Exits by default follow the stage boundaries: what was chosen counts, not how it was asked for.
-        found["exits"]["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
-    return found
+    sections = {part: every[part] for name in names[: names.index(stage) + 1] for part in STAGES[name]}
+    if "exits" in sections and not cfg.exits.depths and (model_dir(cfg) / "config.json").is_file():
+        # Default exits follow the stage boundaries: the resulting depths count, not how they were set.
+        sections["exits"]["depths"] = list(resolve_exits(cfg, read_dims(cfg)).depths)
+    return sections
 
 
 def stage_order(cfg: RunConfig) -> list[str]:
@@ -87,14 +87,14 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 def _results(cfg: RunConfig) -> dict[str, Any]:
-    """Everything that makes a difference to results, by the sections and names that it had first."""
-    found: dict[str, dict[str, Any]] = {part: {} for parts in STAGES.values() for part in parts}
+    """Every setting that affects results, under its original section and name."""
+    sections: dict[str, dict[str, Any]] = {part: {} for parts in STAGES.values() for part in parts}
     off = {key for key in MAY_BE_OFF if find(cfg, key) is None}
     left_out = {k.key for k in KEYS if k.switch and k.key in off}
     for k in KEYS:
         if k.kind is not None:
             if k.switch and (k.key not in off or k.switch.endswith(".enabled")):
-                _put(found, k.switch, k.key not in off)
+                _put(sections, k.switch, k.key not in off)
             continue
         if k.rules.execution or left_out.intersection(k.inside):
             continue
@@ -104,26 +104,26 @@ def _results(cfg: RunConfig) -> dict[str, Any]:
             value = k.rules.off if k.is_switch else k.default
         if not (k.rules.added_later and value == unset):
             path = k.rules.kind == "path" and value
-            _put(found, k.rules.was or k.key, os.path.normpath(value) if path else value)
-    found["rl"]["credit"] = cfg.rl.credit
+            _put(sections, k.rules.was or k.key, os.path.normpath(value) if path else value)
+    sections["rl"]["credit"] = cfg.rl.credit
     if cfg.rl.kl_penalty.kind == "reward_sum":
-        found["rl"] |= {"kl": "reward", "kl_sum": True}
+        sections["rl"] |= {"kl": "reward", "kl_sum": True}
     for key, gone in REMOVED.items():
         if gone.hashed and key.split(".")[0] not in left_out:
-            _put(found, "freshness.partial" if key == "rollout.partial" else key, gone.default)
-    return found | {"start": os.path.normpath(cfg.init_policy) if cfg.init_policy else ""}
+            _put(sections, "freshness.partial" if key == "rollout.partial" else key, gone.default)
+    return sections | {"start": os.path.normpath(cfg.init_policy) if cfg.init_policy else ""}
 
 
-def _put(found: dict[str, dict[str, Any]], key: str, value: Any) -> None:
+def _put(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
     section, _, name = key.partition(".")
-    if section in found and name:
-        found[section][name] = value
+    if section in sections and name:
+        sections[section][name] = value
 
 
 def digest(path: str) -> str:
     """SHA-256 of a data set's files, by name and content; of a single file by its content alone. "" if there are none.
 
-    Files are read once per process while their sizes and times stay what they are.
+    Files are read once per process unless their sizes or times change.
     """
     if not path:
         # Path("") is the working directory, which may hold environments and a million files.
@@ -145,6 +145,6 @@ def digest(path: str) -> str:
 
 
 def recorded(stage: Path) -> str:
-    """The content that a stage was made from; "" if that is not known."""
+    """The hash of the data that a stage was made from; "" if unknown."""
     file = stage / RECORD
     return str(json.loads(file.read_text())["sha256"]) if file.is_file() else ""

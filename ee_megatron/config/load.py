@@ -1,5 +1,5 @@
-"""Command-line settings -> one `RunConfig`: Hydra composes the chosen files, the settings are put over them, and what
-comes out is compared with the schema key by key and merged into it, whether a value came from a file or a terminal."""
+"""Command-line settings -> one `RunConfig`: Hydra composes the chosen files, the settings override them, and the result
+is checked against the schema key by key and merged into it, whether a value came from a file or the command line."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .schema import KEYS, RunConfig
 KNOWN = {k.key: None if k.kind else k.type for k in KEYS}
 """Every dotted key of the schema -> the name of its type, None for a section."""
 SPOKEN = {"rl.lambda": "rl.depth_penalty.weight", "rl.lr": "rl.adapter_lr", "rl.learning_rate": "rl.adapter_lr"}
-"""What people call settings that have another name, for suggestions."""
+"""Common other names of settings, for suggestions."""
 SCHEMA = OmegaConf.structured(RunConfig)
-"""Made once, since that takes as long as merging, which copies it."""
+"""Built once: that takes as long as merging, which copies it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """What settings come to. `faults`: one line each for those that cannot be read; `without`: their keys; `cfg`: what
-    the others make, None where that cannot be said."""
+    """The result of loading settings. `faults`: one line for each that cannot be read; `without`: their keys; `cfg`:
+    the configuration without them, None if there is none."""
 
     cfg: RunConfig | None
     faults: list[str]
@@ -49,14 +49,14 @@ def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
     Raises Faults (a ValueError: unknown keys or choices, wrong types, missing values; a line for each) or
     FileNotFoundError (no configs).
     """
-    found = attempt(overrides, config_dir)
-    refuse(found.faults)
-    assert found.cfg is not None
-    return found.cfg
+    result = attempt(overrides, config_dir)
+    refuse(result.faults)
+    assert result.cfg is not None
+    return result.cfg
 
 
 def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
-    """`load` that goes on past what is wrong, so that all of it can be said. Raises FileNotFoundError (no configs)."""
+    """`load` that continues after errors, so that all are reported. Raises FileNotFoundError (no configs)."""
     directory = find_config_dir(config_dir)
     groups = list_groups(directory)
     chosen, given = list[str](), list[Given]()
@@ -75,8 +75,8 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
         return Attempt(None, faults)
     try:
         composed = _compose(directory, [text for text in chosen if text != "experiment=null"])
-        faults += modernise(composed, told=True)
-        assign_all(composed, given, told=True)
+        faults += modernise(composed, warns=True)
+        assign_all(composed, given, warns=True)
         _check_keys(composed)
         cfg = _merged(composed, groups, faults, without)
     except ValueError as error:
@@ -87,7 +87,7 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
 def _merged(
     composed: dict[str, Any], groups: Mapping[str, list[str]], faults: list[str], without: set[str]
 ) -> RunConfig | None:
-    """What was composed, as the schema has it. Values of a wrong type are left out, one after another, and noted."""
+    """The composed settings under the schema. Values of a wrong type are left out and added to `faults`."""
     while True:
         try:
             merged = OmegaConf.merge(SCHEMA, composed)
@@ -115,16 +115,16 @@ def _merged(
 
 
 def read_saved(path: Path) -> RunConfig:
-    """A configuration as a stage saved it. Fields that it doesn't have yet get their defaults.
+    """A configuration as a stage saved it. Missing fields get their defaults.
 
-    Raises ValueError if the file is none, or knows settings that this version doesn't.
+    Raises ValueError if the file is not a configuration, or has settings that this version lacks.
     """
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
             raise ValueError("a list, expected settings")
         saved = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
-        refuse(modernise(saved, told=False))
+        refuse(modernise(saved, warns=False))
         _check_keys(saved)
         return cast(RunConfig, OmegaConf.to_object(OmegaConf.merge(SCHEMA, saved)))
     except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
@@ -146,18 +146,18 @@ def _parsed(text: str) -> Override:
 
 
 def _read(override: Override, groups: Mapping[str, list[str]]) -> tuple[list[str], list[Given]]:
-    """A group's choice for Hydra, or a setting under the names of today. Raises ValueError for unknown ones."""
+    """A group's choice for Hydra, or a setting under today's names. Raises ValueError for unknown ones."""
     key, value = override.key_or_group, override.value()
     if key in groups and (key == "experiment" or not isinstance(value, dict)):
         text = str(override.input_line).split("=", 1)[1]
         if value is not None and text not in groups[key]:
             raise ValueError(f"{key}={text}: no such choice; there are {', '.join(groups[key])}")
         return [f"{key}={text}"], []
-    found = modern(key, value, told=True)
-    for name, _, _ in found:
+    settings = modern(key, value, warns=True)
+    for name, _, _ in settings:
         if name not in KNOWN:
             raise ValueError(_unknown(name, [*KNOWN, *groups]))
-    return [], found
+    return [], settings
 
 
 def _compose(directory: Path, overrides: list[str]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:
-    # Older names are looked through, too: whoever mistypes one means the setting that it is now.
+    # Older names are searched, too: a mistyped one stands for today's setting.
     now = SPOKEN | {older: k.key for older, k in RENAMED.items()} | {name: name for name in known}
     names, last = list(now), key.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
@@ -212,19 +212,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-# ---- the other way: the settings on a command line that give a configuration again ----
+# ---- the other way: the command-line settings that reproduce a configuration ----
 
 FEW = 6
-"""No further experiment is tried once one is left by so few settings."""
+"""The search ends at an experiment from which at most so many settings differ."""
 WORDS = ("null", "true", "false", "nan", "inf", "infinity")
-"""What Hydra reads as something else than text."""
+"""Words that Hydra doesn't read as text."""
 MISSING = object()
 """Equal to no value of a setting."""
 
 
 def settings_of(cfg: RunConfig) -> list[str] | None:
-    """The shortest list found for which `load` gives `cfg`: an experiment and what differs from it. None if there is
-    none, because the configuration files are not here or a value can't be written so."""
+    """The shortest list of settings for which `load` gives `cfg`: an experiment and the differences from it. None if
+    there is none: the configuration files are missing, or a value can't be written on a command line."""
     wanted = dict(_flat(dataclasses.asdict(cfg)))
     try:
         directory = find_config_dir()
@@ -232,19 +232,19 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
         return None
     # An experiment may leave these to the user.
     given = [f"{key}={_word(wanted[key])}" for key in ("name", "model.path")]
-    # That of the run's name first: composing all of them takes seconds.
+    # The experiment with the run's name comes first: composing all of them takes seconds.
     experiments = sorted(list_groups(directory).get("experiment", []), key=lambda name: not cfg.name.startswith(name))
-    found: list[list[str]] = []
+    candidates: list[list[str]] = []
     for start in (*([f"experiment={name}"] for name in experiments), []):
         for settings in (start, [*start, *given]):
             if base := _base(directory, *settings):
                 # A section that is None here and on in the experiment is no key of `base`: it is written, too.
                 changed = {key: value for key, value in wanted.items() if base.get(key, MISSING) != value}
-                found.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
+                candidates.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
                 break
-        if found and min(map(len, found)) <= FEW:
+        if candidates and min(map(len, candidates)) <= FEW:
             break
-    return next((settings for settings in sorted(found, key=len) if _loaded(directory, *settings) == cfg), None)
+    return next((settings for settings in sorted(candidates, key=len) if _loaded(directory, *settings) == cfg), None)
 
 
 def _loaded(directory: Path, *settings: str) -> RunConfig | None:
@@ -256,7 +256,7 @@ def _loaded(directory: Path, *settings: str) -> RunConfig | None:
 
 @functools.cache
 def _base(directory: Path, *settings: str) -> dict[str, Any] | None:
-    """By key; a report of many runs asks for the same ones."""
+    """Values by key; cached, because the runs of a report share them."""
     loaded = _loaded(directory, *settings)
     return None if loaded is None else dict(_flat(dataclasses.asdict(loaded)))
 
@@ -279,7 +279,7 @@ def _word(value: Any) -> str:
         if re.fullmatch(r"([A-Za-z/]|\.\.?/)[A-Za-z0-9._/+-]*", value) and value.lower() not in WORDS:
             return value
         # Backslashes count before a quotation mark only, those at the end included.
-        escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value)
+        escaped = re.sub(r'(\\*)("|$)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), value)
         return f'"{escaped}"'
     if isinstance(value, list):
         return f"[{','.join(map(_word, value))}]"

@@ -1,8 +1,8 @@
 """Every setting of every run. One dataclass per section; the doc of a field stands under it, its `Rules` beside it.
 
-What fields have to be together is in validate.py.
+Rules across fields are in validate.py.
 Sections that change results are part of a stage's identity (identity.py); `parallel`, `tracker`, `cluster` and fields
-that are marked so are not: they change how a result is computed, not what it is.
+with `execution=True` are not: they change how a result is computed, not what it is.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ParallelConfig:
     """Ranks = tensor * pipeline * data. Pipeline stages meet at the exits nearest to an even split."""
     sequence_parallel: bool = False
     tokens_per_micro_batch: int = setting(2048, above=0)
-    """Positions of a micro-batch, shared prompts counted once; a longer sequence has one for itself."""
+    """Positions of a micro-batch, shared prompts counted once; a longer sequence gets a micro-batch of its own."""
     recompute: bool = False
     """Recompute every layer in the backward pass instead of storing its activations."""
     timeout_s: int = setting(1800, above=0)
@@ -107,21 +107,21 @@ class TaskConfig:
     path: str = ""
     """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, or a saved `datasets` data set."""
     dataset: DatasetNames | None = optional(DatasetNames, bound=False)
-    """gsm8k and dataset: what its columns and splits are called, where that is not by default."""
+    """gsm8k and dataset: names of columns and splits that differ from the defaults."""
     train: int = setting(0, at_least=0)
     """Training problems; 0: all there are."""
     validation: int = setting(200, above=0)
     evaluation: int = setting(400, above=0)
 
     def __post_init__(self) -> None:
-        # A section that says nothing beyond its defaults is the same as none: runs of older versions name all fields.
+        # A section with only default values is the same as none: older runs name all fields.
         if self.dataset == DatasetNames():
             self.dataset = None
 
 
 @dataclass
 class PretrainConfig:
-    """Before anything else all weights are trained on the task's worked problems, question and answer."""
+    """Train all weights on the task's worked problems, question and answer, before any other stage."""
 
     init: str = setting("random", choices=("random", "model"), added_later=True)
     """random (the shape in model.path's config.json) or model (the weights that are there)."""
@@ -140,7 +140,7 @@ class PretrainConfig:
 
 @dataclass
 class TeacherConfig:
-    """The teacher is trained. null: the model at model.path, or the one that is pretrained, is the teacher as it is."""
+    """Train the teacher. null: the model at model.path, or the pretrained one, is the teacher, unchanged."""
 
     shots: int = setting(4, at_least=0)
     problems: int = setting(330, above=0)
@@ -178,13 +178,13 @@ class CalibrateConfig:
     uniform_patterns: float = setting(0.0, at_least=0, at_most=1)
     """Share of patterns drawn uniformly over the exits: trains shallow unembeddings, too."""
     full_patterns: float = setting(0.0, at_least=0, at_most=1, added_later=True)
-    """Share of patterns without any exit: holds the answers at full depth."""
+    """Share of patterns without any exit: preserves the answers at full depth."""
     depth_power: float = setting(0.0, at_least=0)
-    """The KL of a position counts (exit depth / L) to this power: hopeless shallow exits pull less at the adapters."""
+    """A position's KL is weighted by (exit depth / L) to this power: hopeless shallow exits affect adapters less."""
     kl_scale: float = setting(0.0, at_least=0, added_later=True, was="calibrate.reach")
-    """Nats: for a share exp(-KL / kl_scale) a shallow KL counts as at full depth; 0: for none."""
+    """Nats: the share exp(-KL / kl_scale) of a shallow KL has the weight of full depth; 0: none of it."""
     wise_ft_alpha: float = setting(1.0, at_least=0, at_most=1, was="calibrate.keep")
-    """Share of the change of the weights that is kept when the adapters' training ends (WiSE-FT)."""
+    """Share of the weights' change that remains when the adapters' training ends (WiSE-FT)."""
     gate_only_fraction: float = setting(0.0, at_least=0, at_most=1, was="calibrate.settle")
     """Share of the updates, at the end, after `wise_ft_alpha`, that train the gates alone."""
     adapter_lr: float = setting(1e-3, at_least=0)
@@ -201,17 +201,17 @@ class AccuracyTarget:
     margin: float = setting(above=-100, below=100, was="rl.accuracy_floor", off=None, added_later=True)
     """The target: percentage points below the reference's accuracy on the same prompts."""
     window: int = setting(8, above=0, added_later=True, was="rl.accuracy_window")
-    """Steps that both running means cover; until so many were compared lambda moves by their share."""
+    """Steps in both running means; until so many were compared, lambda's update is scaled by their share."""
     samples: int = setting(4, at_least=0, added_later=True, was="rl.accuracy_samples")
     """Answers of the reference to each prompt, made once; 0: group_size, to the first `window` steps."""
     rate: float = setting(0.5, at_least=0, added_later=True, was="rl.lambda_rate")
-    """What lambda gains or loses for good in a step, per unit of accuracy (1 = 100 points)."""
+    """Lasting change of lambda in a step, per unit of accuracy (1 = 100 points)."""
 
 
 @dataclass
 class DepthPenalty:
     weight: float = setting(0.5, at_least=0, was="rl.lambda_exit")
-    """lambda: the reward falls by lambda times what an answer's depth costs. With a target, only its first value."""
+    """lambda: the reward falls by lambda times an answer's depth cost. With a target, only the initial value."""
     warmup: float = setting(0.0, at_least=0, at_most=1, was="rl.lambda_warmup")
     """Share of the steps over which lambda rises linearly from 0. Accuracy is compared with the target after them."""
     cost: str = setting("mean", choices=DEPTH_COSTS, was="rl.depth_cost")
@@ -219,17 +219,17 @@ class DepthPenalty:
     cost_tokens: int = setting(32, above=0, was="rl.cost_length")
     """Tokens that total depth and length_weight count in."""
     length_weight: float = setting(0.0, at_least=0, added_later=True, was="rl.lambda_length")
-    """A penalty on length: the reward falls by it for every cost_tokens tokens."""
+    """Penalty on length: the reward falls by this for every cost_tokens tokens."""
     penalize: str = setting("all", choices=CHARGES, added_later=True, was="rl.charge")
     """Which answers pay for depth and length: all, or right ones only."""
     credit: str = setting("answer", choices=[name for name, kind in CREDITS.items() if not kind.local], was="rl.credit")
-    """What a token pays for: answer (its answer's depth) or token (its own depth and that after it)."""
+    """What a token pays for: answer (its answer's depth) or token (its own depth and that of later tokens)."""
     target: AccuracyTarget | None = optional(AccuracyTarget)
 
 
 @dataclass
 class ExitCredit:
-    """An exit answers for what it costs itself, against going on at that gate: lambda times its depth, and the weight
+    """Each exit is credited with its own cost, against continuing at that gate: lambda times its depth, plus the weight
     of the KL penalty times kl_weight times the divergence at its token."""
 
     task_weight: float = setting(0.1, at_least=0, added_later=True, was="rl.exit_task")
@@ -237,7 +237,7 @@ class ExitCredit:
     kl_weight: float = setting(1.0, at_least=0, added_later=True, was="rl.exit_kl")
     """Weight of the divergence at an exit, beside that of the KL penalty."""
     divergence: str = setting("taken", choices=("taken", "all"), added_later=True, was="rl.exit_divergence")
-    """Known at the exits that tokens took (taken), or at all that they reached (the pool reads again)."""
+    """Computed at the exits that tokens took (taken), or at all that they reached (another pass of the pool)."""
 
 
 @dataclass
@@ -251,13 +251,13 @@ class KLPenalty:
 
 @dataclass
 class Importance:
-    """Positions are weighed by the ratio of the learner's probability to the rollout's."""
+    """Weight positions by the ratio of the learner's probability to the rollout's."""
 
     kind: str = setting(
         "truncate", choices=IMPORTANCE, added_later=True, was="rl.importance",
         off="none",
     )  # fmt: skip
-    """truncate (the ratio is cut at `high`) or mask (left out outside `low` to `high`)."""
+    """truncate (ratios are capped at `high`) or mask (positions outside `low` to `high` are left out)."""
     high: float = setting(2.0, above=0, was="rl.importance_cap")
     low: float = setting(0.5, at_least=0, added_later=True, was="rl.importance_floor")
     """With kind=mask."""
@@ -272,11 +272,11 @@ class Loss:
     clip: float = setting(0.2, at_least=0, was="rl.clip")
     """PPO's clip range, 1 +- clip, around the policy at the start of the step; 0: never."""
     clip_high: float = setting(0.0, at_least=0, added_later=True, was="rl.clip_high")
-    """The upper bound apart from the lower one (clip-higher); 0: the same."""
+    """An upper bound other than the lower one (clip-higher); 0: the same."""
     average: str = setting("answer", choices=AVERAGES, added_later=True, was="rl.loss_average")
     """Mean over each answer, then answers (answer); over all tokens (token); sum / max_new_tokens (constant)."""
     overlong: str = setting("verdict", choices=("verdict", "filter"), added_later=True, was="rl.overlong")
-    """Answers cut at rollout.max_new_tokens: as the verifier finds them (verdict) or left out (filter)."""
+    """Answers cut at rollout.max_new_tokens: rewarded by the verifier (verdict) or left out (filter)."""
     drop_equal_groups: bool = setting(False, was="rl.drop_equal_groups")
     """Leave out prompts whose answers all got the same task reward, unless right ones among them pay for depth."""
     importance: Importance | None = optional(Importance, on=True)
@@ -294,19 +294,19 @@ class RLConfig:
     exit_credit: ExitCredit | None = optional(ExitCredit)
     loss: Loss = section(Loss)
     fixed_depth: int = setting(0, at_least=0, added_later=True)
-    """Every token of an answer leaves at this depth, an exit or L, and no gate learns; 0: gates decide."""
+    """Every token of an answer exits at this depth, an exit or L, and no gate is trained; 0: gates decide."""
     families: list[str] = setting([], added_later=True)
-    """Answer problems of these of the task's families only; empty: all."""
+    """Only problems of these families of the task; empty: all."""
     wide_operands: float = setting(0.0, at_least=0, at_most=1, added_later=True)
     """As traces.wide_operands, for the problems that are answered."""
     skip_scoring: bool = setting(False, added_later=True)
-    """Learn from rollouts without scoring them first, where the objective needs no more than they hold."""
+    """Update on rollouts without scoring them first, if the objective needs no other scores."""
     minibatches: int = setting(1, above=0)
     """Updates per step, each on a share of its rollouts."""
     decay: str = setting("constant", choices=DECAYS)
     """Learning rate: constant, linear or cosine, to a tenth at the last update."""
     dump_rollouts: bool = setting(False, execution=True)
-    """Keep every step's rollouts in the stage's rollouts/ directory."""
+    """Write every step's rollouts to the stage's rollouts/ directory."""
     gate_centre: float = setting(0.5, above=0, below=1)
     gate_sharpness: float = setting(1.0, above=0)
     """The gates start with logits sharpness * (z - logit(centre)) in place of z; .5 and 1: unchanged."""
@@ -317,7 +317,7 @@ class RLConfig:
 
     @property
     def credit(self) -> str:
-        """What teaches an exit, of CREDITS: its answer's depth, what is left from it on, or what it costs itself."""
+        """An exit's credit, of CREDITS: its answer's depth, the depth from it on, or its own cost."""
         return "exit" if self.exit_credit else self.depth_penalty.credit
 
 
@@ -338,20 +338,20 @@ class RolloutConfig:
     backend: str = setting("ray", choices=("ray", "vllm", "local"), execution=True)
     """ray (the embedded engine, in actors), vllm (a vLLM with exits in each) or local (in process)."""
     vllm: VllmConfig | None = optional(VllmConfig, bound=False)
-    """backend=vllm: how, where that is not by default."""
+    """backend=vllm: settings that differ from the defaults."""
     actors: int = setting(1, above=0, execution=True)
     threads: int = setting(2, above=0, execution=True)
     """Torch threads per actor on a CPU."""
     max_num_seqs: int = setting(128, above=0, execution=True, was="rollout.rows")
     """Sequences in flight per actor."""
     cache_gib: float = setting(0.0, at_least=0, execution=True)
-    """GiB of an actor's key-value cache per device; 0: what its rows take, vLLM nine tenths of a GPU."""
+    """GiB of an actor's key-value cache per device; 0: as much as its rows need, with vLLM nine tenths of a GPU."""
     device_share: float = setting(1.0, above=0, execution=True)
     """Share of a GPU (of a core, on a CPU) that Ray reserves for an actor; several actors share a device below 1."""
     max_staleness: int = setting(0, at_least=0, was="freshness.max_staleness")
     """RL: versions that rollouts may be behind. 0: synchronous; more: made while the learner trains."""
     sync_dtype: str = setting("float32", choices=("float32", "bfloat16"), was="freshness.sync_dtype")
-    """What weights travel to the pool in; bfloat16 halves the bytes."""
+    """Dtype of the weights on their way to the pool; bfloat16 halves the bytes."""
     max_new_tokens: int = setting(48, above=0)
     stop: list[str] = setting(["\n"], kind="text")
     prompt_template: str = setting("plain", choices=("plain", "chat"))
@@ -373,8 +373,8 @@ class RolloutConfig:
 
 @dataclass
 class Controls:
-    """Compare the last model with exit rules that know less, at its mean depth and at its accuracy; up to 28 readings
-    of the validation split and 2 of the test split per rule (docs/evaluation.md)."""
+    """Compare the last model with less informed exit rules, at its mean depth and at its accuracy; up to 28 passes over
+    the validation split and 2 over the test split per rule (docs/evaluation.md)."""
 
     policy: str = setting("", kind="path", was="evaluate.control_policy")
     """The gates of another run, too: its policy checkpoint or rl stage directory."""
@@ -404,13 +404,13 @@ class EvaluateConfig:
     thresholds: list[float] = setting([0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], at_least=0, at_most=1)
     """Hazard thresholds tried on the validation split."""
     tolerance: float = setting(0.02, at_least=0)
-    """Chosen: the least depth whose validation accuracy is within this of the best."""
+    """Chosen is the shallowest threshold whose validation accuracy is within this of the best."""
     wide_problems: int = setting(0, at_least=0, added_later=True)
-    """arithmetic, small: as many validation problems on wide operands to choose a threshold on, too."""
+    """arithmetic, small: number of validation problems on wide operands that also choose the threshold."""
     wide_test: int = setting(0, at_least=0, added_later=True)
-    """arithmetic, small: as many test problems on wide operands that every model is measured on."""
+    """arithmetic, small: number of test problems on wide operands that every model is measured on."""
     answers: int = setting(12, at_least=0)
-    """Answers kept token by token for the report."""
+    """Answers stored token by token for the report."""
     controls: Controls | None = optional(Controls, was="evaluate.controls", bound=False)
     externalisation: Externalisation | None = optional(Externalisation, was="evaluate.externalisation")
     style_choice: StyleChoice | None = optional(StyleChoice)
@@ -449,7 +449,7 @@ class RunConfig:
     """Results go to <runs>/<name>/<stage>-<hash of what the stage depends on>."""
     runs: str = "runs"
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
-    """auto: cuda where there is one, refused where there is none in a cluster with GPUs."""
+    """auto: cuda if there is one, else cpu; an error without one in a cluster with GPUs."""
     init_policy: str = setting("", was="start.start")
     """rl, evaluate: a policy checkpoint to use instead of this configuration's own calibration."""
     model: ModelConfig = section(ModelConfig)
@@ -467,7 +467,7 @@ class RunConfig:
     deepspeed: DeepspeedConfig = section(DeepspeedConfig)
     tracker: TrackerConfig = section(TrackerConfig)
     cluster: ClusterConfig | None = optional(ClusterConfig)
-    """Of a job by Slurm; null: one machine."""
+    """Nodes of a Slurm job; null: one machine."""
 
     def __post_init__(self) -> None:
         if self.cluster == ClusterConfig():
@@ -475,7 +475,7 @@ class RunConfig:
 
     @property
     def job(self) -> ClusterConfig:
-        """What a job takes; without `cluster` one node without GPUs of its own."""
+        """A job's resources; without `cluster` one node without GPUs of its own."""
         return self.cluster or ClusterConfig()
 
 

@@ -1,7 +1,7 @@
-"""Whether settings can be right: each by the rules on its field, then whether they fit each other and the model.
+"""Validation of settings: each by the rules on its field, then against each other and the model.
 
-All that is wrong is said at once. What is wrong with a setting by itself hides what follows from that: a check of
-several settings runs with the default in place of a faulty one, and says nothing of that one.
+All faults are reported at once. A fault of a single setting hides those that follow from it: a check of several
+settings runs with the default in place of a faulty one, and reports nothing about that one.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ TASK_FAMILIES = {
     "sums": tuple(f"hop{hops}" for hops in range(1, 5)),
 }
 STYLED = ("hops", "sums")
-"""Tasks whose answers have styles to choose from."""
+"""Tasks whose answers have several styles."""
 
 
 class Clash(NamedTuple):
-    """Settings that don't fit one another: one line that says what was found and what to do, and their keys."""
+    """Settings that contradict each other: one line with their values and the remedy, and their keys."""
 
     text: str
     keys: tuple[str, ...]
@@ -71,9 +71,9 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
 
 def alone(cfg: RunConfig) -> dict[str, str]:
-    """Settings that are wrong by themselves: key -> fault."""
-    found = {key: text for key, value, rules in settings(cfg) if (text := fault(key, value, rules))}
-    return found if cfg.model.path else found | {"model.path": "model.path: empty; expected a Hugging Face directory"}
+    """Settings that break their field's own rules: key -> fault."""
+    faults = {key: text for key, value, rules in settings(cfg) if (text := fault(key, value, rules))}
+    return faults if cfg.model.path else faults | {"model.path": "model.path: empty; expected a Hugging Face directory"}
 
 
 def check_name(what: str, text: str) -> None:
@@ -93,15 +93,14 @@ def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
     return cfg
 
 
-def unless_about(found: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
-    """The lines of those that have nothing to do with these settings; a plain line is about the one that it begins
-    with."""
-    each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in found]
+def unless_about(entries: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
+    """The lines of entries that don't involve these settings; a plain line is about the setting that it begins with."""
+    each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in entries]
     return [text for text, about in each if not set(about).intersection(keys)]
 
 
 def clashes(cfg: RunConfig) -> Iterator[Clash]:
-    """Settings that don't fit one another. Each has to be right by its own rules."""
+    """Settings that contradict each other. Each must be valid by itself."""
     for rules in (_task, _families, _files, _stages, _rl, _scoring, _rollout, _parallel, _cluster):
         yield from _broken(cfg, rules(cfg))
 
@@ -202,7 +201,7 @@ def _rl(cfg: RunConfig) -> Iterator[Rule]:
 
 
 def _scoring(cfg: RunConfig) -> Iterator[Rule]:
-    """What exits and the objective have to know, and where it comes from."""
+    """Scores that exits and the objective need, and which settings provide them."""
     rl, stale, exits = cfg.rl, cfg.rollout.max_staleness, cfg.rl.exit_credit
     of_exits = "rl.exit_credit rl.exit_credit.kl_weight rl.kl_penalty.weight"
     every = exits and exits.divergence == "all" and exits_judged(rl)
@@ -286,10 +285,10 @@ def nearest(choices: Sequence[int], wanted: int) -> str:
 
 
 def model_faults(cfg: RunConfig, dims: ModelDims) -> Iterator[Clash]:
-    """What does not fit the model."""
+    """Settings that don't fit the model."""
     from ..exits import gate_units
 
-    # auto: as small as it may turn out; the pool knows (rollout/pool).
+    # auto: the smaller dtype; the pool checks again with the real one (rollout/pool).
     item = 4 if cfg.model.dtype == "float32" else 2
     layout = "exits.depths parallel.pipeline"
     for check, about in (

@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock file that names its holder and outlives no dead process."""
+"""One writer per run directory: a lock file that names its holder and expires when that process dies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 GUARD_DEADLINE_S = 5.0
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-"""What flock says on a file system that has none."""
+"""Errors of flock on a file system that lacks it."""
 ASK_S = 20.0
 """How long Slurm's controller may take to answer."""
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "SIGNALING", "STAGE_OUT")
@@ -45,7 +45,7 @@ def process_start(pid: int) -> str | None:
 
 
 def pid_namespace() -> str:
-    """Names the processes among which this one's pid is unique ("" where /proc is absent): a container's own, say."""
+    """Id of this process's PID namespace ("" where /proc is absent); a container has its own."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -53,14 +53,14 @@ def pid_namespace() -> str:
 
 
 class RunLock:
-    """Held from `acquire` until `release` or until the process is dead, whichever comes first.
+    """A lock, held from `acquire` until `release` or until the process dies, whichever comes first.
 
     The holder's host, pid and start time stand in the file; they are read and written under filelock's flock, so two
     processes that find the same stale lock cannot both take it. The flock itself is not what holds the lock: forked
     children inherit it and would keep a dead parent's run, and a file server keeps that of a node that died. A holder
-    on another host, or in another PID namespace (a container's), cannot be probed: it is believed alive, unless it
-    was an earlier start of the same Slurm job, which a requeue has ended, or Slurm says that its job has ended (of the
-    same user's: others' jobs may be hidden).
+    on another host, or in another PID namespace (a container's), cannot be probed: it counts as alive, unless it was an
+    earlier start of the same Slurm job, which a requeue has ended, or Slurm reports that its job has ended (only for
+    this user's locks: others' jobs may be hidden).
     """
 
     def __init__(self, path: Path) -> None:
@@ -83,7 +83,7 @@ class RunLock:
             self.path.write_text(json.dumps({**record, **_own_job(), "pid_namespace": pid_namespace()}))
 
     def is_held(self) -> bool:
-        """Whether another process that is alive holds it, as far as can be known here. Nothing is changed."""
+        """Whether another live process holds the lock, as far as this host can know. Changes nothing."""
         try:
             return _alive(self._holder(), self.path.stat().st_uid == os.getuid())
         except FileNotFoundError:
@@ -99,7 +99,7 @@ class RunLock:
         self._token = ""
 
     def _holder(self) -> dict:
-        """Empty for an empty file and for one whose writer was killed half-way."""
+        """The holder's record; empty for an empty file and for one whose writer was killed half-way."""
         try:
             value = json.loads(self.path.read_text() or "{}")
         except ValueError:
@@ -133,12 +133,12 @@ class RunLock:
 
 
 def _hidden(holder: dict) -> bool:
-    """Whether its pid says nothing in this PID namespace; locks of before that was recorded have none."""
+    """Whether the holder's pid is of another PID namespace; older locks record none."""
     return holder.get("pid_namespace", pid_namespace()) != pid_namespace()
 
 
 def _alive(holder: dict, ours: bool) -> bool:
-    """`ours`: whether this user wrote the file."""
+    """Whether the holder may be alive. `ours`: this user wrote the file."""
     if not holder:
         return False
     if holder.get("host") != socket.gethostname() or _hidden(holder):
@@ -152,7 +152,7 @@ def _alive(holder: dict, ours: bool) -> bool:
 
 
 def _own_job() -> dict[str, Any]:
-    """This start of a Slurm job, as its locks record it: number ("" for none), how often it was requeued, cluster."""
+    """This start of a Slurm job, for lock files: number ("" for none), how often it was requeued, cluster."""
     e = os.environ
     return {
         "job": e.get("SLURM_JOB_ID", ""),
@@ -162,8 +162,8 @@ def _own_job() -> dict[str, Any]:
 
 
 def _has_ended(holder: dict) -> bool:
-    """Whether the holder's start of its job is over, by what Slurm says. False where nobody can say: no job or cluster
-    known, no Slurm here or another cluster's, no answer."""
+    """Whether Slurm reports that the holder's start of its job has ended. False if unknown: no job or cluster recorded,
+    no Slurm here or another cluster's, no answer."""
     number, cluster = holder.get("job"), holder.get("cluster")
     if not (number and cluster) or cluster != (_own_job()["cluster"] or _cluster_here()):
         return False
@@ -177,8 +177,8 @@ def _has_ended(holder: dict) -> bool:
 
 
 def _cluster_here() -> str:
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config")[1], re.MULTILINE)
-    return found[1] if found else ""
+    match = re.search(r"^ClusterName\s*=\s*(\S+)", _scontrol("show", "config")[1], re.MULTILINE)
+    return match[1] if match else ""
 
 
 def _scontrol(*arguments: str) -> tuple[int, str]:

@@ -1,6 +1,6 @@
-"""Numbers of a run over its steps: metrics.jsonl and timings.jsonl always; wandb where wanted, which may not end a run.
+"""Metrics of a run over its steps: metrics.jsonl and timings.jsonl always; wandb if wanted, whose errors end no run.
 
-Clocks are kept apart, so that two runs of the same settings and seed have the same metrics.jsonl to the byte.
+Timings are in a file of their own, so that two runs of the same settings and seed have byte-equal metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ WANDB_MODES = ("auto", "offline", "online", "disabled")
 # What WANDB_MODE may say, older words included.
 SPOKEN = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 INIT_TIMEOUT_S, LOCAL_TIMEOUT_S = 30.0, 90.0
-"""For a server to take a run; for wandb's own process on this machine, which a busy node starts slowly."""
+"""Timeouts of wandb's server, and of its process on this machine, which a busy node starts slowly."""
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """What trackers are told of a run. `wandb`: one of WANDB_MODES; `group`: runs that are looked at together;
-    `job_type`: what this one does, the stage; `config`: its settings, nested as they are, a column each in wandb."""
+    """A run's description for trackers. `wandb`: one of WANDB_MODES; `group`: runs that are compared; `job_type`: the
+    stage; `config`: its settings, nested as they are, a column each in wandb."""
 
     wandb: str = "disabled"
     name: str = ""
@@ -44,8 +44,8 @@ class Tracking:
 def read_metrics(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl, each with an integer "step"; null (a value that was not finite) becomes nan.
 
-    A last line without its end, left by a writer that was killed, is passed over. Raises ValueError for any other
-    line that is not a row, FileNotFoundError if there is no file.
+    A last line without a line end, left by a writer that was killed, is skipped. Raises ValueError for any other line
+    that is not a row, FileNotFoundError if there is no file.
     """
     rows: list[dict] = []
     whole, _, _ = path.read_bytes().rpartition(b"\n")
@@ -54,19 +54,19 @@ def read_metrics(path: Path) -> list[dict]:
             row = json.loads(line)
             rows.append({k: math.nan if v is None else v for k, v in row.items()} | {"step": int(row["step"])})
         except (ValueError, KeyError, TypeError, AttributeError):
-            found = line[:60].decode(errors="replace")
+            start = line[:60].decode(errors="replace")
             raise ValueError(
-                f'{path}, line {number}: expected a JSON object with "step", found {found!r}; delete that line'
+                f'{path}, line {number}: expected a JSON object with "step", found {start!r}; delete that line'
             ) from None
     return rows
 
 
 class MetricsLog:
-    """Writes one JSON line per `log` call and forwards it to wandb, which is dropped where it fails.
+    """Writes one JSON line per `log` call and forwards it to wandb, which is switched off if it fails.
 
     Args:
         run_dir: metrics.jsonl, timings.jsonl and wandb/ go here.
-        tracking: what wandb is told of the run; it is not used by default.
+        tracking: the run's description for wandb, which is off by default.
         resume_step: lines of later steps are cut, so that a resumed run writes them anew; None keeps every line.
 
     Raises ValueError for an unknown mode of wandb.
@@ -132,13 +132,13 @@ def _mend(path: Path, resume_step: int | None) -> None:
     if not path.exists():
         return
     rows = read_metrics(path)
-    kept = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
-    if len(kept) < len(rows) or not path.read_bytes().endswith(b"\n"):
-        write_atomic(path, "".join(_line(row) for row in kept))
+    remaining = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
+    if len(remaining) < len(rows) or not path.read_bytes().endswith(b"\n"):
+        write_atomic(path, "".join(_line(row) for row in remaining))
 
 
 def _together(metrics: Path, timings: Path) -> list[dict[str, Any]]:
-    """The rows of both files as wandb got them: one per step, in order."""
+    """The rows of both files as wandb received them: one per step, in order."""
     rows: dict[int, dict[str, Any]] = {}
     for path in (metrics, timings):
         for row in read_metrics(path) if path.exists() else []:
@@ -159,7 +159,7 @@ def _finish(tracker: Any) -> None:
 
 
 def _start_tracker(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]]) -> Any:
-    """wandb's run, or None where it is not wanted or could not be started. `rows`: what the run has logged before.
+    """wandb's run, or None if it is off or could not be started. `rows`: what the run has logged before.
 
     Raises ValueError for an unknown `tracking.wandb`."""
     if tracking.wandb not in WANDB_MODES:
@@ -185,14 +185,14 @@ def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
     Raises ValueError for a WANDB_MODE that is none of these."""
     if setting != "auto":
         return setting
-    asked = environment.get("WANDB_MODE", "").strip().lower()
-    if asked and asked not in SPOKEN:
-        raise ValueError(f"WANDB_MODE={asked}: expected online, offline or disabled")
-    return SPOKEN.get(asked) or ("online" if environment.get("WANDB_API_KEY") else "offline")
+    mode = environment.get("WANDB_MODE", "").strip().lower()
+    if mode and mode not in SPOKEN:
+        raise ValueError(f"WANDB_MODE={mode}: expected online, offline or disabled")
+    return SPOKEN.get(mode) or ("online" if environment.get("WANDB_API_KEY") else "offline")
 
 
 def _forget_wandb() -> None:
-    """End wandb's service, which goes on with the attempt and has its id in use."""
+    """End wandb's service, which otherwise continues the attempt and holds its id."""
     import wandb
 
     ending = threading.Thread(target=wandb.teardown, daemon=True)
@@ -201,8 +201,8 @@ def _forget_wandb() -> None:
 
 
 def _offline(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]]) -> Any:
-    """A run that goes on gets a directory with all its steps in place of the one it had: wandb appends to none, and
-    several of one run would have to be sent together, their repeated steps with them."""
+    """Start an offline run. A resumed one gets a new directory with all its steps, in place of its old one: wandb can't
+    append, and several directories of one run would have to be sent together, with repeated steps."""
     run = _wandb_run(run_dir, tracking, "offline")
     for row in rows:
         run.log(row)
@@ -217,7 +217,7 @@ def _wandb_run(run_dir: Path, tracking: Tracking, mode: str) -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    # The id is kept, so that a resumed run goes on in the same wandb run.
+    # The id is on disk, so that a resumed run continues the same wandb run.
     identity = run_dir / "wandb" / "run_id"
     identity.parent.mkdir(exist_ok=True)
     if not identity.exists():
@@ -230,6 +230,6 @@ def _wandb_run(run_dir: Path, tracking: Tracking, mode: str) -> Any:
         config=dict(tracking.config),
         dir=str(run_dir), mode=cast(Any, mode), resume="allow" if mode == "online" else None, settings=settings,
     )  # fmt: skip
-    # An own step axis: wandb refuses steps that it has already seen, which a resumed run repeats.
+    # A step axis of our own: wandb refuses steps that it has already seen, which a resumed run repeats.
     run.define_metric("*", step_metric="step")
     return run

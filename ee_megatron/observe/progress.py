@@ -1,4 +1,4 @@
-"""How far a stage is: a live bar on a terminal, a line now and then in a log file."""
+"""Progress of a stage: a live bar on a terminal, occasional lines in a log file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PERCENT = ("accuracy",)
 
 
 class Progress:
-    """Shows a stage's step, its latest figures and the time left.
+    """Shows a stage's step, its latest metrics and the time left.
 
         with Progress("reinforce", total=12) as bar:
             bar.detail("rollouts", 32, 64)
@@ -43,7 +43,7 @@ class Progress:
         self._start = self._last_line = clock()
         self._values: dict[str, float] = {}
         self._detail = ""
-        # What the step is busy with: name, count and time of its first sign, last count.
+        # The step's current activity: name, count and time at its first call, last count.
         self._busy = "", 0, 0.0, 0
         self._rich: RichProgress | None = None
         self._task = TaskID(0)
@@ -68,8 +68,8 @@ class Progress:
         self._show()
 
     def detail(self, name: str, done: int, total: int) -> None:
-        """What the step in progress is busy with, and for how long still; gone at the next `advance`. What begins anew,
-        by name or by count, is extrapolated anew."""
+        """Show the current activity of the step and its time left, until the next `advance`. A new name, or a smaller
+        count, restarts the extrapolation."""
         before, first, since, last = self._busy
         if before != name or done < last:
             first, since = done, self._clock()
@@ -84,7 +84,7 @@ class Progress:
         return {"figures": figures, "left": left, "detail": self._detail}
 
     def _left(self, done: int, total: int, first: int, since: float) -> str:
-        """The time that the rest takes, by the pace since the `first`."""
+        """The time left, extrapolated from the pace since `first`."""
         if not first < done < total:
             return ""
         return f"{duration((self._clock() - since) / (done - first) * (total - done))} left"

@@ -78,7 +78,7 @@ def atomic_directory(final: Path) -> Iterator[Path]:
 
 
 def clean_leftovers(directory: Path) -> None:
-    """Remove temporaries of dead processes of this host; put back what a killed writer had moved out of the way."""
+    """Remove temporaries of this host's dead processes; restore directories that a killed writer had moved away."""
     for entry in list(directory.iterdir()):
         match = _LEFTOVER.fullmatch(entry.name)
         if not match or match["host"] != socket.gethostname() or process_start(int(match["pid"])) is not None:
@@ -93,7 +93,7 @@ def clean_leftovers(directory: Path) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Write COMPLETE: a JSON object of every file's relative name and size in bytes. The last thing to be written."""
+    """Write COMPLETE: a JSON object of every file's relative name and size in bytes. It is written last."""
     sizes = {
         str(file.relative_to(directory)): file.stat().st_size
         for file in sorted(directory.rglob("*"))
@@ -103,7 +103,7 @@ def seal(directory: Path) -> None:
 
 
 def fault(directory: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None. An empty COMPLETE vouches for everything; a list, for names and sizes.
+    """Why a checkpoint cannot be used, or None. An empty COMPLETE covers everything; a list, names and sizes.
 
     Contents are not hashed: a checkpoint of a large model takes minutes to read, and its loader checks it anyway.
     """
@@ -113,18 +113,17 @@ def fault(directory: Path) -> str | None:
     try:
         sizes = json.loads(marker.read_text() or "{}")
         for name, size in sizes.items():
-            found = (directory / name).stat().st_size if (directory / name).is_file() else None
-            if found != size:
-                return f"{name} has {found} bytes, {size} were written" if found is not None else f"{name} is missing"
+            actual = (directory / name).stat().st_size if (directory / name).is_file() else None
+            if actual != size:
+                return f"{name} has {actual} bytes, {size} were written" if actual is not None else f"{name} is missing"
     except (ValueError, AttributeError):
         return f"{COMPLETE} is damaged"
     return None
 
 
 def latest_checkpoint(run: Path, examine: Callable[[Path], str | None] | None = None) -> Path | None:
-    """The newest usable checkpoint of a run, whoever has it open; unusable ones are passed over with a warning.
-
-    `examine` looks further than names and sizes: it returns why a checkpoint can't be used, or None.
+    """The newest usable checkpoint of a run, even while another process has it open; unusable ones are skipped with a
+    warning. `examine` checks more than names and sizes: it returns why a checkpoint can't be used, or None.
     """
     for _, directory in _checkpoints(run):
         reason = fault(directory) or (examine(directory) if examine else None)
@@ -190,7 +189,7 @@ class RunDirectory:
         usable = 0
         for _, directory in _checkpoints(self.path):
             if usable >= count:
-                # Renamed first, so that a half-deleted checkpoint is never taken for a checkpoint.
+                # Renamed first, so that a half-deleted one never looks like a checkpoint.
                 doomed = _sibling(directory, "new")
                 os.rename(directory, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)

@@ -21,8 +21,8 @@ def launch_commands(cfg: RunConfig, command: str, overrides: list[str]) -> list[
 
 
 def launch_command(cfg: RunConfig, stage: str, overrides: list[str]) -> str:
-    """On a cluster the sbatch line, to be given in the checkout, of the stage's script for this experiment if slurm/
-    has one, else of the script for any stage. Elsewhere torchrun on this machine, or plain Python for one rank."""
+    """On a cluster the sbatch line, to be run in the checkout, with the stage's script for this experiment if slurm/
+    has one, else the script for any stage. Elsewhere torchrun on this machine, or plain Python for one rank."""
     settings, world = shlex.join(overrides), ranks(cfg)
     if not on_cluster(cfg):
         torchrun = f"torchrun --nnodes=1 --nproc-per-node={world} -m ee_megatron.cli"

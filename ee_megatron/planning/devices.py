@@ -1,4 +1,4 @@
-"""Devices that plans are made for: data sheets, or this machine's CPU measured, and how much of them is reached."""
+"""Devices for plans: data sheets, or this machine's CPU measured, and which share of their peak is reached."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ OTHER_BOARDS = ("PCIe", "NVL", "MIG", "GH200", "H100L")
 
 
 def board(name: str) -> Device | None:
-    """The device that a driver names so, if it is one of `DEVICES`."""
+    """The device of `DEVICES` with this driver's name, or None."""
     other = any(part in name for part in OTHER_BOARDS)
     return None if other else next((device for key, device in DEVICES.items() if key in name), None)
 
@@ -81,7 +81,7 @@ def find_device(name: str, tflops: float | None = None, memory_gib: float | None
             raise ValueError(f"{flag} {value}: expected a number > 0")
     device = by_name.get(name.lower()) or this_cpu()
     if tflops is not None:
-        # On a CPU of whatever the run computes in.
+        # On a CPU for either dtype.
         device = replace(device, tflops=tflops, fp32=tflops if device.on_cpu else device.fp32)
     return device if memory_gib is None else replace(device, memory=memory_gib * GIB)
 

@@ -39,8 +39,8 @@ class PassMode:
 
 
 POLICY, REFERENCE = PassMode(train=False), PassMode(train=False, policy=False)
-"""How rollouts are scored: the policy under their exits, the reference at full depth."""
-COMPARED, ASKED = replace(REFERENCE, likelihood=False), replace(POLICY, likelihood=False)
+"""Passes that score rollouts: the policy under their exits, the reference at full depth."""
+COMPARED, HAZARDS = replace(REFERENCE, likelihood=False), replace(POLICY, likelihood=False)
 """Without a readout: the reference's hidden states for a divergence; the policy's hazards."""
 
 
@@ -77,7 +77,7 @@ def layer_cost(layout: Layout, load: Load, layer: int, sequences: float, how: Pa
     gated = 0.0
     if how.policy and layer - 1 in spec.exit_depths:
         # Under sequence parallelism each tensor-parallel rank computes its own positions; else all of them do all.
-        gated = gate(dims, spec.gate_width, sequences * load.asked(layer - 1)) / layout.sequence_ranks
+        gated = gate(dims, spec.gate_width, sequences * load.reaching(layer - 1)) / layout.sequence_ranks
     forward = linear + adapters + attended + gated
     if not how.train:
         return forward
@@ -138,11 +138,11 @@ def merged_layers_cost(dims: ModelDims, load: Load, full: bool = False) -> float
 
 
 def exits_read_cost(layout: Layout, load: Workload, group: int) -> float:
-    """An answer read once more (rl.exit_credit.divergence=all), its prompt once for a group of them: by the reference
-    at full depth, by the policy at the answer's own exits. Read out are the reference's end and, where a token may
-    exit, every exit that it came by or took, and the policy's end if it got there."""
+    """FLOPs of scoring an answer's exits (rl.exit_credit.divergence=all), its prompt once per group: by the reference
+    at full depth, by the policy at the answer's own exits. Unembedded are the reference's end and, where a token may
+    exit, every exit that it passed or took, and the policy's end if the token reached it."""
     dims, together = layout.dims, load.in_groups(group)
-    readouts = load.answer + sum(load.asked(depth) for depth in load.outcomes)
+    readouts = load.answer + sum(load.reaching(depth) for depth in load.outcomes)
     layers = merged_layers_cost(dims, together, full=True) + merged_layers_cost(dims, together)
     return layers + 2 * dims.vocab * dims.hidden * readouts
 
@@ -152,7 +152,7 @@ def decode_cost(layout: Layout, load: Load) -> float:
     the gates on the way, the readout."""
     dims, made = layout.dims, load.without_prompts()
     total = made.written * 2 * dims.vocab * dims.hidden + merged_layers_cost(dims, made)
-    return total + sum(gate(dims, layout.spec.gate_width, made.asked(depth)) for depth in layout.spec.exit_depths)
+    return total + sum(gate(dims, layout.spec.gate_width, made.reaching(depth)) for depth in layout.spec.exit_depths)
 
 
 def answer_cost(
@@ -170,10 +170,10 @@ def answer_cost(
     made = Load.counted([prompt], [np.asarray(depths)], dims.num_layers, first_token=first_token).without_prompts()
     total = prefill_cost(dims, prompt - first_token) + merged_layers_cost(dims, made) + head * made.written
     if "gates" in needs:
-        total += sum(gate(dims, gate_width, made.asked(exit_)) for exit_ in exit_depths)
+        total += sum(gate(dims, gate_width, made.reaching(exit_)) for exit_ in exit_depths)
     if "readout" in needs:
         # The exit that is taken is read out anyway.
-        total += head * sum(made.asked(exit_) - made.by_depth[exit_] for exit_ in exit_depths)
+        total += head * sum(made.reaching(exit_) - made.by_depth[exit_] for exit_ in exit_depths)
     return round(total)
 
 
@@ -192,7 +192,7 @@ def updates(cfg: RunConfig) -> tuple[int, int, PassMode]:
     return cfg.rl.minibatches, max(1, rollouts_per_step(cfg) // cfg.rl.minibatches), how
 
 
-def scored(cfg: RunConfig) -> list[PassMode]:
+def scoring_passes(cfg: RunConfig) -> list[PassMode]:
     """The passes before the first update."""
     wanted = scoring(cfg.rl)
     policy = replace(POLICY, divergence=wanted.divergence)
@@ -204,7 +204,7 @@ def passes(cfg: RunConfig, load: Workload) -> dict[str, list[tuple[float, Packin
     count, part, train = updates(cfg)
     whole, each = (pack_pass(cfg, load, n, cfg.rl.group_size) for n in (rollouts_per_step(cfg), part))
     # The policy's scores once more before each further update.
-    before = [(1, whole, how) for how in scored(cfg)] + [(count - 1, each, POLICY)]
+    before = [(1, whole, how) for how in scoring_passes(cfg)] + [(count - 1, each, POLICY)]
     # An exact divergence runs the reference again, with every update.
     update = [(count * train.divergence, each, COMPARED), (count, each, train)]
     return {
@@ -226,12 +226,12 @@ def phase_flops(layout: Layout, load: Workload, cfg: RunConfig) -> dict[str, flo
 
 
 def step_flops(
-    layout: Layout, cfg: RunConfig, prompts: Sequence[int], depths: Sequence[np.ndarray], kept: Sequence[int],
+    layout: Layout, cfg: RunConfig, prompts: Sequence[int], depths: Sequence[np.ndarray], learned: Sequence[int],
     shared: float,
 ) -> dict[str, float]:  # fmt: skip
     """FLOPs by phase of a step that was done, from the lengths of its prompts and the exits of its answers, whoever
-    shared the work; recomputation is not counted, and every engine is taken for one that skips. `kept`: answers that
-    are learned from; shared: as in `Load.counted`."""
+    shared the work; recomputation is not counted, and engines are assumed to skip layers. `learned`: answers that the
+    updates use; shared: as in `Load.counted`."""
     layout, rl = layout.on_one_rank(), cfg.rl
     count, _, train = updates(cfg)
     train = replace(train, recompute=False, input_gradient=False)
@@ -240,36 +240,36 @@ def step_flops(
         layers, first = layout.dims.num_layers, layout.spec.first_token
         return Load.counted([prompts[i] for i in rows], [depths[i] for i in rows], layers, rl.group_size, shared, first)
 
-    every, learned = counted(range(len(prompts))), counted(kept)
-    run = {how: whole_pass(layout, learned, 1, how) for how in (POLICY, COMPARED, train)}
+    every, of_learned = counted(range(len(prompts))), counted(learned)
+    run = {how: whole_pass(layout, of_learned, 1, how) for how in (POLICY, COMPARED, train)}
     read = sum(prefill_cost(layout.dims, prompt - layout.spec.first_token) for prompt in prompts[:: rl.group_size])
     return {
         "rollout": read + decode_cost(layout, every),
-        "score": sum(whole_pass(layout, every, 1, how) for how in scored(cfg)),
+        "score": sum(whole_pass(layout, every, 1, how) for how in scoring_passes(cfg)),
         # Each update but the first scores its share again.
         "update": run[train] + run[COMPARED] * train.divergence + run[POLICY] * (count - 1) / rl.minibatches,
     }
 
 
 def calibration_flops(layout: Layout, load: Workload, cfg: RunConfig) -> float:
-    """FLOPs of all ranks for an update of calibration and what is scored for it, on average."""
+    """FLOPs of all ranks for an update of calibration and its scoring passes, on average."""
     c, again = cfg.calibrate, cfg.parallel.recompute
     full = TEACHERS[c.teacher] is Teacher.REFERENCE
     compared = PassMode(train=False, divergence=full)
     update = PassMode(train=True, recompute=again, input_gradient=again, likelihood=not full, divergence=full)
-    # The student's own targets, and a reach, take its divergences first, its own exits the hazards of every gate.
+    # The student's own targets, and kl_scale, need its divergences first; its own exits need every gate's hazards.
     before = [(1, load, compared)] if c.gate_targets == "current" or c.kl_scale else []
-    own = [(c.student_patterns, load.at_full_depth(), ASKED)]
-    taught = [(full * (1 + len(before)), load, COMPARED)]
+    own = [(c.student_patterns, load.at_full_depth(), HAZARDS)]
+    teacher = [(full * (1 + len(before)), load, COMPARED)]
     return sum(
         times * whole_pass(layout, what, c.batch_size, how)
-        for times, what, how in (*before, *own, *taught, (1, load, update))
+        for times, what, how in (*before, *own, *teacher, (1, load, update))
     )
 
 
 def pretrain_flops(cfg: RunConfig, dims: ModelDims, length: float, sequences: int) -> float:
-    """FLOPs of all ranks in training every weight on `sequences` sequences of `length` tokens, of which one is given
-    and the others are predicted, at full depth and without gates."""
+    """FLOPs of all ranks in training every weight on `sequences` sequences of `length` tokens, of which all but the
+    first are predicted, at full depth and without gates."""
     full = copy.deepcopy(cfg)
     full.adapter.full = True
     load = Workload(1, length - 1, (dims.num_layers,), (1.0,))

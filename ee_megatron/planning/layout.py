@@ -49,8 +49,8 @@ class Layout:
     def stages(self, pipeline_rank: int) -> list[range]:
         """Layers (1-based numbers) of a pipeline rank's stages, in order. Rank 0 embeds, the last one has the head."""
         ends = list(itertools.accumulate(self.sizes))
-        found = [range(end - size + 1, end + 1) for size, end in zip(self.sizes, ends, strict=True)]
-        return found[pipeline_rank :: self.pipeline]
+        stages = [range(end - size + 1, end + 1) for size, end in zip(self.sizes, ends, strict=True)]
+        return stages[pipeline_rank :: self.pipeline]
 
     def has_head(self, pipeline_rank: int) -> bool:
         return pipeline_rank == self.pipeline - 1

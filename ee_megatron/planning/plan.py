@@ -100,7 +100,7 @@ class RunPlan:
 
 
 def element_bytes(cfg: RunConfig, on_cpu: bool) -> int:
-    """As `pick_dtype` picks on the device that is planned for."""
+    """Bytes per element of the dtype that `pick_dtype` would pick on the planned device."""
     if cfg.model.dtype == "auto":
         return 4 if on_cpu and not multiplies_bfloat16() else 2
     return 4 if cfg.model.dtype == "float32" else 2
@@ -147,7 +147,7 @@ def published_config(name: str) -> dict[str, Any]:
 
 def dry_run_lines(cfg: RunConfig, dims: ModelDims) -> list[str]:
     """Parameters, memory and time, for a dry run. Raises ValueError as `make_plan` does."""
-    # Where exits are deep, tokens are as deep as they have to be.
+    # With deep exits the default mean depth may be out of reach; the least possible one replaces it.
     outcomes = resolve_exits(cfg, dims).outcomes
     depth = max(Assumptions.mean_depth, least_depth(cfg.rollout.max_new_tokens, outcomes, cfg.exits.first_token))
     plan = make_plan(cfg, dims, find_device(default_device(cfg)), Assumptions(mean_depth=depth))
@@ -164,7 +164,7 @@ def dry_run_lines(cfg: RunConfig, dims: ModelDims) -> list[str]:
 
 def run_plan(cfg: RunConfig, options: argparse.Namespace) -> int:
     """Print the plan; `options` are those of cli.py's command. Raises ValueError, one line, if something does not fit;
-    the plan is on stdout all the same, to see what takes the room."""
+    the plan is printed all the same, to show what takes the memory."""
     dims = dims_from_config(published_config(options.dims)) if options.dims else read_dims(cfg)
     device = find_device(options.on or default_device(cfg), options.tflops, options.memory_gib)
     plan = make_plan(cfg, dims, device, Assumptions(options.prompt_tokens, options.answer_tokens, options.mean_depth))
@@ -197,7 +197,7 @@ def to_json(plan: RunPlan, command: str) -> dict[str, Any]:
 
 
 def to_text(plan: RunPlan, command: str) -> str:
-    """The plan for people."""
+    """The plan as text."""
     cfg, layout, actor, load, device = plan.cfg, plan.layout, plan.actor, plan.load, plan.device
     ranks, counts = range(layout.pipeline), [rank_parameters(layout, p) for p in range(layout.pipeline)]
     lines = [
@@ -206,12 +206,12 @@ def to_text(plan: RunPlan, command: str) -> str:
         f"ranks: {layout.ranks} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {layout.data}",
         f"exits: {list(layout.spec.exit_depths)}; layers per stage: {list(layout.sizes)}\n",
     ]
-    kinds = dict.fromkeys(kind for found in plan.learner for kind in found)
+    kinds = dict.fromkeys(kind for memory in plan.learner for kind in memory)
     rows = [["a learner rank", *(f"pipeline rank {p}" for p in ranks)]]
     rows += [["gates after layers", *(str(layout.gates(p)) for p in ranks)]]
     rows += [[f"parameters: {name}", *(f"{vars(count)[name]:,}" for count in counts)] for name in vars(counts[0])]
-    rows += [[kind, *(gib(found.get(kind, 0.0)) for found in plan.learner)] for kind in kinds]
-    lines += table([*rows, ["on the device", *(gib(plan.device_bytes(found)) for found in plan.learner)]])
+    rows += [[kind, *(gib(memory.get(kind, 0.0)) for memory in plan.learner)] for kind in kinds]
+    lines += table([*rows, ["on the device", *(gib(plan.device_bytes(memory)) for memory in plan.learner)]])
     where = "the learner's devices" if plan.shared else "devices of their own"
     rows = [[f"a rollout actor ({cfg.rollout.backend}: {cfg.rollout.actors} x {actor.devices} on {where})", ""]]
     rows += [[kind, gib(value)] for kind, value in actor.kinds.items()]

@@ -83,21 +83,21 @@ class Roofline:
         rank = self.device.of_cores(cores if ranks == 1 else min(1.0, cores / ranks))
         # Attention, gates, logits and copies bring a CPU's passes over whole answers down to float32's rate.
         rank, reader = (replace(d, tflops=d.fp32) if d.on_cpu else d for d in (rank, actor))
-        found = {phase: self._estimate(rank, self._learn(phase)) for phase in ("scoring", "update")}
+        learning = {phase: self._estimate(rank, self._learn(phase)) for phase in ("scoring", "update")}
         made = self._estimate(actor, self._rollouts(self.longest), self._rollouts(self.load.answer))
         read = {}
         if exits_read(rl):
             mine = -(-rl.prompts_per_step // self.cfg.rollout.actors) * rl.group_size
             flops = mine * exits_read_cost(self.layout, self.load, rl.group_size)
             read = {"exits read": self._estimate(reader, DeviceWork(flops=flops))}
-        return {"rollouts": made, **read, **found, "weight sync": self._estimate(actor, self._sync())}
+        return {"rollouts": made, **read, **learning, "weight sync": self._estimate(actor, self._sync())}
 
     def round_seconds(self) -> float:
         """Likely seconds in which each concurrent answer of an actor gets a token."""
         return self._estimate(self.device.of_cores(self.cfg.rollout.threads), self._round(self.rows)).likely
 
     def _estimate(self, device: Device, likely: DeviceWork, best: DeviceWork | None = None) -> PhaseTime:
-        """A GPU multiplies, reads and is given work at once; a core does one after the other."""
+        """A GPU multiplies, reads and launches kernels concurrently; a core does one after the other."""
         ends, bound = [], ""
         for work, reach in ((best or likely, device.best), (likely, device.likely)):
             beside = {
@@ -111,7 +111,7 @@ class Roofline:
         return PhaseTime(ends[0], ends[1], bound)
 
     def _rollouts(self, longest: float) -> DeviceWork:
-        """The busiest actor: its prompts read, then rounds of all rows, one for each token of wave after wave of rows
+        """The busiest actor: prefill, then rounds of all rows, one for each token of wave after wave of rows
         or, if that takes longer, of the longest answer, with fewer rows in the end."""
         dims, load, tensor = self.layout.dims, self.load, self.cfg.rollout.tensor
         prompts = -(-self.cfg.rl.prompts_per_step // self.cfg.rollout.actors)
@@ -126,8 +126,8 @@ class Roofline:
 
     def _round(self, rows: float) -> DeviceWork:
         """A token for each of so many rows, halfway through their answers on average. vLLM runs all layers for all rows
-        on devices that share them. In the embedded engine rows that have left run nothing more, but the weights behind
-        an exit are read, and their kernels started, once for whoever goes on, unless nobody does."""
+        on devices that share them. In the embedded engine rows that have exited run nothing more, but the weights after
+        an exit are read, and their kernels started, once for all rows that continue, if any do."""
         dims, spec, load, tensor = self.layout.dims, self.layout.spec, self.load, self.cfg.rollout.tensor
         cached, later = (load.prompt + load.answer / 2) * 2 * dims.kv_size, max(1.0, load.later)
         gates = sum(map(math.prod, spec.gate_shapes(dims).values()))
@@ -140,10 +140,10 @@ class Roofline:
         counts, elements = CPU_KERNELS if self.device.on_cpu else KERNELS, float(dims.vocab * dims.hidden)
         kernels = float(counts["round"])
         for first, stop in itertools.pairwise((0, *spec.layout.outcomes)):
-            share, layers, gated = load.asked(stop) / later, stop - first, stop < dims.num_layers
+            share, layers, gated = load.reaching(stop) / later, stop - first, stop < dims.num_layers
             anybody = 1 - (1 - share) ** rows
             elements += anybody * (layers * linear_elements(dims) + (gates / len(spec.exit_depths) if gated else 0))
-            # Keys and values for the rows that have left.
+            # Keys and values for the rows that have exited.
             elements += (1 - share**rows) * layers * 2 * dims.kv_size * dims.hidden
             elements += rows * share * layers * cached * (1 if self.device.on_cpu else GATHERED)
             kernels += anybody * (layers * counts["layer"] + gated * counts["exit"])

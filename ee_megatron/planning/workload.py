@@ -1,4 +1,4 @@
-"""What a pass of the model has to run: lengths, how deep tokens go, and how sequences share micro-batches."""
+"""The work of a pass of the model: lengths, depths of tokens, and how sequences share micro-batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config.schema import SEQUENCE_MULTIPLE, RunConfig
 
 @dataclass
 class Load:
-    """Sequences that a pass has to run: all together, or one on average.
+    """Sequences that a pass runs: all together, or one on average.
 
     answer: tokens that are predicted; prompts, prompts_seen: positions of prompts that are run and can't exit, and the
     keys that they see; by_depth, seen_by_depth [L + 1]: answer tokens that might exit, by the depth that they took, and
@@ -32,7 +32,7 @@ class Load:
         first_token: bool = False,
     ) -> Load:  # fmt: skip
         """Given sequences: tokens of each prompt, and depths [T] of each answer's tokens; unless `first_token` the
-        first comes with the prompt. `group` neighbours have one prompt, of which this share is run only once."""
+        first comes with the prompt. `group` neighbours have one prompt, whose share `shared` is run only once."""
         later, seen = np.zeros(num_layers + 1), np.zeros(num_layers + 1)
         for prompt, taken in zip(prompts, depths, strict=True):
             free = taken[not first_token :]
@@ -40,7 +40,7 @@ class Load:
             keys = prompt + np.arange(len(taken) - len(free), len(taken), dtype=np.float64)
             seen += np.bincount(free, weights=keys, minlength=num_layers + 1)
         own = np.asarray(prompts, dtype=np.float64)
-        # Of the others of a group only the prompt's last position is run.
+        # For the other sequences of a group only the prompt's last position is run.
         run, last = np.where(np.arange(len(own)) % group == 0, 1.0, 1.0 - shared), not first_token
         positions, keys = last + (own - 1) * run, last * own + own * (own - 1) / 2 * run
         return Load(float(sum(map(len, depths))), float(positions.sum()), float(keys.sum()), later, seen)
@@ -63,12 +63,12 @@ class Load:
         """Keys that these positions' queries see, summed."""
         return self.prompts_seen + float(self.seen_by_depth[0 if full else layer :].sum())
 
-    def asked(self, depth: int) -> float:
+    def reaching(self, depth: int) -> float:
         """Positions at which the gate at `depth` is computed: those that reach it."""
         return float(self.by_depth[depth:].sum())
 
     def without_prompts(self) -> Load:
-        """After prompts have been read."""
+        """The load after prefill."""
         return Load(self.answer, 0.0, 0.0, self.by_depth, self.seen_by_depth)
 
 

@@ -41,7 +41,7 @@ FIGURES = ("accuracy", "mean_depth", "reward", "loss")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code: 0, 1 (a run failed), 130 (told to stop). Raises Faults with everything that is wrong."""
+    """Returns the exit code: 0, 1 (a run failed), 130 (stopped on request). Raises Faults with all errors."""
     if arguments and arguments[0] in ("status", "collect"):
         return _look(*arguments)
     return _sweep(parse_arguments(list(arguments)))
@@ -127,7 +127,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:
-    """Unfinished tasks that nobody is at, and that no failed one keeps from starting. `queue`: what Slurm has."""
+    """Unfinished tasks that are neither running nor queued, and need no failed task. `queue`: of slurm.queued."""
     free = [task for task in sweep.tasks.values() if sweep.task_state(task, queue) not in (FINISHED, RUNNING, QUEUED)]
     return [task for task in free if retry_failed or not sweep.failure(task)]
 
@@ -137,7 +137,7 @@ def _slurm_options(given: Sequence[str]) -> dict[str, str]:
     for text in given:
         key, equals, value = text.removeprefix("--").partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", key) or not value.isprintable():
-            # A line end would go on as a line of the job's script.
+            # A line end would start a new line of the job's script.
             raise ValueError(f"--slurm {text!r}: expected an option of sbatch as key=value, e.g. partition=gpu")
         options[key] = value
     minutes_of(options.get("time", "1"))
@@ -167,8 +167,8 @@ def _look(command: str, *arguments: str) -> int:
 
 
 def listing(sweep: Sweep, queue: dict[str, str], starting: Sequence[StageTask] = ()) -> str:
-    """A line for each task: its state (or that it is `starting`), the run whose own it is, what it makes and where, a
-    finished run's figures. `queue`: what Slurm has."""
+    """A line for each task: its state (or "start" if it is `starting`), its run if it has a single one, its stages and
+    host, a finished run's metrics. `queue`: of slurm.queued."""
     lines, runs, jobs = list[str](), {run.task: run for run in sweep.runs}, sweep.submitted()
     keys = {task.key for task in starting}
     for task in sweep.tasks.values():

@@ -94,8 +94,8 @@ class Grid:
         return [key for axis in self.axes for key in axis[0]]
 
     def add(self, text: str) -> None:
-        """One setting; of two with one value the later one counts. Raises ValueError: not a setting, an axis that can't
-        be one, an axis and something else of the same key."""
+        """Add a setting; of two single values of a key the later one counts. Raises ValueError: not a setting, a key
+        that can't be an axis, an axis and another setting of the same key."""
         key, values, several = parse(text)
         if key in self.keys or (several and key in self.fixed):
             raise ValueError(f"{key}: given twice; give all its values in one setting, {key}=a,b,c")
@@ -112,8 +112,8 @@ class Grid:
         alone = {key: axis for axis in self.axes if len(axis[0]) == 1 for key in axis[0]}
         lengths = {key: len(alone.get(key, ())) for key in keys}
         if len(keys) < 2 or len(lengths) < len(keys) or len(set(lengths.values())) > 1 or 0 in lengths.values():
-            found = ", ".join(f"{key} has {length or 'no axis of its own'}" for key, length in lengths.items())
-            raise ValueError(f"zip {','.join(keys)}: expected two or more axes of equal length; found: {found}")
+            described = ", ".join(f"{key} has {length or 'no axis of its own'}" for key, length in lengths.items())
+            raise ValueError(f"zip {','.join(keys)}: expected two or more axes of equal length; found: {described}")
         merged = [_merged(entries) for entries in zip(*(alone[key] for key in keys), strict=True)]
         others = [axis for axis in self.axes if not axis[0].keys() & {*keys[1:]}]
         self.axes = [merged if keys[0] in axis[0] else axis for axis in others]
@@ -145,12 +145,12 @@ class Grid:
             return None
         given = {key.removeprefix(ISOFLOP): value.plain for key, value in values.items() if self._of_budget(key)}
         try:
-            found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), given))
+            budget: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(IsoFlop), given))
         except OmegaConfBaseException as error:
             raise ValueError(f"budget, isoflop: {str(error).splitlines()[0]}") from None
-        if found.set in values:
-            raise ValueError(f"{found.set}: follows from budget; leave one of them out")
-        return found
+        if budget.set in values:
+            raise ValueError(f"{budget.set}: follows from budget; leave one of them out")
+        return budget
 
 
 def _merged(entries: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
@@ -162,16 +162,16 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
     try:
         override = OverridesParser.create().parse_override(text)
         several, key = override.is_sweep_override(), override.key_or_group
-        found = list(itertools.islice(override.sweep_iterator(), MOST_POINTS + 1)) if several else [None]
-        if not 0 < len(found) <= MOST_POINTS:
-            raise ValueError(f"{'too many' if found else 'no'} values; at most {MOST_POINTS}")
-        values = [Value(Override._get_value_element_as_str(each), Override._convert_value(each)) for each in found]
+        elements = list(itertools.islice(override.sweep_iterator(), MOST_POINTS + 1)) if several else [None]
+        if not 0 < len(elements) <= MOST_POINTS:
+            raise ValueError(f"{'too many' if elements else 'no'} values; at most {MOST_POINTS}")
+        values = [Value(Override._get_value_element_as_str(each), Override._convert_value(each)) for each in elements]
     except (HydraException, ValueError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{text}: expected key=value, key=a,b,c or key=range(...) ({said})") from None
     if override.is_delete():
         raise ValueError(f"{text}: settings cannot be deleted; give another value instead")
-    # What is fixed keeps the user's own words.
+    # A fixed setting stays in the user's own words.
     return key, values if several else [Value(override.get_value_string(), override.value())], several
 
 
@@ -223,13 +223,13 @@ def read_file(path: Path, given: Collection[str] = ()) -> Grid:
         raise FileNotFoundError(f"{path}: no such grid file; name a .yaml file or a grid of configs/{GROUP}")
     grid = Grid()
     try:
-        found: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
-        fixed = found.settings | {f"{ISOFLOP}{key}": value for key, value in found.isoflop.items()}
+        sections: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
+        fixed = sections.settings | {f"{ISOFLOP}{key}": value for key, value in sections.isoflop.items()}
         texts = {key: f"{key}={_text(key, value)}" for key, value in fixed.items()}
-        for key, text in [*texts.items(), *((key, _axis(key, values)) for key, values in found.axes.items())]:
+        for key, text in [*texts.items(), *((key, _axis(key, values)) for key, values in sections.axes.items())]:
             if key not in given:
                 grid.add(text)
-        for table in found.zip:
+        for table in sections.zip:
             if wrong := [row for row in table.rows if len(row) != len(table.keys)]:
                 raise ValueError(f"zip: expected {len(table.keys)} values in every row, found {wrong[0]}")
             if both := [key for key in table.keys if key in given]:
@@ -252,7 +252,7 @@ def _axis(key: str, values: Any) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """A value from YAML as a setting's text: a string is what one would type behind `key=`."""
+    """A value from YAML as a setting's text: a string is taken as typed after `key=`."""
     if isinstance(value, dict):
         raise ValueError(f"{key}: holds a section; write keys with dots, e.g. {key}.field: value")
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

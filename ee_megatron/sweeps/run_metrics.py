@@ -1,7 +1,7 @@
-"""A finished run in figures, from what its stages left, and the table of a sweep's runs: the same files give the same
+"""Metrics of a finished run, from its stages' files, and the table of a sweep's runs. The same files give the same
 bytes.
 
-FLOPs of RL and of answers are those that the stages counted themselves, from the exits that were taken.
+FLOPs of RL and of answers are those that the stages counted, from the exits taken.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ REINFORCED = {
     "reward": "reward", "task_reward": "task_reward", "rollout_accuracy": "accuracy",
     "rollout_mean_depth": "mean_depth", "rollout_total_depth": "total_depth", "rollout_length": "length",
 }  # fmt: skip
-"""Columns of the table and what they are called in results.json and metrics.jsonl."""
+"""Columns of the table and their names in results.json and metrics.jsonl."""
 FLOPS = {"flops_rollouts": "flops/rollout", "flops_scoring": "flops/score", "flops_update": "flops/update"}
 TAIL = 0.25
-"""Share of the RL steps, the last ones, that `reward` and its like are means of."""
+"""Share of the RL steps, from the end, over which `reward` and the like are averaged."""
 
 
 def measure(sweep: Sweep, run: SweepRun, cfg: RunConfig) -> None:
@@ -42,7 +42,7 @@ def measure(sweep: Sweep, run: SweepRun, cfg: RunConfig) -> None:
 
 
 def figures_of(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
-    """One row of the table, without what varies and the status. `stages`: the run's finished stages by name."""
+    """One row of the table, without settings and status. `stages`: the run's finished stages by name."""
     dims = read_dims(cfg)
     row: dict[str, Any] = {"seed": cfg.rl.seed}
     if "imported" in stages:
@@ -123,15 +123,15 @@ def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
 
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """In the grid's order. A run without a result has its settings, its status and its error only.
+    """The table's rows in the grid's order. A run without a result has only its settings, status and error.
 
-    What varies goes by its setting's name, so that no figure of the same name hides it: `steps` is not `rl.steps`.
+    A setting's column has its full name, so that no metric replaces it: `steps` is not `rl.steps`.
     """
     table = []
     for run in sweep.runs:
         finished, error = sweep.is_done(run), sweep.failure(sweep.tasks[run.task])
         result = (sweep.result(run) or {}) if finished else {}
-        # A table that is made while runs go on must not depend on the second in which it is made.
+        # While runs are in progress, the table must not depend on the moment when it is made.
         status = FINISHED if finished else FAILED if error else "unfinished"
         settings = {key: _cell(value) for key, value in run.settings.items()}
         figures = {key: value for key, value in result.items() if key not in settings}
@@ -148,7 +148,7 @@ def _cell(value: Any) -> Any:
 
 def collect(sweep: Sweep, out: Path | None = None) -> Path:
     """Write table.csv into `out`, or the sweep's directory, and return its path. Numbers are by repr, so that they read
-    back exactly; what is missing is empty."""
+    back exactly; missing values are empty."""
     table, folder = rows(sweep), out or sweep.directory
     names = [*dict.fromkeys(name for row in table for name in row if name != "error"), "error"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -20,15 +20,15 @@ from .task import run_task
 
 SLURM_S = 60.0
 WARNING_S = 300
-"""How long before a time limit submitit is told."""
+"""How long before a time limit submitit gets the signal."""
 SLURMS_ARRAY = 1001
-"""Slurm's own MaxArraySize where nobody has set another."""
+"""Slurm's default MaxArraySize."""
 PARTING_S = 30
-"""Of the warning, what is left when a stage that has not heeded it is killed: for the record and the way back."""
+"""Seconds before the time limit when a stage that ignores the warning is killed: time for the record and requeueing."""
 
 
 class SlurmTask:
-    """What submitit runs on a node: called, and called again after a requeue with what `checkpoint` returned."""
+    """The task that submitit runs on a node; after a requeue it calls the one that `checkpoint` returned."""
 
     def __init__(self, directory: Path, key: str, warning_s: float):
         self.directory, self.key, self.warning_s = directory, key, warning_s
@@ -36,21 +36,21 @@ class SlurmTask:
     def __call__(self) -> str:
         from submitit.core.job_environment import JobEnvironment
 
-        told: list[int] = []
+        signals: list[int] = []
         number = JobEnvironment._usr_sig()
         # submitit's handler would requeue at once: it is called when the stage has written its checkpoint.
-        requeue: Any = signal.signal(number, lambda given, _: told.append(given))
+        requeue: Any = signal.signal(number, lambda given, _: signals.append(given))
         sweep, grace_s = open_sweep(self.directory), max(1.0, self.warning_s - PARTING_S)
         task = sweep.tasks[self.key]
-        record = run_task(sweep, task, lambda: bool(told), grace_s=grace_s)
+        record = run_task(sweep, task, lambda: bool(signals), grace_s=grace_s)
         if record.state == STOPPED:
-            if not told:
+            if not signals:
                 # A preemption without a warning: TERM to every process, then Slurm ends the job and requeues it itself.
                 time.sleep(float(os.environ.get("EE_KILL_WAIT_S", "45")))
             try:
                 requeue(number, None)
             except (RuntimeError, subprocess.SubprocessError) as error:
-                # It may not go back into the queue any more, or Slurm does not take it back.
+                # No requeues are left, or Slurm refuses it.
                 record.error = str(error)
                 sweep.write_record(self.key, record)
         if record.state != FINISHED:
@@ -67,18 +67,18 @@ def submit(
     sweep: Sweep, tasks: Sequence[StageTask], options: Mapping[str, str], parallel: int, requeues: int,
     queue: Mapping[str, str],
 ) -> None:  # fmt: skip
-    """Submit tasks as one job array per level (a plain job for a single task; several arrays where Slurm takes none of
-    that size) and return at once.
+    """Submit tasks as one job array per level (a plain job for a single task; several arrays above Slurm's maximal
+    size) and return at once.
 
-    options: of sbatch; parallel: tasks at a time; requeues: after time limits, at most. A level starts after all that
-    it needs, submitted now or in the `queue`, has ended, however: a run whose shared stages failed says so itself.
+    options: of sbatch; parallel: tasks at a time; requeues: after time limits, at most. A level starts when all jobs
+    that it needs, submitted now or in the `queue`, have ended, even with errors: each task then checks its own needs.
     Raises RuntimeError with sbatch's words if it refuses.
     """
     earlier = {key: job for key, job in sweep.submitted().items() if key in queue}
     jobs: dict[str, str] = {}
     directory, warning = sweep.directory.resolve(), float(options.get("warning", WARNING_S))
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
-    largest = max(1, int(found[1])) if found else SLURMS_ARRAY
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
+    largest = max(1, int(match[1])) if match else SLURMS_ARRAY
     for _, level in itertools.groupby(tasks, key=lambda task: task.level):
         every = list(level)
         pieces = [every[start : start + largest] for start in range(0, len(every), largest)]
@@ -86,8 +86,8 @@ def submit(
             needed = {each.key for task in piece for each in sweep.chain(task)[:-1]}
             waits = sorted({job.split("_")[0] for key, job in {**earlier, **jobs}.items() if key in needed})
             dependency = ":".join(["afterany", *waits]) if waits else ""
-            asked = sbatch_options(piece, options)
-            executor = make_executor(sweep, asked, max(1, parallel // len(pieces)), requeues, dependency)
+            job_options = sbatch_options(piece, options)
+            executor = make_executor(sweep, job_options, max(1, parallel // len(pieces)), requeues, dependency)
             try:
                 with executor.batch():
                     submitted = [executor.submit(SlurmTask(directory, task.key, warning)) for task in piece]
@@ -96,10 +96,10 @@ def submit(
             jobs |= {task.key: job.job_id for task, job in zip(piece, submitted, strict=True)}
             sweep.note_submitted(jobs)
             what = f"{len(piece)} tasks in an array" if len(piece) > 1 else sweep.describe(piece[0])
-            print(f"submitted job {submitted[0].job_id.split('_')[0]}: {what} ({spelt(asked)})", flush=True)
+            print(f"submitted job {submitted[0].job_id.split('_')[0]}: {what} ({spelt(job_options)})", flush=True)
 
 
-def make_executor(sweep: Sweep, asked: Mapping[str, str], parallel: int, requeues: int, after: str) -> Any:
+def make_executor(sweep: Sweep, options: Mapping[str, str], parallel: int, requeues: int, after: str) -> Any:
     """submitit's executor for one array, with `sbatch_options`. The task is the batch script's own process, so that the
     warning before a time limit (USR2) reaches it and a stage of several ranks may start steps."""
     from submitit.slurm.slurm import SlurmExecutor, SlurmJobEnvironment
@@ -107,10 +107,10 @@ def make_executor(sweep: Sweep, asked: Mapping[str, str], parallel: int, requeue
     # `exec`: signals to the batch script's process then reach Python, not a shell that waits for it.
     python = f"exec {shlex.quote(sys.executable)}"
     executor = SlurmExecutor(sweep.directory / "slurm", max_num_timeout=requeues, python=python)
-    others = {key: value or True for key, value in asked.items() if key not in ("time", "warning")}
+    others = {key: value or True for key, value in options.items() if key not in ("time", "warning")}
     executor.update_parameters(
         job_name=f"sweep-{sweep.directory.parent.name}",
-        time=minutes_of(asked["time"]),
+        time=minutes_of(options["time"]),
         array_parallelism=parallel,
         use_srun=False,
         stderr_to_stdout=True,
@@ -118,7 +118,7 @@ def make_executor(sweep: Sweep, asked: Mapping[str, str], parallel: int, requeue
         # submitit's own would be refused where wckeys are enforced.
         wckey=None,
         additional_parameters={
-            "requeue": True, "signal": f"B:{SlurmJobEnvironment.USR_SIG}@{asked['warning']}", **others,
+            "requeue": True, "signal": f"B:{SlurmJobEnvironment.USR_SIG}@{options['warning']}", **others,
         },
     )  # fmt: skip
     return executor
@@ -155,7 +155,7 @@ def queued(sweep: Sweep) -> dict[str, str]:
     jobs = sweep.submitted()
     if not jobs:
         return {}
-    # Slurm refuses a list of which every job is gone, so all of them are asked for and sorted out here.
+    # Slurm refuses a list of which every job is gone, so all of the user's jobs are listed and filtered here.
     said = _ask("squeue", "--noheader", "--array", "--format=%F|%K|%T", "--me")
     states: dict[str, str] = {}
     for line in said.splitlines():
@@ -165,7 +165,7 @@ def queued(sweep: Sweep) -> dict[str, str]:
 
 
 def _ask(*command: str) -> str:
-    """What a program of Slurm's says; nothing where there is none. Raises RuntimeError if it does not answer."""
+    """The output of a Slurm program; "" if it is not installed. Raises RuntimeError if it fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=True)
     except FileNotFoundError:

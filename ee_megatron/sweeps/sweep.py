@@ -56,7 +56,7 @@ class SweepRun:
 
     @property
     def task(self) -> str:
-        """Key of the task that is its alone."""
+        """Key of the task that only this run needs."""
         return self.steps[-1].directory
 
 
@@ -75,8 +75,8 @@ class StageTask:
 
 @dataclass
 class TaskRecord:
-    """tasks/<task>.json, what became of a task. state: running, stopped (asked to stop, with a checkpoint), killed (by
-    a signal), failed (by itself) or finished; stage: the last one started; code: its exit code; host, job (Slurm's, as
+    """tasks/<task>.json, the outcome of a task. state: running, stopped (on request, with a checkpoint), killed (by a
+    signal), failed (by itself) or finished; stage: the last one started; code: its exit code; host, job (Slurm's, as
     12 or 12_3): where it was started."""
 
     state: str
@@ -107,7 +107,7 @@ class Sweep:
         return {run.id for run in self.runs}
 
     def chain(self, task: StageTask) -> list[StageTask]:
-        """The tasks that `task` needs, first things first, and itself."""
+        """The tasks that `task` needs, in order, and the task itself."""
         return [*(self.chain(self.tasks[task.needs]) if task.needs else []), task]
 
     def describe(self, task: StageTask) -> str:
@@ -120,7 +120,7 @@ class Sweep:
     # ---- on disk ----
 
     def save(self) -> None:
-        """The manifest, and the directories that the rest goes into."""
+        """Write the manifest, and make the sweep's directories."""
         for name in ("tasks", "results", "logs"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         _write(self.directory / MANIFEST, {"format": 2, "last": self.last, "runs": [asdict(run) for run in self.runs]})
@@ -132,9 +132,9 @@ class Sweep:
         return all((self.path(step) / DONE).is_file() for step in what.steps)
 
     def record(self, key: str) -> TaskRecord | None:
-        """None before the task's first start."""
-        found = _read(self.directory / "tasks" / f"{key}.json")
-        return None if found is None else TaskRecord(**found)
+        """A task's record; None before its first start."""
+        fields = _read(self.directory / "tasks" / f"{key}.json")
+        return None if fields is None else TaskRecord(**fields)
 
     def write_record(self, key: str, record: TaskRecord) -> None:
         _write(self.directory / "tasks" / f"{key}.json", asdict(record))
@@ -156,8 +156,8 @@ class Sweep:
     # ---- states ----
 
     def task_state(self, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
-        """By what is on disk and, in `queue`, what Slurm has of the tasks (slurm.queued). A record of a running task is
-        believed while a local sweep holds the lock."""
+        """A task's state from the files and, in `queue`, from Slurm (slurm.queued). A record that says "running" counts
+        while a local sweep holds the lock."""
         if self.is_done(task):
             return FINISHED
         record, there = self.record(task.key), (queue or {}).get(task.key)
@@ -167,7 +167,7 @@ class Sweep:
         if there:
             return QUEUED
         if record is None or record.state == FINISHED:
-            # Never started; or finished once, and somebody has removed a stage since.
+            # Never started; or finished, and a stage was removed since.
             return WAITING
         return KILLED if claims else record.state
 
@@ -220,7 +220,7 @@ def cut(runs: list[SweepRun]) -> dict[str, StageTask]:
 
 
 def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
-    """Load and check every point; nothing is written.
+    """Load and check every point of a grid; nothing is written.
 
     `check` raises ValueError or FileNotFoundError for a configuration that cannot start. Raises Faults with all
     errors, each with the points that have it.
@@ -263,14 +263,14 @@ def _step(cfg: RunConfig, stage: str) -> RunStage:
 
 
 def stages_of(cfg: RunConfig, last: str) -> list[str]:
-    """What a run goes through, up to `last`. Raises ValueError if that is not among it."""
+    """A run's stages up to `last`. Raises ValueError if `last` is not one of them."""
     stages = [stage for stage in stage_order(cfg) if not (cfg.init_policy and stage in ("traces", "calibrate"))]
     if last not in stages:
         raise ValueError(f"--last {last}: this run's stages are {', '.join(stages)}")
     return stages[: stages.index(last) + 1]
 
 
-# ---- found again, and extended ----
+# ---- reopened and extended ----
 
 
 def open_sweep(directory: Path) -> Sweep:
@@ -289,20 +289,20 @@ def open_sweep(directory: Path) -> Sweep:
 
 
 def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
-    """By the runs' name or by directory; `last`: of several, the one that ends with that stage.
+    """A sweep by its runs' name or by its directory; `last`: of several, the one that ends with that stage.
 
-    Raises FileNotFoundError if there is none, ValueError if several are left."""
+    Raises FileNotFoundError if there is none, ValueError if several match."""
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
-    found = sorted((runs / name).glob(f"sweep-{last or '*'}/{MANIFEST}"))
-    if len(found) > 1:
-        listed = ", ".join(f"{name}/{file.parent.name}" for file in found)
-        raise ValueError(f"{name}: there are {len(found)} sweeps of this name; give --last STAGE or one of {listed}")
-    if not found:
+    files = sorted((runs / name).glob(f"sweep-{last or '*'}/{MANIFEST}"))
+    if len(files) > 1:
+        listed = ", ".join(f"{name}/{file.parent.name}" for file in files)
+        raise ValueError(f"{name}: there are {len(files)} sweeps of this name; give --last STAGE or one of {listed}")
+    if not files:
         others = sorted({file.parent.parent.name for file in runs.glob(f"*/sweep-*/{MANIFEST}")})
         raise FileNotFoundError(f"{runs / name}: no such sweep; {runs} has {', '.join(others) or 'none'}")
-    return open_sweep(found[0].parent)
+    return open_sweep(files[0].parent)
 
 
 def placed(new: Sweep, extend: bool) -> Sweep:
@@ -325,7 +325,7 @@ def placed(new: Sweep, extend: bool) -> Sweep:
     for run in both.values():
         known = (before[run.id].settings if run.id in before else {}) | run.settings
         if missing := keys.keys() - known.keys():
-            # What one grid varies the other may have left alone.
+            # One grid may vary a setting that the other does not.
             cfg = OmegaConf.structured(load(run.overrides))
             known |= {key: _setting(cfg, key) for key in missing}
         run.settings = {key: known[key] for key in keys if known[key] is not None}
@@ -333,7 +333,7 @@ def placed(new: Sweep, extend: bool) -> Sweep:
 
 
 def _setting(cfg: Any, key: str) -> Any:
-    """A setting's value as a grid would give it; None for what is not a single setting (a group, a budget)."""
+    """A setting's value as in a grid; None for anything but a single setting (a group, a budget)."""
     value = OmegaConf.select(cfg, SEEDS[-1] if key == SEED else key, default=None)
     value = OmegaConf.to_container(value) if OmegaConf.is_list(value) else value
     return value if isinstance(value, bool | int | float | str | list) else None

@@ -1,5 +1,5 @@
-"""Makes one task's stages in order, each in processes of its own, and writes down what became of them; many tasks on
-this machine. Killed at any moment, a task resumes from its stages' checkpoints when it is started again."""
+"""Runs one task's stages in order, each in processes of its own, and records the outcome; runs many tasks on this
+machine. A task that was killed resumes from its stages' checkpoints when it is started again."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ..config.schema import RunConfig
 from ..observe.lock import RunLock
 from ..observe.progress import Progress
 from ..observe.rundir import DONE
-from ..training.ranks import STOPPED as TOLD_TO_STOP
+from ..training.ranks import STOPPED as STOPPED_CODE
 from ..training.ranks import WITH_PARENT
 from .sweep import FAILED, FINISHED, KILLED, RUNNING, STOPPED, RunStage, StageTask, Sweep, TaskRecord
 
 LOCK_DEADLINE_S = 12 * 3600.0
-"""For a stage that another task or sweep is making."""
+"""How long to wait for a stage that another task or sweep is making."""
 GRACE_S = 60.0
-"""From the request to stop to the end of a stage that does not heed it. A step's learning may take as long."""
+"""Seconds between the request to stop and killing the stage: a step's learning may take as long."""
 POLL_S = 1.0
-"""How often a stage that another process makes is looked at."""
+"""Seconds between looks at a stage that another process is making."""
 LAST_LINES = 200
 CLUSTER_STAGE = '. slurm/common.sh || exit 2; run_stage "$@"'
 _loading = threading.Lock()
@@ -41,7 +41,7 @@ _loading = threading.Lock()
 
 
 class StageEnded(Exception):
-    """A stage ended with `code`, or this task's work did; the text says why."""
+    """A stage, or this task, ended with `code`; the text says why."""
 
     def __init__(self, code: int, text: str = ""):
         super().__init__(text)
@@ -51,11 +51,11 @@ class StageEnded(Exception):
 def run_task(
     sweep: Sweep, task: StageTask, stop: Callable[[], bool], *, grace_s: float = GRACE_S, devices: str | None = None
 ) -> TaskRecord:
-    """Make what is missing of the task and write the results of the runs that end with it. Returns the record, which is
+    """Make the task's missing stages and write the results of the runs that end with it. Returns the record, which is
     also on disk.
 
-    stop: asked several times a second. Once it is true the running stage is asked to end at its next step, and killed
-    after `grace_s`. devices: CUDA_VISIBLE_DEVICES of the stages. Raises nothing that stages do wrong.
+    stop: called several times a second. Once it returns true the running stage is stopped at its next step, or killed
+    after `grace_s`. devices: CUDA_VISIBLE_DEVICES of the stages. Errors of stages are recorded, not raised.
     """
     before = sweep.record(task.key)
     job = os.environ.get("SLURM_ARRAY_JOB_ID", "")
@@ -66,8 +66,8 @@ def run_task(
         _check_needed(sweep, task)
         with _loading:
             cfg = load(task.overrides)
-        # What the tasks before this one should have made is made here if it is missing: a dependency may be released
-        # early, or a directory may have been removed.
+        # Stages of the tasks before this one are made here if they are missing: Slurm may release a dependency early,
+        # or a directory may have been removed.
         for step in (step for each in sweep.chain(task) for step in each.steps):
             if not (sweep.path(step) / DONE).is_file():
                 record.stage = step.stage
@@ -81,10 +81,10 @@ def run_task(
                 measure(sweep, run, cfg)
         record.state = FINISHED
     except StageEnded as error:
-        # The shell's way to say "by a signal" is 128 and its number, Python's is the number below 0.
+        # Killed by signal n: 128 + n in a shell, -n in Python.
         killed = error.code < 0 or error.code in (130, 137, 143)
-        told = error.code == TOLD_TO_STOP or stop()
-        record.state, record.code = STOPPED if told else KILLED if killed else FAILED, error.code
+        stopped = error.code == STOPPED_CODE or stop()
+        record.state, record.code = STOPPED if stopped else KILLED if killed else FAILED, error.code
         record.error = str(error)
     except Exception as error:
         if os.environ.get("EE_DEBUG") == "1":
@@ -95,7 +95,7 @@ def run_task(
 
 
 def _check_needed(sweep: Sweep, task: StageTask) -> None:
-    """What failed, or was killed (for memory, say), would be so again, once for every task that needs it."""
+    """Raises StageEnded if a needed task failed or was killed (out of memory, say): it would fail again."""
     if reason := sweep.failure(task):
         raise StageEnded(1, reason)
     for each in sweep.chain(task)[:-1]:
@@ -108,13 +108,13 @@ def _make(
     sweep: Sweep, task: StageTask, step: RunStage, cfg: RunConfig, stop: Callable[[], bool], grace_s: float,
     devices: str | None,
 ) -> None:  # fmt: skip
-    """Make a stage as soon as no other process is at it, unless that has made it. Raises StageEnded if it did not
-    finish, or RuntimeError if the other process is still at it after LOCK_DEADLINE_S."""
+    """Make a stage once no other process is making it, unless that one finished it. Raises StageEnded if it did not
+    finish, or RuntimeError if the other process is still running after LOCK_DEADLINE_S."""
     path, deadline = sweep.path(step), time.monotonic() + LOCK_DEADLINE_S
     lock = RunLock(path / ".lock")
     while not (path / DONE).is_file():
         if stop():
-            raise StageEnded(TOLD_TO_STOP)
+            raise StageEnded(STOPPED_CODE)
         if lock.is_held():
             # Another task, sweep or command makes it, or a killed sweep's stage is still writing its checkpoint.
             if time.monotonic() > deadline:
@@ -127,7 +127,7 @@ def _make(
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
         code = _run(command, environment, log, stop, grace_s)
-        # Refused where another process was a moment faster; what is left of a killed stage may hold the lock, too.
+        # Refused if another process took the lock first; a killed stage's remaining processes may hold it, too.
         refused = code in (1, 2) and lock.is_held()
         if not refused and (code or not (path / DONE).is_file()):
             text = f"{step.stage} ended with exit code 0 but left no {DONE}"
@@ -135,7 +135,7 @@ def _make(
 
 
 def _run(command: list[str], environment: dict[str, str], log: Path, stop: Callable[[], bool], grace_s: float) -> int:
-    """The exit code of a process that is asked to stop, and killed `grace_s` later, once `stop` is true."""
+    """Run a process -> its exit code. Once `stop` is true it gets TERM, and `grace_s` later KILL."""
     with log.open("ab") as file:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
@@ -164,7 +164,7 @@ def _kill_group(child: subprocess.Popen) -> None:
 
 def command_of(cfg: RunConfig, stage: str, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """A stage's command and environment. In a Slurm job several ranks or nodes are steps of the allocation, started by
-    the job scripts' own functions; all else is the command line's to start."""
+    the job scripts' functions; the command line starts everything else."""
     # Requeueing is submitit's part.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "EE_REQUEUE": "no"}
     environment.pop(WITH_PARENT, None)
@@ -176,7 +176,7 @@ def command_of(cfg: RunConfig, stage: str, overrides: Sequence[str]) -> tuple[li
 
 
 def last_words(log: Path, offset: int, code: int) -> str:
-    """What a stage that ended with `code` said last, its error line if there is one. `offset`: where its part of the
+    """The error line of a stage that ended with `code`, or else the log's last line. `offset`: where its part of the
     log begins, in bytes."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
@@ -192,10 +192,10 @@ def last_words(log: Path, offset: int, code: int) -> str:
 
 def run_here(sweep: Sweep, tasks: Sequence[StageTask], parallel: int) -> bool:
     """Run tasks, at most `parallel` at a time, parents first. INT or TERM stops all of them, with a checkpoint where
-    the stage keeps one; if this process dies their stages stop the same way. Returns whether it was told to stop."""
+    the stage writes one; if this process dies their stages stop the same way. Returns whether a stop was requested."""
     stop, futures = threading.Event(), dict[str, Future]()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    # Each of the tasks at work has one of these.
+    # Each running task holds one of these.
     seats: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for share in device_shares(os.environ, parallel):
         seats.put(share)

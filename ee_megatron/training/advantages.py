@@ -28,7 +28,7 @@ from ..types import ExitReading, Group, Rollout
 class StepScores:
     """What was scored before a step's first update.
 
-    policy: the policy at the start of the step; None if the rollouts bring along all that is needed. reference: the
+    policy: of the policy at the start of the step; None if the rollouts' own suffice. reference: the
     reference's log-probabilities of the tokens, float32 [B, S]; None if the objective doesn't need them. packing: of
     the pass that computed them; None if there was none.
     """
@@ -40,9 +40,9 @@ class StepScores:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What a step's rollouts teach, for all updates on them, and where it came from.
+    """Advantages of a step's rollouts, for all updates on them, and the quantities that they follow from.
 
-    experience: what the loss needs. Per answer, [B]: task_reward and reward float32 (the latter less the penalties),
+    experience: the loss's inputs. Per answer, [B]: task_reward and reward float32 (the latter less the penalties),
     depth_cost float32 (not yet multiplied by lambda), advantage float32 (of task and depth together), penalized bool
     (pays for depth and length), loss_included bool; kl float32, the k1 estimate of the divergence from the reference,
     None if that wasn't scored. log_importance float32 [B, S]: log ratio of learner to rollout, tokens plus exits.
@@ -78,7 +78,7 @@ def loss_included(groups: Sequence[Group], rl: RLConfig) -> Tensor:
     return finished if rl.loss.overlong == "filter" else finished | True
 
 
-def kept_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
+def filter_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
     """Groups that enter the loss. With rl.loss.drop_equal_groups those whose answers differ in reward, or of which
     right ones may still become shallower."""
     if not rl.loss.drop_equal_groups:
@@ -97,17 +97,17 @@ def behavior_logprobs(batch: ReplayBatch, rollouts: Sequence[Rollout]) -> tuple[
 def firing_costs(
     batch: ReplayBatch, rollouts: Sequence[Rollout], scores: StepScores, rl: RLConfig, layout: ExitLayout, price: Tensor
 ) -> Tensor:
-    """What firing costs more than going on at each gate, in the depth and the divergence of its own decision, float32
-    [B, S, M] (objectives/exit_credit.py). price: lambda for answers that pay for depth, 0 for others, float32 [B]."""
+    """At each gate, the cost of exiting less that of continuing, in depth and divergence of its own decision, float32
+    [B, S, M] (objectives/depth.py). price: lambda for answers that pay for depth, 0 for others, float32 [B]."""
     credit, policy, penalty = rl.exit_credit, scores.policy, rl.depth_penalty
     assert credit is not None
-    # The loss divides by an answer's tokens; a cost is an answer's.
+    # The loss divides by an answer's tokens; costs are per answer.
     lengths = batch.counts.sum(1).clamp(min=1)
     outcomes = DEPTH_COSTS[penalty.cost].of_outcomes(batch, layout, penalty.cost_tokens)
     divergences = hazards = None
     weight = rl.kl_penalty.weight * credit.kl_weight
     if weight and credit.divergence == "all":
-        # Of all outcomes up to the one taken, [B, S, M + 1]; below of that one alone, [B, S].
+        # Of all outcomes up to the one taken, [B, S, M + 1]; below only of the one taken, [B, S].
         divergences = weight * spread(batch, [_reading(rollout).divergences for rollout in rollouts])
     elif weight and policy is not None:
         divergences = weight * (policy.kl if scores.reference is None else policy.token_logprobs - scores.reference)
@@ -136,7 +136,7 @@ def compute_advantages(
     """Advantages of the rollouts in `batch` (`collate` of `groups`) under a depth penalty of weight `lambda_depth`."""
     rollouts, counts = rollouts_of(groups), batch.counts
     behavior = behavior_logprobs(batch, rollouts)
-    # Of the policy at the start of the step.
+    # Log-probabilities under the policy at the start of the step.
     proximal = behavior
     if scores.policy is not None:
         proximal = scores.policy.token_logprobs, scores.policy.exit_logprobs

@@ -2,10 +2,10 @@
 
 for each update:
     traces <- teacher's answers with the divergence of every exit
-    target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking, in the end those of the student's gates
+    target hazards s* = 1 - tanh(c d / 2); exits <- drawn by stick-breaking, later by the student's own gates
     loss = mean KL(student at these exits, teacher)  +  mean -log q(exits)
     update adapters and gates
-scale the adapters' change by `keep`; some more updates of the gates alone
+scale the adapters' change by `wise_ft_alpha`; some more updates of the gates alone
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Item:
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What every update learns from; from update `student_from` on patterns are the student's own, from `settle_from`
-    on gates learn alone."""
+    """The items of every update. From update `student_from` on the student's gates draw the patterns; from
+    `settle_from` on only gates are trained."""
 
     updates: list[list[Item]]
     student_from: int
@@ -72,8 +72,7 @@ def draw_exits(
 ) -> np.ndarray:
     """Exit depths [T] of one pattern: from the target distribution or, given the student's hazards [T, M], at the first
     that exceeds a threshold drawn from [0.5, 1); for the configured shares of patterns, uniform over all outcomes or
-    without an exit. Token 0 exits only where it may. The same item always draws the same pattern, from the same
-    hazards."""
+    without an exit. Token 0 exits only where it may. The same item and hazards always give the same pattern."""
     seed = np.random.SeedSequence([c.seed, item.trace, item.pattern]).generate_state(1)[0]
     generator = torch.Generator().manual_seed(int(seed))
     kind = float(torch.rand((), generator=generator))
@@ -157,12 +156,12 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
     return total / tokens / layout.num_layers
 
 
-def interpolated(policy: Stream, start: Mapping[str, torch.Tensor], keep: float) -> Stream:
-    """The policy with `keep` of its body's change since `start`; gates stay (Wortsman et al. 2022, "Robust fine-tuning
-    of zero-shot models", arXiv 2109.01903)."""
+def interpolated(policy: Stream, start: Mapping[str, torch.Tensor], alpha: float) -> Stream:
+    """The policy with the share `alpha` of its body's change since `start`; gates are unchanged (WiSE-FT: Wortsman et
+    al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903)."""
 
     def change(block: Block) -> torch.Tensor:
-        share = change_share(block.name, keep)
+        share = change_share(block.name, alpha)
         if share == 1:
             return block.data
         begun = part_of(start, block.name, slice(block.first, block.first + len(block.data)))
@@ -189,7 +188,7 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
         target = target_depth(traces, layout, c.kl_factor)
         with context.progress(len(updates), done) as bar:
             for step in range(done, len(updates)):
-                context.stop_if_told(learner, step)
+                context.stop_if_requested(learner, step)
                 settled = step >= planned.settle_from
                 if step == planned.settle_from and c.wise_ft_alpha < 1:
                     policy = learner.stream_policy(context.ranks.meet)

@@ -1,4 +1,4 @@
-"""What a learning run needs to go on: policy, optimizer state and counters, free of the layout that wrote them.
+"""Checkpoints of a training run: policy, optimizer state and counters, independent of the parallel layout.
 
 policy.safetensors, policy.json   optimizer/<kind>.safetensors   training.json
 """
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from .ranks import Distributed
 
 KEPT_CHECKPOINTS = 2
-"""Newest ones of a stage."""
+"""How many of a stage's newest checkpoints stay."""
 
 
 @dataclass(frozen=True)
 class TrainingStreams:
-    """The tensors of a checkpoint on their way to the leader: all ranks use up the policy, then each kind of state."""
+    """The tensors of a checkpoint, streamed to rank 0: all ranks consume the policy, then each kind of state."""
 
     updates: int
     policy: Stream
     state: Mapping[str, Stream]
 
     def drain(self) -> None:
-        """A rank's part in a checkpoint that the leader writes."""
+        """Take part in the streams of a checkpoint that rank 0 writes."""
         for stream in (self.policy, *self.state.values()):
             drain(stream)
 
@@ -63,18 +63,18 @@ def write_training(
 
 
 def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerState, dict[str, float]]:
-    """What `write_training` wrote beside the policy; tensors stay in their files. Without `check` nobody looks at their
-    digests. Raises FileNotFoundError if the directory holds a policy only, ValueError if its contents are not what was
+    """What `write_training` wrote beside the policy; tensors stay in their files. Without `check` their digests are not
+    compared. Raises FileNotFoundError if the directory holds a policy only, ValueError if a file differs from what was
     written."""
-    found = json.loads((directory / "training.json").read_text())
-    tensors = {kind: FileTensors(directory / "optimizer" / f"{kind}.safetensors") for kind in found["sha256"]}
-    for kind, expected in found["sha256"].items() if check else ():
+    training = json.loads((directory / "training.json").read_text())
+    tensors = {kind: FileTensors(directory / "optimizer" / f"{kind}.safetensors") for kind in training["sha256"]}
+    for kind, expected in training["sha256"].items() if check else ():
         if digest(tensors[kind]) != expected:
             raise ValueError(f"{directory}/optimizer/{kind}.safetensors: not what was written; the file is damaged")
-    # Late: it brings Megatron along.
+    # Imported late: it imports Megatron.
     from ..learner.engine import OptimizerState
 
-    return OptimizerState(int(found["updates"]), tensors), found["counters"]
+    return OptimizerState(int(training["updates"]), tensors), training["counters"]
 
 
 def damage(directory: Path) -> str | None:
@@ -92,7 +92,7 @@ class Checkpointing:
     all. `state`: counters that are saved beside the tensors, the same on every rank. `base`: the identity of the model
     that the policy belongs to.
 
-    They are written as their tensors arrive: under full fine-tuning a copy of all of it would be many times the model.
+    Tensors are written as they arrive: under full fine-tuning a copy of all state would be many times the model.
     """
 
     def __init__(
@@ -108,17 +108,17 @@ class Checkpointing:
         self.saved = 0
 
     def latest(self) -> tuple[int, Path | None]:
-        """(steps done, checkpoint) of this stage as rank 0 finds it; (0, None) at the start. A damaged checkpoint is
-        skipped, with a warning, for the one before it."""
+        """(steps done, checkpoint) of this stage on rank 0's disk; (0, None) if there is none. A damaged checkpoint is
+        skipped with a warning, and the one before it is used."""
         directory = self.directory
-        found = self.ranks.broadcast_from_rank0(
+        latest = self.ranks.broadcast_from_rank0(
             lambda: str(directory.latest_checkpoint(damage) or "") if directory else ""
         )
-        self.saved = int(Path(found).name.split("_")[1]) if found else 0
-        return (self.saved, Path(found)) if found else (0, None)
+        self.saved = int(Path(latest).name.split("_")[1]) if latest else 0
+        return (self.saved, Path(latest)) if latest else (0, None)
 
     def read_policy(self, directory: Path, *, checked: bool = True) -> Mapping[str, Tensor]:
-        """The tensors of a policy checkpoint, of which a rank reads what it uses. Rank 0 compares them with their
+        """The tensors of a policy checkpoint; a rank reads only those that it uses. Rank 0 compares them with their
         digest, once for all ranks, unless `latest` did. Raises as `open_policy`."""
         if not checked:
             self.ranks.broadcast_from_rank0(lambda: open_policy(directory)[0])
@@ -134,8 +134,7 @@ class Checkpointing:
     def save(self, learner: Learner, step: int) -> None:
         """Checkpoint after `step` steps. Earlier ones are deleted once this one is on disk.
 
-        Raises RuntimeError if the ranks' copies have diverged: that is not worth keeping. Raises OSError if it could
-        not be written."""
+        Raises RuntimeError if the ranks' copies have diverged, OSError if the checkpoint could not be written."""
         learner.check_copies()
         self.saved = step
         meet = self.ranks.meet

@@ -3,7 +3,7 @@
 With rollout.max_staleness = n, step t learns from rollouts of version max(1, t + 1 - n), where t + 1 is the version
 that step t updates; they are generated while the learner is at steps t - n to t - 1. The version depends on the step
 alone, never on timing: the same seed gives the same run. The weights of rollouts that are still being generated are
-kept in the stage's ahead/ directory, so that a run that is killed generates the same rollouts again.
+stored in the stage's ahead/ directory, so that a killed run generates the same rollouts again when it is resumed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Collected:
 
 
 class Collector:
-    """Prompts in, verified groups of rollouts out."""
+    """Generates and verifies the groups of rollouts of each step."""
 
     def __init__(self, context: StageContext):
         self.cfg = context.cfg
@@ -74,8 +74,8 @@ class Collector:
         if not file.is_file():
             first = price_rise(rl.steps, rl.depth_penalty.warmup)
             steps = range(first, rl.steps)[: None if target.samples else target.window]
-            asked = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
-            prompts = list(asked.values())
+            needed = {prompt.id: prompt for step in steps for prompt in step_prompts(self.prompts, step, rl)}
+            prompts = list(needed.values())
             self.pool.load(None)
             samples = target.samples or rl.group_size
             answers = self._context.sample(self.pool, prompts, samples, rl.temperature, rl.seed, "reference")
@@ -117,7 +117,7 @@ class Collector:
         return Collected(groups, seconds, self._health(staleness))
 
     def _with_exits(self, groups: list[Group], progress: Callable[[int, int], None]) -> list[Group]:
-        """The same with the divergences and hazards of all exits that tokens passed, which the pool reads."""
+        """The same groups with the divergences and hazards of all exits that tokens passed, computed by the pool."""
         readings = iter(self.pool.read_exits([r for group in groups for r in group.rollouts], progress))
         return [replace(g, rollouts=[replace(r, exits=next(readings)) for r in g.rollouts]) for g in groups]
 
@@ -139,10 +139,10 @@ class Collector:
                 )
 
     def _saved_steps(self) -> int:
-        """Steps done in the newest checkpoint on disk, where a killed run would go on."""
+        """Steps done in the latest checkpoint on disk, from which a killed run would resume."""
         directory = self._context.directory
-        found = directory.latest_checkpoint() if directory else None
-        return int(found.name.split("_")[1]) if found else 0
+        checkpoint = directory.latest_checkpoint() if directory else None
+        return int(checkpoint.name.split("_")[1]) if checkpoint else 0
 
     def _health(self, staleness: float) -> dict[str, float]:
         pool = self.pool.health()
@@ -155,15 +155,15 @@ class Collector:
 
 
 class WeightHistory:
-    """Versions of the weights that rollouts under way may have been begun with, on disk: version_N/ as
-    `policy.save_policy` would write it, appearing whole."""
+    """Versions of the weights that unfinished rollouts may have started with, on disk: version_N/ as
+    `policy.save_policy` writes it, appearing whole."""
 
     def __init__(self, directory: Path, spec: PolicySpec):
         self.directory, self.spec = directory, spec
 
     def keep(self, number: int, policy: Stream, oldest: int) -> Stream:
-        """Write a version if it is not there; returns the same stream, from disk. Versions before `oldest`, which no
-        run goes back to, are removed."""
+        """Write a version if it is missing; returns the same stream, from disk. Versions before `oldest`, which a
+        resumed run no longer needs, are removed."""
         for path in self.directory.glob("version_*"):
             if int(path.name.split("_")[1]) < oldest:
                 shutil.rmtree(path)
@@ -193,9 +193,9 @@ def verified(verifier: VerifierPool, prompts: Sequence[Prompt], answers: Sequenc
     )
     groups = []
     for prompt, group in zip(prompts, answers, strict=True):
-        found = [next(verdicts) for _ in group]
-        rewards = np.array([verdict.reward for verdict in found], dtype=np.float32)
-        correct, well_formed = ([getattr(v, name) for v in found] for name in ("correct", "well_formed"))
+        judged = [next(verdicts) for _ in group]
+        rewards = np.array([verdict.reward for verdict in judged], dtype=np.float32)
+        correct, well_formed = ([getattr(v, name) for v in judged] for name in ("correct", "well_formed"))
         groups.append(Group(prompt, group, rewards, np.array(correct), np.array(well_formed)))
     return groups
 
@@ -221,7 +221,7 @@ def versions_of(answers: list[list[Rollout]]) -> list[np.ndarray]:
 
 
 def exits_of(rl: RLConfig) -> ExitRule:
-    """The rule that rollouts are made under."""
+    """The exit rule of rollouts."""
     return Fixed(rl.fixed_depth) if rl.fixed_depth else Sample()
 
 
@@ -248,16 +248,16 @@ def training_problems(
 
 
 def wider_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -> list[Prompt]:
-    """Problems of a split on wide operands, as many as `cfg.task` asks for but for those that `task`, the
-    configuration's own, has as well. Both hold out the same pairs."""
+    """Problems of a split on wide operands: as many as `cfg.task` sets, less those that `task`, the configuration's
+    own, has as well. Both hold out the same pairs."""
     known = {prompt.text for prompt in task.prompts(split)}
     problems = task_of(replace(cfg, task=replace(cfg.task, operands="wide")), model_path).prompts(split)
     return [replace(p, id=f"{p.id}/wide") for p in problems if p.text not in known]
 
 
 def wide_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) -> list[Prompt]:
-    """What an evaluation answers beside a split's own problems: to choose a threshold `evaluate.wide_problems` of the
-    validation split's `wider_problems`, to be measured `evaluate.wide_test` of the evaluation split's."""
+    """Wide problems that an evaluation adds to a split: `evaluate.wide_problems` of the validation split's
+    `wider_problems`, to choose a threshold; `evaluate.wide_test` of the evaluation split's, to measure."""
     count = cfg.evaluate.wide_problems if split == "validation" else cfg.evaluate.wide_test
     if not count:
         return []
@@ -266,7 +266,7 @@ def wide_problems(cfg: RunConfig, model_path: Path, task: Task, split: Split) ->
 
 
 def prompts_of(prompts: list[Prompt], families: Sequence[str]) -> list[Prompt]:
-    """Those of some families; of all, if none is named."""
+    """The prompts of these families; all prompts if none is named."""
     return [p for p in prompts if not families or p.task.partition(".")[2] in families]
 
 

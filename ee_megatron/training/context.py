@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Waves of full rows in a part of the answers that is kept: enough that the wait for its last answers is little of it.
+# Waves of full rows in each stored part of the answers: enough that waiting for its last answers costs little.
 PART_WAVES = 16
 BAD_STEPS = 5
 """Updates in a row without a finite gradient after which a stage stops."""
@@ -63,7 +63,7 @@ BAD_STEPS = 5
 
 class StageContext:
     """A running stage: its settings and model, its ranks, its checkpoints, its files. Enter it once; leaving closes
-    pool, files and process groups, whatever happened.
+    pool, files and process groups, also after an error.
 
     `model_path`: the Hugging Face directory of the model that this stage builds on. `full`: every weight is trained,
     whatever the configuration says of adapters.
@@ -139,7 +139,7 @@ class StageContext:
         return learner
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
-        """The rollout pool round this stage's model; the leader's only."""
+        """The rollout pool for this stage's model; on rank 0 only."""
         # Ray takes TERM for itself when a driver starts, to print the C++ stack and abort.
         with keeping_signals():
             pool = make_pool(self.cfg.rollout, self.model_path, spec, self.dtype, self.device_type)
@@ -162,7 +162,7 @@ class StageContext:
         return self.stack.enter_context(VerifierPool(task, workers))
 
     def open_metrics(self, resume_step: int | None) -> None:
-        """The leader's metrics.jsonl and trackers."""
+        """Open rank 0's metrics.jsonl and trackers."""
         if self.leads:
             settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(self.cfg)))
             config = {"stage": self.stage, **settings}
@@ -171,20 +171,20 @@ class StageContext:
             self.metrics = self.stack.enter_context(MetricsLog(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
-        """The leader's progress bar, to be entered; one at a time."""
+        """Rank 0's progress bar, a context manager; one at a time."""
         return Progress(f"{self.stage} {what}".strip(), total, enabled=self.leads, done=done)
 
     def log(self, step: int, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
         if self.metrics is not None:
             self.metrics.log(step, values, timings)
 
-    def stop_if_told(self, learner: Learner | None, step: int) -> None:
-        """`stop` before step `step` if any rank has been told to; all ranks call it."""
-        if self.ranks.told_to_stop():
+    def stop_if_requested(self, learner: Learner | None, step: int) -> None:
+        """`stop` before step `step` if any rank has received a signal; all ranks call it."""
+        if self.ranks.stop_requested():
             self.stop(learner, step)
 
     def unless_stopped(self, learner: Learner | None, step: int, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """`broadcast_from_rank0` for work that may be given up half-way: `stop` if rank 0 is told to meanwhile."""
+        """`broadcast_from_rank0` for work that may be abandoned half-way: `stop` if rank 0 receives a signal."""
 
         def attempt() -> tuple[bool, T | None]:
             assert make is not None
@@ -194,13 +194,13 @@ class StageContext:
             except Stopped:
                 return False, None
 
-        finished, found = self.ranks.broadcast_from_rank0(attempt if make else None)
+        finished, result = self.ranks.broadcast_from_rank0(attempt if make else None)
         if not finished:
             self.stop(learner, step)
-        return cast(T, found)
+        return cast(T, result)
 
     def stop(self, learner: Learner | None, step: int) -> NoReturn:
-        """End the stage on every rank after `step` steps, with a checkpoint of them (None: the stage keeps none).
+        """End the stage on every rank after `step` steps, with a checkpoint (`learner` None: without one).
 
         Raises Stopped."""
         if learner is not None and step > self.checkpoints.saved:
@@ -212,27 +212,27 @@ class StageContext:
     def sample(
         self, pool: RolloutPool, prompts: list[Prompt], samples: int, temperature: float, seed: int, what: str
     ) -> list[list[Rollout]]:
-        """The teacher's answers at full depth, so many samples per prompt, by a pool that holds it; the leader's only.
-        Parts that are complete are kept until the stage is finished."""
+        """The teacher's answers at full depth, `samples` per prompt, by a pool that holds it; on rank 0 only. Complete
+        parts stay on disk until the stage is finished."""
         r = self.cfg.rollout
         sampling = SamplingParams(temperature, r.max_new_tokens, tuple(r.stop))
         cache, part = self.answer_cache(self.path / ANSWERS), max(1, PART_WAVES * r.max_num_seqs * r.actors // samples)
-        found: list[Rollout] = []
+        rollouts: list[Rollout] = []
         with self.progress(len(prompts) * samples, what=what) as bar:
             for first in range(0, len(prompts), part):
                 request = GenerationRequest(prompts[first : first + part], samples, sampling, Off(), seed)
 
-                def told(done: int, total: int, before: int = len(found)) -> None:
+                def advance(done: int, total: int, before: int = len(rollouts)) -> None:
                     bar.advance(before + done - bar.done)
 
-                (made,) = cache.answers(pool, TEACHER[1], request, told)
-                found += made.rollouts
-                if bar.done < len(found):
-                    bar.advance(len(found) - bar.done)
-        return [found[i : i + samples] for i in range(0, len(found), samples)]
+                (made,) = cache.answers(pool, TEACHER[1], request, advance)
+                rollouts += made.rollouts
+                if bar.done < len(rollouts):
+                    bar.advance(len(rollouts) - bar.done)
+        return [rollouts[i : i + samples] for i in range(0, len(rollouts), samples)]
 
     def answer_cache(self, directory: Path) -> AnswerCache:
-        """Sets of answers, told apart by what of this stage decides them beside weights and requests."""
+        """The answer cache; its key holds everything of this stage that affects answers beside weights and request."""
         base = base_identity(self.source)
         made_by = {
             "base": [base.bfloat16, base.float16],
@@ -246,7 +246,7 @@ class StageContext:
     def fit(
         self, learner: Learner, batch: ReplayBatch, weights: Weights, rate: float, step: int, bar: Progress
     ) -> None:
-        """Update `step` (from 0) of maximum likelihood, at learning rate `rate`; it is guarded and logged."""
+        """Update `step` (from 0) of maximum likelihood, at learning rate `rate`; checked for finiteness and logged."""
         update = learner.step(batch, weights, adapter_lr=rate, gate_lr=0.0)
         self.check_finite(update, batch, weights, step + 1)
         assert weights.token is not None
@@ -255,15 +255,15 @@ class StageContext:
         bar.advance(1, loss=loss)
 
     def start(self, seed: int) -> Mapping[str, torch.Tensor]:
-        """The policy that the stage starts from; of a base that is trained, what a rank holds is read when it is
-        asked for."""
+        """The policy that the stage starts from; under full fine-tuning a rank reads its tensors of the base on
+        access."""
         if not self.spec.full:
             return initial_policy(self.source.dims, self.spec, seed)
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)
         return LayeredTensors(added, FileTensors(self.source.files, torch.float32))
 
     def write_model(self, learner: Learner) -> None:
-        """What was learned as a Hugging Face directory, model/, adapters merged, without gates; all ranks call it."""
+        """Write the trained model as a Hugging Face directory, model/: adapters merged, no gates; all ranks call it."""
         out = self.path / "model"
         with self.checkpoints.on_disk(learner.stream_policy(self.ranks.meet)) as tensors:
             if self.leads:
@@ -293,14 +293,14 @@ class StageContext:
         )
 
     def finish(self, text: str = "") -> None:
-        """Mark the stage as finished. Raises RuntimeError if it has diverged: what it left is no result."""
+        """Mark the stage as finished. Raises RuntimeError if it has diverged."""
         if self.directory:
             self._check_last_step()
             self.directory.write_atomic(DONE, text + "\n")
             shutil.rmtree(self.path / ANSWERS, ignore_errors=True)
 
     def _check_last_step(self) -> None:
-        # From the file: a stage that goes on after its last step has seen no figures itself.
+        # From the file: a stage that was resumed after its last step has no metrics in memory.
         file = self.path / "metrics.jsonl"
         rows = read_metrics(file) if file.is_file() else []
         wrong = [name for name in ("reward", "loss") if rows and math.isnan(rows[-1].get(name, 0.0))]

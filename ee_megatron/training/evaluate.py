@@ -53,11 +53,11 @@ SEED = 0
 
 
 def policies(cfg: RunConfig) -> dict[str, Path]:
-    """What is there to evaluate besides the teacher, by name: checkpoints."""
-    found = {"calibrated": stages.calibrated(cfg)}
+    """Name -> checkpoint of each policy to evaluate besides the teacher."""
+    checkpoints = {"calibrated": stages.calibrated(cfg)}
     if stages.is_done(cfg, "rl"):
-        found["reinforced"] = stages.reinforced(cfg)
-    return found
+        checkpoints["reinforced"] = stages.reinforced(cfg)
+    return checkpoints
 
 
 class Measured(NamedTuple):
@@ -102,8 +102,8 @@ class Part:
 
 
 class Measurer:
-    """Measures models on the task's splits by a rollout pool. Answers are made once for the same weights and request,
-    and kept (answer_cache.py). The weights that were loaded last answer."""
+    """Measures models on the task's splits by a rollout pool, always with the weights that were loaded last. Answers
+    for the same weights and request are generated once and cached (answer_cache.py)."""
 
     def __init__(self, context: StageContext, sets: int):
         self.context, cfg = context, context.cfg
@@ -169,10 +169,10 @@ class Measurer:
         sets = self.cache.answers(self.pool, self.weights, request, self.progress(model))
         return [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
 
-    def add_row(self, part: Part, found: Measured, inspected: Sequence[Inspection] | None = None) -> None:
+    def add_row(self, part: Part, measured: Measured, inspected: Sequence[Inspection] | None = None) -> None:
         """A row of the results. For the answers that the report shows, what each exit on the way would have written:
         from `inspected`, if all of the row's answers were."""
-        exits, row, answers, rollouts = found
+        exits, row, answers, rollouts = measured
         part.rows.append(row)
         part.answers += answers
         # By the rule's kind: the same names whatever threshold was chosen.
@@ -200,15 +200,15 @@ class Measurer:
             pool=self.pool, verifier=self.verifier, sampling=self.sampling, seed=SEED,
             progress=partial(self.bar.detail, f"{model} interventions"), tokenizer=self.context.tokenizer, exits=exits,
         )  # fmt: skip
-        found = externalisation(bench, self.test[: wanted.prompts or None])
-        part.more["externalisation"] = {model: {"exits": exits.label, **found}}
+        metrics = externalisation(bench, self.test[: wanted.prompts or None])
+        part.more["externalisation"] = {model: {"exits": exits.label, **metrics}}
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.try_out(model, [exits], self.validation)[0].row
 
     def on_test(self, model: str, exits: ExitRule) -> tuple[EvaluationRow, list[AnswerRecord]]:
-        (found,) = self.scored(model, [exits], self.test)
-        return found.row, found.answers
+        (measured,) = self.scored(model, [exits], self.test)
+        return measured.row, measured.answers
 
 
 # ---- steps ----
@@ -254,14 +254,14 @@ def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, c
     measurer.load(checkpoint)
     chosen = choose(measurer, part, model)
     exits = chosen.exits
-    for found in measurer.scored(model, [Off(), Sample()], measurer.test):
-        measurer.add_row(part, found)
+    for measured in measurer.scored(model, [Off(), Sample()], measurer.test):
+        measurer.add_row(part, measured)
     # The gates' calibration needs every answer inspected: this scores them, too.
     request = measurer.request(measurer.test, exits)
     answered, inspected = measurer.cache.inspect(measurer.pool, measurer.weights, request, measurer.progress(model))
-    part.shown = found = measurer.judge(model, request, answered)
-    measurer.add_row(part, found, inspected)
-    part.reference = Reference(model, exits, chosen.row, chosen.answers, found.row, found.answers)
+    part.shown = measured = measurer.judge(model, request, answered)
+    measurer.add_row(part, measured, inspected)
+    part.reference = Reference(model, exits, chosen.row, chosen.answers, measured.row, measured.answers)
     hazards, divergences = [one.hazards for one in inspected], [one.divergences for one in inspected]
     calibration = gate_calibration(hazards, divergences, context.cfg.calibrate.kl_factor, context.spec.exit_depths)
     part.more["gates"] = {model: calibration}
@@ -286,7 +286,7 @@ def choose(measurer: Measurer, part: Part, model: str) -> Measured:
     front = pareto_front((r.mean_depth for r in rows), (r.accuracy for r in rows))
     part.more["pareto"] = {
         model: [
-            {"threshold": t, "front": kept, **asdict(r)} for t, r, kept in zip(e.thresholds, rows, front, strict=True)
+            {"threshold": t, "front": best, **asdict(r)} for t, r, best in zip(e.thresholds, rows, front, strict=True)
         ]
     }
     return tried[chosen]
@@ -307,7 +307,7 @@ def styles_part(
 ) -> Part:
     """Which style `models` answer in, sampled as RL samples: the problems of the families that RL answers."""
     cfg, spec, task = measurer.context.cfg, measurer.context.spec, cast(ChainTask, measurer.task)
-    rl, found, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
+    rl, by_model, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
     assert wanted is not None
     problems = prompts_of(measurer.test, rl.families)
     for model in models:
@@ -325,20 +325,20 @@ def styles_part(
             answers=wanted.answers, progress=partial(measurer.bar.detail, f"{model} styles"),
         )  # fmt: skip
         depths = spec.layout.outcomes if model == "start" else ()
-        found[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)
+        by_model[model] = choice(bench, problems, Off() if full else exits_of(rl), depths)
         measurer.bar.advance(1)
     settings = {
         "styles": list(task.styles), "weights": list(task.style_weights), "tokens_per_step": task.tokens_per_step,
         "num_layers": spec.num_layers, "answers_per_family": wanted.answers,
     }  # fmt: skip
-    return Part(more={"choice": settings | {"models": found}})
+    return Part(more={"choice": settings | {"models": by_model}})
 
 
 def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
     """The models whose choice of style is measured, in the order of the method; without RL the last is its start."""
     last = "reinforced" if "reinforced" in checkpoints else "start"
-    asked = {"": (), "reinforced": (last,), "all": ("teacher", "start", last)}
-    return list(dict.fromkeys(asked[cfg.evaluate.style_choice.models if cfg.evaluate.style_choice else ""]))
+    models = {"": (), "reinforced": (last,), "all": ("teacher", "start", last)}
+    return list(dict.fromkeys(models[cfg.evaluate.style_choice.models if cfg.evaluate.style_choice else ""]))
 
 
 def evaluate(cfg: RunConfig, model_path: Path) -> None:
@@ -403,7 +403,7 @@ def tables(results: Part) -> str:
     if "wide" in more:
         parts.append(wide_table(more["wide"]).text())
     if "choice" in more:
-        parts += [found.text() for _, found in choice_tables(more["choice"]) if found.rows]
+        parts += [entry.text() for _, entry in choice_tables(more["choice"]) if entry.rows]
     if "controls" in more:
         parts.append(controls_table(more["controls"]).text())
     if "externalisation" in more:

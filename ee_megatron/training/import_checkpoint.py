@@ -1,6 +1,6 @@
-"""Before stage 0, for checkpoints of a pretraining run: the model of one as a Hugging Face directory of its own.
+"""Before stage 0: convert a checkpoint of a pretraining run to a Hugging Face directory.
 
-Beside it stands what the checkpoint says of its training, so that a sweep over checkpoints has it in its table.
+The checkpoint's training figures are written beside it, so that a sweep over checkpoints has them in its table.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ..checkpoint.megatron_read import MegatronTensors
 
 FIGURES = "imported.json"
-"""In the stage's directory: {"iteration", "tokens"}, updates and tokens that the weights were trained for; what the
-checkpoint doesn't say is left out."""
+"""In the stage's directory: {"iteration", "tokens"}, updates and tokens that the weights were trained for; a figure
+that the checkpoint lacks is left out."""
 
 
 def import_model(cfg: RunConfig) -> Path:
@@ -53,7 +53,7 @@ def open_source(cfg: RunConfig) -> MegatronTensors:
     """
     if not cfg.model.checkpoint:
         raise ValueError("model.checkpoint: not set; give the Megatron checkpoint that is to be imported")
-    # megatron-core says on import which faster parts aren't installed, between the lines of what is wrong.
+    # megatron-core warns on import about missing optional parts; that would hide the errors.
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     from ..checkpoint.megatron_read import ForeignMegatron, MegatronDirectory
     from ..checkpoint.policy_files import policy_beside
@@ -70,7 +70,7 @@ def open_source(cfg: RunConfig) -> MegatronTensors:
         try:
             source: MegatronTensors = ForeignMegatron(path, given)
         except ValueError as error:
-            # What the converter has a flag for is a setting here.
+            # The converter's flag is a setting here.
             raise ValueError(f"model.checkpoint={path}: {str(error).replace('--config', 'model.path')}") from None
     else:
         source = MegatronDirectory(path)

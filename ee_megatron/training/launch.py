@@ -45,7 +45,7 @@ MODULES = {
     "rl": "reinforce.reinforce",
     "evaluate": "evaluate.evaluate",
 }
-"""The function that is each stage, imported when it is run; called with the settings and what `stages.inputs` has."""
+"""Each stage's function, imported when it is run; called with the settings and the paths from `stages.inputs`."""
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -58,11 +58,11 @@ QUIET = {
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
-    """Run one stage to its end; nothing happens if it has finished before with the same settings.
+    """Run one stage to its end; does nothing if it has already finished with the same settings.
 
     A learning stage with several ranks is started as so many processes, unless this already is one of them (RANK, or
     SLURM_PROCID in a step of several tasks); raises SystemExit with the code of the rank that failed. In a Slurm step a
-    stage that is told to stop ends the process, with `ranks.STOPPED`.
+    stage that stops on request ends the process with `ranks.STOPPED`.
     """
     adopt_rank(os.environ)
     bound_memory(os.environ)
@@ -97,8 +97,8 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
 def may_fork(cfg: RunConfig) -> bool:
     """Whether stages and ranks may be forked off this process, which then has imported what they need.
 
-    Not for GPUs: CUDA doesn't survive a fork. Nor where this process may have computed on several threads: a child
-    would wait for ever for OpenMP threads that it doesn't have.
+    Not with GPUs: CUDA doesn't survive a fork. Nor if this process may have computed on several threads: a child would
+    wait forever for OpenMP threads that it doesn't have.
     """
     torch = sys.modules.get("torch")
     if cfg.device != "cpu" or (torch is not None and torch.get_num_threads() > 1):
@@ -119,7 +119,7 @@ def import_ahead() -> None:
     import_deepspeed(on_cpu=True)
     from . import calibrate, evaluate, reinforce, teacher  # noqa: F401
 
-    # What is imported is never garbage: a collection in a child would copy all its pages.
+    # Imported modules are never garbage, and a collection in a child would copy all their pages.
     gc.collect()
     gc.freeze()
 
@@ -136,14 +136,14 @@ def _run_here(stage: str, cfg: RunConfig) -> None:
     if stage in stages.LEARNS:
         _import_megatron()
     if stage == "pretrain":
-        # Of ranks that torchrun has started nobody has drawn the model before.
+        # For ranks that torchrun started, no parent has drawn the model.
         stages.ready_model(cfg, stage)
     module, _, function = MODULES[stage].partition(".")
     getattr(importlib.import_module(f".{module}", __package__), function)(cfg, *stages.inputs(cfg, stage))
 
 
 def quiet_libraries() -> None:
-    """Libraries that speak on import or at every warning; their real errors are exceptions and still arrive."""
+    """Silence libraries' warnings and messages on import; real errors are exceptions and still arrive."""
     import warnings
 
     warnings.filterwarnings("ignore")
@@ -152,25 +152,25 @@ def quiet_libraries() -> None:
 
 
 def bound_memory(environment: MutableMapping[str, str]) -> None:
-    """Batches of ever new shapes are not to cost ever more memory. Read when torch is imported; whoever has set one of
-    these is obeyed."""
-    # They leave holes in fixed segments of CUDA's memory; ones that grow have none. Newer torch has a second name for
-    # the variable, which the older one would silence.
+    """Set variables that keep batches of changing shapes from using ever more memory. torch reads them on import;
+    values that are already set stay."""
+    # Such batches fragment CUDA's fixed memory segments, but not expandable ones. Newer torch has a second name for the
+    # variable, which the older one would override.
     if "PYTORCH_ALLOC_CONF" not in environment:
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # On a CPU torch makes a kernel for every shape of a product and keeps a thousand of them: a rank grew by 50 MiB an
-    # update. As many as one batch needs are enough.
+    # On a CPU torch makes a kernel for every shape of a product and caches a thousand of them: a rank grew by 50 MiB an
+    # update. One batch needs far fewer.
     environment.setdefault("LRU_CACHE_CAPACITY", "64")
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int, forks: bool) -> None:
     command = [stage, *overrides] if forks else [sys.executable, "-m", "ee_megatron.cli", stage, *overrides]
-    # Ranks share the cores; more than one thread each would cost more than it brings.
+    # Ranks share the cores; more than one thread each would be slower.
     environment = {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Batches of ever new shapes leave holes in every arena that glibc opens for a thread.
+        # Batches of changing shapes fragment every arena that glibc opens for a thread.
         "MALLOC_ARENA_MAX": "2",
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -217,7 +217,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
 
 
 def _report_so_far(cfg: RunConfig) -> None:
-    """The report of the stages that are done, if any. Training goes on whatever is wrong with it."""
+    """Write the report of the stages that are done, if any. Training continues even if that fails."""
     from ..report.page import report_run
 
     coming = [stage for stage in stage_order(cfg) if not stages.is_done(cfg, stage)]
@@ -230,8 +230,8 @@ def _report_so_far(cfg: RunConfig) -> None:
 
 
 def _run_child(arguments: list[str], forks: bool) -> int:
-    """The exit code of this package's command line in a child that is told to stop when this process dies, that Ctrl-C
-    reaches too, and that says so and ends by itself then."""
+    """Run this package's command line in a child -> its exit code. The child is stopped when this process dies; Ctrl-C
+    reaches it too, and it then ends by itself with a message."""
     environment = {**os.environ, WITH_PARENT: str(os.getpid())}
     command = [sys.executable, "-m", "ee_megatron.cli", *arguments]
     child = Forked(arguments, environment) if forks else subprocess.Popen(command, env=environment)
@@ -249,8 +249,8 @@ def _run_child(arguments: list[str], forks: bool) -> int:
 def export(cfg: RunConfig) -> Path:
     """The reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold.
 
-    Its name is that of the RL stage, but the threshold is the evaluation's: one that was made from other things than
-    these settings lead to is made again. Its manifest says what it was made from.
+    Its name follows the RL stage, but the threshold comes from the evaluation: an existing export from another
+    evaluation or policy, by its manifest, is replaced.
     """
     quiet_libraries()
     from ..checkpoint.hf_export import export_hf
@@ -275,8 +275,8 @@ def export(cfg: RunConfig) -> Path:
 
 
 def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """What slurm/common.sh asks for at the start of a job, once it is sure that the stage's inputs are there and that
-    the allocation (SLURM_* in `environment`, if there is one) is large enough.
+    """The values that slurm/common.sh reads at the start of a job. Checks first that the stage's inputs are there and
+    that the allocation (SLURM_* in `environment`, if there is one) is large enough.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -300,7 +300,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
     share = actor_share(cfg.rollout)
     # On GPUs an actor takes one core of Ray's accounts besides its share of a device: as many as devices have room for.
     cores = math.ceil(shape.actors_per_node * share) if cpu else seats(len(devices), share)
-    found = {
+    job = {
         "nodes": str(shape.nodes),
         "learner_nodes": str(shape.learner_nodes),
         "ranks": str(shape.ranks),
@@ -313,11 +313,11 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
         "requeue_limit": str(cfg.job.requeue_limit),
         "done": "yes" if done else "no",
     }
-    if not found["directory"].isprintable():
+    if not job["directory"].isprintable():
         raise ValueError(
-            f"directory={found['directory']!r}: expected printable characters only; the job's script reads it as a line"
+            f"directory={job['directory']!r}: expected printable characters only; the job's script reads it as a line"
         )
-    return found
+    return job
 
 
 def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str) -> None:
@@ -333,14 +333,14 @@ def check_allocation(shape: JobShape, environment: Mapping[str, str], flags: str
 
 
 def check_place(cfg: RunConfig, wanted: Sequence[str], overrides: list[str], environment: Mapping[str, str]) -> None:
-    """Raises ValueError on a login node if these stages need more nodes or GPUs than this machine has: what would start
-    here belongs into jobs."""
+    """Raises ValueError on a login node if these stages need more nodes or GPUs than this machine has: they have to be
+    submitted as jobs."""
     if "SLURM_JOB_ID" in environment or is_rank(environment) or not shutil.which("sbatch"):
         return
     shapes = [job_shape(cfg, stage) for stage in wanted]
     nodes, gpus = max(shape.nodes for shape in shapes), max(shape.gpus_per_node for shape in shapes)
     if gpus and hides_all(environment.get("CUDA_VISIBLE_DEVICES")):
-        # Whoever hides this machine's GPUs is told of that instead.
+        # Hidden GPUs have an error of their own (`pick_device`).
         return
     here = len(gpu_files())
     if nodes > 1 or gpus > here:

@@ -30,43 +30,43 @@ TASK_READERS = ("pretrain", "teacher", "traces", "rl", "evaluate")
 
 
 class Preflight:
-    """Looks at configurations; at files that several of them name, once."""
+    """Checks configurations before they run; a file that several of them name is checked once."""
 
     def __init__(self) -> None:
         self._known: dict[str, list[str]] = {}
 
     def faults(
-        self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
+        self, loaded: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
     ) -> list[str]:
         """All that `look` finds."""
-        return [*itertools.chain(*self.look(found, wanted, inputs=inputs, here=here))]
+        return [*itertools.chain(*self.look(loaded, wanted, inputs=inputs, here=here))]
 
     def look(
-        self, found: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
+        self, loaded: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
     ) -> tuple[list[str], list[str]]:
         """What is wrong, one line each: with the settings, and with what they find on this machine. `wanted`: the
         stages that are to run; `inputs`: whether what the first of them reads of earlier ones has to be there already;
         `here`: settings of a run that is to start on this machine."""
-        if found.cfg is None:
-            return found.faults, []
-        wrong = alone(found.cfg)
-        cfg = repaired(found.cfg, wrong)
+        if loaded.cfg is None:
+            return loaded.faults, []
+        wrong = alone(loaded.cfg)
+        cfg = repaired(loaded.cfg, wrong)
         dims, missing = _dims_of(cfg)
         together: list[Clash | str] = [*clashes(cfg), *(model_faults(cfg, dims) if dims is not None else ())]
-        if not (found.faults or wrong or together or missing):
+        if not (loaded.faults or wrong or together or missing):
             # What a stage that has finished read may be gone.
             wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
         missing += self._of_files(cfg, dims, wanted)
         (missing if _is_given(cfg.task) else together).extend(self._of_data(cfg, wanted))
-        keys = {*wrong, *found.without}
-        # How many nodes and devices a job takes is told by these.
+        keys = {*wrong, *loaded.without}
+        # These sections decide how many nodes and devices a job takes.
         placed = not any(key.split(".")[0] in ("cluster", "parallel", "rollout", "device") for key in keys)
         if here is not None and wanted and placed:
             missing += faults_of(lambda: check_place(cfg, wanted, here, os.environ))
-        if inputs and wanted and not (found.faults or wrong or together or missing):
+        if inputs and wanted and not (loaded.faults or wrong or together or missing):
             # With other settings it would be other stages that have to be there.
             missing += faults_of(lambda: stages.check_inputs(cfg, wanted[0]))
-        return [*found.faults, *wrong.values(), *unless_about(together, keys)], unless_about(missing, keys)
+        return [*loaded.faults, *wrong.values(), *unless_about(together, keys)], unless_about(missing, keys)
 
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
         if dims is not None and not draws_weights(cfg):
@@ -99,7 +99,7 @@ class Preflight:
 
 
 def _is_given(task: TaskConfig) -> bool:
-    """Whether its problems come from outside this package, and may be there on one machine and not on another."""
+    """Whether its problems come from outside this package, so that a machine may lack them."""
     return bool(task.path) or task.name == "reasoning_gym"
 
 
@@ -112,7 +112,7 @@ def _dims_of(cfg: RunConfig) -> tuple[ModelDims | None, list[str]]:
 
 
 def check_start(cfg: RunConfig, dims: ModelDims) -> None:
-    """Raises ValueError if the policy at `start` has other adapters, exits or gates than the settings say."""
+    """Raises ValueError if the policy at `init_policy` has other adapters, exits or gates than the settings."""
     # Late: torch takes seconds to import.
     from ..policy import read_policy_json
 
@@ -175,8 +175,8 @@ def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterato
 
 
 def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[str]) -> list[str]:
-    """Line by line; those that start it come last. `command`: a stage, up to which directories are named, or "run";
-    `missing`: what it would be refused for here. Without a model directory what depends on the model is left out."""
+    """Lines of a dry run; the commands that start it come last. `command`: the last stage to list, or "run"; `missing`:
+    reasons why it would be refused here. Without a model directory, lines that depend on the model are left out."""
     parallel, estimates = cfg.parallel, list[str]()
     lines = [f"ranks: {ranks(cfg)} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}"]
     if (model_dir(cfg) / "config.json").is_file():

@@ -1,5 +1,5 @@
-"""Before stage 0: a model trained on the task's worked problems, from random weights (the size ladder) or from those of
-a pretrained one, which learns the ways to answer that it is to choose from.
+"""Before stage 0: a model trained on the task's worked problems, from random weights (the size ladder) or from a
+pretrained model, which learns the answer styles that it later chooses from.
 
 texts <- question and worked answer of every training problem
 maximise log p(text), every weight, full depth                              (learner)
@@ -59,7 +59,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> None:
         context.open_metrics(resume_step=done)
         with context.progress(p.steps, done) as bar:
             for step in range(done, p.steps):
-                context.stop_if_told(learner, step)
+                context.stop_if_requested(learner, step)
                 batch = make_batch([texts[i] for i in order[step]], context.spec.num_layers)
                 rate = p.learning_rate * schedule(step, p.steps)
                 context.fit(learner, batch, text_likelihood(batch), rate, step, bar)
@@ -80,8 +80,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> None:
 
 
 def plan(count: int, p: PretrainConfig) -> np.ndarray:
-    """Which texts make up each update, int64 [steps, batch_size]: all of them before any comes again, shuffled anew
-    each time."""
+    """Which texts make up each update, int64 [steps, batch_size]: passes over all texts, each shuffled anew."""
     generator = np.random.default_rng(p.seed)
     wanted = p.steps * p.batch_size
     order = np.concatenate([generator.permutation(count) for _ in range(-(-wanted // count))])
@@ -95,14 +94,14 @@ def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int
         return context.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     rows = context.make_task().worked(split)
-    asked = tokens([prompt.text for prompt, _ in rows])
-    # Apart, as rollouts have it: no token spans the question's end.
+    questions = tokens([prompt.text for prompt, _ in rows])
+    # Tokenized separately, as in rollouts: no token spans the end of the question.
     answers = tokens([f"{answer}\n" for _, answer in rows])
-    return [(np.array(q + a, dtype=np.int64), len(q)) for q, a in zip(asked, answers, strict=True)]
+    return [(np.array(q + a, dtype=np.int64), len(q)) for q, a in zip(questions, answers, strict=True)]
 
 
 def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
-    """Every token but the first is predicted; no gate is asked."""
+    """Every token but the first is predicted; no gate decides."""
     batch = pack([text[:1] for text in texts], [text[1:] for text in texts], None, num_layers)
     return replace(batch, asked=torch.zeros_like(batch.asked))
 
@@ -118,7 +117,7 @@ def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
         batch = make_batch([text for text, _ in part], context.spec.num_layers)
         losses = -learner.score(batch).token_logprobs.double() * batch.counts
         # Position p predicts token p + 1: the answer's first token is predicted by the question's last.
-        first = torch.tensor([asked - 1 for _, asked in part]).unsqueeze(1)
+        first = torch.tensor([length - 1 for _, length in part]).unsqueeze(1)
         answer = batch.counts & (torch.arange(batch.tokens.size(1)) >= first)
         sums += torch.stack([losses.sum(), batch.counts.sum(), (losses * answer).sum(), answer.sum()])
     return {"loss": float(sums[0] / sums[1]), "answer_loss": float(sums[2] / sums[3])}

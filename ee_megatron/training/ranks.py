@@ -1,9 +1,9 @@
-"""Ranks as processes: what launchers say of them, being told to stop, and several of them on one machine.
+"""Ranks as processes: launchers' environment variables, requests to stop, and several ranks on one machine.
 
 Slurm sends USR1, USR2 or TERM before a time limit or at a preemption; a stage then ends at its next step with a
 checkpoint, and its process with an exit code that says so. A signal may reach one rank and not another, so ranks act on
-it only once they have agreed. No torch until a stage runs: signals are listened to before the imports that take
-longest.
+it only once they have agreed. torch is imported only when a stage runs: signal handlers are installed before the slow
+imports.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ T = TypeVar("T")
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 STOPPED = 85
-"""Exit code of a stage that was told to stop and can go on from where it is; slurm/common.sh knows it too."""
+"""Exit code of a stage that stopped on request and can be resumed; slurm/common.sh has it too."""
 WITH_PARENT = "EE_PARENT"
-"""Set to its own process id by whoever starts a stage or a run that is to be told to stop when the parent dies, however
-it dies. A stage of one rank then heeds signals as in a Slurm step."""
+"""Set by a parent to its own process id: the stage or run that it starts is stopped when the parent dies, however it
+dies. A stage of one rank then handles signals as in a Slurm step."""
 PR_SET_PDEATHSIG = 1
 PARTING_S = 30.0
 """How long the leader waits for the other ranks to leave."""
 GRACE_S = 10.0
-"""From the word to end to the end of ranks that do not heed it."""
+"""Seconds from TERM to KILL for ranks that ignore TERM."""
 NUMBERS = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS",
     "SLURM_STEP_NUM_NODES", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK",
 )  # fmt: skip
-"""What launchers say in numbers."""
+"""Launchers' variables that hold whole numbers."""
 
 
-# -- what launchers say -----------------------------------------------------------------------------------------------
+# -- launchers' variables ---------------------------------------------------------------------------------------------
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Raises ValueError if what a launcher says of this process is not to be understood."""
+    """Raises ValueError if a launcher's variables are malformed or contradict each other."""
     for name in NUMBERS:
         text = environment.get(name, "0")
         if not re.fullmatch(r"[0-9]{1,9}", text):
@@ -66,13 +66,13 @@ def check_variables(environment: Mapping[str, str]) -> None:
 
 
 def is_rank(environment: Mapping[str, str]) -> bool:
-    """Whether somebody has started this process as one of several. Only srun sets SLURM_STEP_NUM_TASKS, so a batch
-    script is no rank."""
+    """Whether a launcher started this process as one of several ranks. Only srun sets SLURM_STEP_NUM_TASKS, so a batch
+    script is not a rank."""
     return "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def adopt_rank(environment: MutableMapping[str, str]) -> None:
-    """In an srun step of several tasks each process is a rank already; say so in the variables that torch reads.
+    """In an srun step of several tasks each process is already a rank: set the variables that torch reads.
 
     MASTER_ADDR and MASTER_PORT come from the batch script, which knows the first learner node. Raises ValueError
     without them.
@@ -90,13 +90,13 @@ def adopt_rank(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_PORT", "29500")
 
 
-# -- being told to stop -----------------------------------------------------------------------------------------------
+# -- requests to stop -------------------------------------------------------------------------------------------------
 
 
 class Stopped(BaseException):
-    """The stage ends here because it was told to. Not an `Exception`: no handler of errors may take it for one.
+    """The stage stops on request. Not an `Exception`, so that error handlers don't catch it.
 
-    `store`: torch's, kept from before the process group was left.
+    `store`: torch's, saved before the process group was left.
     """
 
     def __init__(self, text: str, rank: int = 0, world: int = 1, store: Any = None):
@@ -120,36 +120,36 @@ class Stopped(BaseException):
                 self.store.wait([f"left/{rank}" for rank in range(1, self.world)], timedelta(seconds=PARTING_S))
             except RuntimeError as error:
                 print(f"not all ranks left within {PARTING_S:.0f} s: {error}", file=sys.stderr, flush=True)
-            # Between its word and its end a rank takes microseconds; a loaded machine may take longer.
+            # A rank exits microseconds after its last message; on a loaded machine it may take longer.
             time.sleep(0.5)
         os._exit(STOPPED)
 
 
 class Listener:
-    """What this process has been told: `asked` is the last signal, 0 before the first."""
+    """Records requests to stop. `last_signal`: the last signal received, 0 before the first."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.last_signal = 0
         self._at_once = False
 
     def listen(self) -> None:
-        """From now on signals are noted instead of ending the process."""
+        """From now on signals are recorded instead of ending the process."""
         for number in SIGNALS:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.asked = number
+        self.last_signal = number
         if self._at_once:
             self._at_once = False
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
-        return Stopped(f"told to stop by {signal.Signals(self.asked).name}")
+        return Stopped(f"told to stop by {signal.Signals(self.last_signal).name}")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises `Stopped` wherever the main thread is: for work that may be given up half-way."""
-        if self.asked:
+        """Inside, a signal raises `Stopped` wherever the main thread is: for work that may be abandoned half-way."""
+        if self.last_signal:
             raise self._stopped()
         self._at_once = True
         try:
@@ -163,7 +163,7 @@ listener = Listener()
 
 @contextmanager
 def keeping_signals() -> Iterator[None]:
-    """Whatever a library does inside, afterwards signals mean what they meant before."""
+    """Restore the signal handlers when the block ends, whatever a library does inside."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         yield
@@ -173,8 +173,8 @@ def keeping_signals() -> Iterator[None]:
 
 
 def follow_parent() -> None:
-    """Where whoever started this process set WITH_PARENT: from now on TERM arrives when that parent is dead, also if it
-    is so already. Linux only; elsewhere nothing."""
+    """If WITH_PARENT is set: from now on TERM arrives when that parent dies, or at once if it is dead already. Linux
+    only; elsewhere this does nothing."""
     parent = os.environ.pop(WITH_PARENT, "")
     if not parent or sys.platform != "linux":
         return
@@ -189,10 +189,10 @@ def follow_parent() -> None:
 
 
 class Forked(multiprocessing.context.ForkProcess):
-    """`ee-megatron` with these arguments in a process forked off this one, whose imports it needn't repeat; with the
-    methods of subprocess.Popen that are used here. `before` is called in it first.
+    """`ee-megatron` with these arguments in a process forked off this one, which has the imports already; with the
+    methods of subprocess.Popen that are used here. The child calls `before` first.
 
-    `launch.may_fork` says where that goes well.
+    `launch.may_fork` tells whether forking is safe.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ def _as_command(
     arguments: Sequence[str], environment: Mapping[str, str], stdout: IO | None, stderr: IO | None,
     before: Callable[[], None] | None,
 ) -> NoReturn:  # fmt: skip
-    """What a new process would begin with, in a forked one."""
+    """Reset the state of a forked process to that of a new one, then run the command."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -227,7 +227,7 @@ def _as_command(
             os.dup2(stream.fileno(), descriptor)
     if before is not None:
         before()
-    # What libraries read of the environment when they were loaded, in another process.
+    # Libraries read these variables when they were loaded, in the parent.
     if "torch" in sys.modules:
         threads = environment.get("OMP_NUM_THREADS", "").split(",")[0] or len(os.sched_getaffinity(0))
         sys.modules["torch"].set_num_threads(int(threads))
@@ -240,12 +240,12 @@ def _as_command(
 def run_ranks(
     command: Sequence[str], world: int, logs: Path, environment: Mapping[str, str], forked: bool = False
 ) -> int:
-    """Start `world` processes of one command, each with its rank in the variables that torch reads, wait, and end the
-    others once one has failed. Its error is the last line on stderr; all else that ranks say there is in a log of each.
+    """Start `world` processes of one command, each with its rank in the variables that torch reads, and wait. Once one
+    fails the others are ended, and its error is the last line on stderr; each rank's stderr goes to a log of its own.
     Ctrl-C and TERM end all of them. On a cluster srun does this (slurm/common.sh).
 
     `forked`: the command is this package's own, and this process has imported what it needs (`Forked`). Returns the
-    exit code: 0, that of the rank that failed first, or 128 and the number of the signal that killed it.
+    exit code: 0, that of the rank that failed first, or 128 plus the number of the signal that killed it.
     """
     logs.mkdir(parents=True, exist_ok=True)
     files = [logs / f"rank-{rank}.log" for rank in range(world)]
@@ -271,7 +271,7 @@ def _start(
     command: Sequence[str], file: Path, leads: bool, environment: Mapping[str, str], forked: bool
 ) -> subprocess.Popen | Forked:
     with file.open("wb") as log:
-        # Progress and figures are the leader's, on stdout.
+        # Only rank 0 prints progress and metrics.
         stdout = None if leads else log
         if forked:
             return Forked(command, environment, stdout, log, _ignore_interrupts)
@@ -286,7 +286,7 @@ def _first_failed(processes: Sequence[subprocess.Popen | Forked], files: Sequenc
         codes = [process.poll() for process in processes]
         failed = {rank: code for rank, code in enumerate(codes) if code}
         if failed:
-            # Ranks that lose another one fail too: killed ones, and whoever spoke first, are the reason.
+            # Ranks that lose a peer fail too: the cause is a killed rank, else the one that wrote to its log first.
             return min(failed, key=lambda rank: (failed[rank] > 0, files[rank].stat().st_mtime_ns))
         if all(code == 0 for code in codes):
             return None
@@ -315,8 +315,8 @@ def _reason(name: str, log: Path, code: int) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody has now. Below those that the system deals out (Linux: from 32768), which may be taken by
-    the time that a rank listens at it. Raises RuntimeError if there is none."""
+    """A free port. Below the system's ephemeral ports (Linux: from 32768), which may be taken before a rank listens
+    there. Raises RuntimeError if none is free."""
     for port in random.SystemRandom().sample(range(20000, 32000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -325,13 +325,13 @@ def free_port() -> int:
 
 
 def _ignore_interrupts() -> None:
-    # The terminal's INT reaches every process; ranks end when they are told to.
+    # The terminal sends INT to every process; ranks end by TERM from their parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def _terminating() -> Iterator[None]:
-    """Inside, TERM ends this process as an error would, so that what it has started is ended too."""
+    """Inside, TERM raises SystemExit, so that the processes started here are ended too."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -357,8 +357,8 @@ class Distributed:
         return self.heartbeat.meet if self.heartbeat else None
 
     def broadcast_from_rank0(self, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """What rank 0 makes of the arguments, on every rank; the others' are ignored. Plain records only. The others
-        wait as long as rank 0 lives: deadlines of its work are `make`'s own."""
+        """The result of `make(*arguments)` on rank 0, on every rank; other ranks' arguments are ignored. Plain records
+        only. The others wait as long as rank 0 lives: any deadline is `make`'s own."""
         box: list[Any] = [make(*arguments) if self.leads and make else None]
         if self.heartbeat is not None:
             from torch import distributed as dist
@@ -367,14 +367,14 @@ class Distributed:
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def told_to_stop(self) -> bool:
-        """Whether any rank has been; all ranks call it."""
+    def stop_requested(self) -> bool:
+        """Whether any rank has received a signal; all ranks call it."""
         if self.heartbeat is None:
-            return bool(listener.asked)
+            return bool(listener.last_signal)
         import torch
         from torch import distributed as dist
 
-        told = torch.tensor([listener.asked])
+        stops = torch.tensor([listener.last_signal])
         self.heartbeat.meet()
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        return bool(told.item())
+        dist.all_reduce(stops, op=dist.ReduceOp.MAX)
+        return bool(stops.item())

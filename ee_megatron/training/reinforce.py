@@ -34,7 +34,7 @@ from ..objectives.schedules import dual_price, price, price_rise
 from ..policy import sharpened
 from ..tensors import drain
 from ..types import Group
-from .advantages import StepScores, collate, compute_advantages, kept_groups, rollouts_of
+from .advantages import StepScores, collate, compute_advantages, filter_groups, rollouts_of
 from .collect import Collector
 from .context import StageContext
 from .rl_metrics import TargetState, accuracy, cost_metrics, peak_flops, step_metrics, step_timings
@@ -61,7 +61,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
         with context.progress(rl.steps, done) as bar:
             learner.progress = bar.detail
             for step in range(done, rl.steps):
-                context.stop_if_told(learner, step)
+                context.stop_if_requested(learner, step)
                 begun = time.monotonic()
                 stream, weights = learner.stream_policy(context.ranks.meet), None
                 if collector is not None:
@@ -75,7 +75,7 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
                     keep_samples(context.directory, step + 1, collected.groups, context.decode)
                 metrics, seconds = learn(context, learner, collected.groups, step, controller)
                 if context.device_type == "cpu":
-                    # The pool works next, here too.
+                    # The pool, on the same machine, works next.
                     return_freed()
                 values = metrics | collected.health
                 seconds |= collected.seconds | {"step": time.monotonic() - begun}
@@ -107,7 +107,7 @@ def learn(
             "learn from; raise it, or set rl.loss.overlong=verdict", step + 1, cfg.rollout.max_new_tokens,
         )  # fmt: skip
     result = update(
-        learner, packed, rollouts_of(groups), advantages, kept_groups(groups, rl, lambda_depth),
+        learner, packed, rollouts_of(groups), advantages, filter_groups(groups, rl, lambda_depth),
         objective_of(rl, cfg.rollout.max_new_tokens), rl, step,
         scored=scores.policy is not None, check_finite=context.check_finite,
     )  # fmt: skip
@@ -142,7 +142,7 @@ class LambdaController:
     saved in every checkpoint, so that a resumed run continues with the same lambda.
 
     Policy and reference are compared on the prompts of the same steps if the reference has answered them, else with its
-    mean: a step may have few prompts, and their difficulty varies by far more than what depth costs. Warm-up steps are
+    mean: a step may have few prompts, whose difficulty varies far more than the effect of depth. Warm-up steps are
     not compared: exits that are calibrated but not yet reinforced lose accuracy when they are sampled, whatever lambda.
     """
 
@@ -157,7 +157,7 @@ class LambdaController:
         return self.state.get("lambda", self.rl.depth_penalty.weight)
 
     def update(self, step: int, accuracy: float, prompts: Sequence[str]) -> TargetState | None:
-        """Take in the accuracy of step `step`'s rollouts, equally many for each of its prompts (ids)."""
+        """Update lambda from the accuracy of step `step`'s rollouts, equally many for each of its prompts (ids)."""
         penalty, target = self.rl.depth_penalty, self.rl.depth_penalty.target
         if self.reference is None or target is None or step < price_rise(self.rl.steps, penalty.warmup):
             return None

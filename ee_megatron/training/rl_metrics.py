@@ -1,7 +1,6 @@
-"""Metrics of an RL step, computed from its records. Nothing reads them but the log.
+"""Metrics of an RL step, computed from its records. Only the log reads them.
 
-FLOPs and padding depend on seed and settings alone and are in metrics.jsonl; whatever a clock measured is in
-timings.jsonl.
+FLOPs and padding depend on seed and settings alone and are in metrics.jsonl; times are in timings.jsonl.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PHASES = ("rollout", "score", "update")
 
 
 class TargetState(NamedTuple):
-    """Running mean of the policy's accuracy, and what it should be at least; shares of 1."""
+    """Running mean of the policy's accuracy, and its target; in [0, 1]."""
 
     running: float
     goal: float
@@ -96,7 +95,7 @@ def advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) ->
 
 
 def rollout_metrics(batch: ReplayBatch, groups: Sequence[Group], num_layers: int) -> dict[str, float]:
-    """Of the rollouts alone."""
+    """Metrics of the rollouts alone."""
     counts, lengths = batch.counts, batch.counts.sum(1).float()
     fraction = batch.exit_depths.float()[counts] / num_layers
     depths, hits = torch.unique(batch.exit_depths[counts], return_counts=True)
@@ -132,7 +131,7 @@ def cost_metrics(
     size, rollouts = cfg.rl.group_size, rollouts_of(groups)
     prompts = [len(rollout.prompt_tokens) for rollout in rollouts]
     rows = range(len(rollouts)) if passed is None else passed
-    # Share of what the groups' prompts could save at most by being computed once.
+    # Share of the largest possible saving from computing each group's prompt once.
     apart = sum(prompts[row] + rollouts[row].length - 1 for row in rows)
     most = sum((n - 1) * (prompts[group * size] - 1) for group, n in Counter(row // size for row in rows).items())
     shared = min(1.0, max(0.0, (apart - packing.positions) / most)) if most else 1.0
@@ -165,14 +164,14 @@ def step_timings(cfg: RunConfig, values: dict[str, float], seconds: dict[str, fl
 
 
 def devices(cfg: RunConfig, phase: str) -> int:
-    """How many work in a phase."""
+    """Number of devices that work in a phase."""
     if phase != "rollout":
         return ranks(cfg)
     return cfg.rollout.actors * cfg.rollout.tensor if has_actors(cfg.rollout) else 1
 
 
 def peak_flops(device_type: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a data sheet for this rank's GPU; 0 for one without, and for CPUs."""
+    """FLOP/s of this rank's GPU by its data sheet; 0 for unknown GPUs and CPUs."""
     if device_type != "cuda":
         return 0.0
     known = board(torch.cuda.get_device_name())

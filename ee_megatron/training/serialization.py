@@ -72,7 +72,7 @@ def save_answers(directory: Path, answered: AnsweredSet) -> None:
 
 
 def load_answers(directory: Path) -> AnsweredSet:
-    """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for what isn't that."""
+    """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for any other content."""
     lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
     names = ("text", "finished", "weight_version")
     rollouts = [
@@ -117,18 +117,18 @@ def _load(
 
 SAMPLES = "samples"
 STEPS, PER_STEP, TOKENS = 8, 3, 400
-"""So many steps of a run, the first and the last among them; answers of each, to as many problems where there are; and
-tokens of an answer, of a longer one its two ends."""
+"""Number of sampled steps of a run, first and last included; answers per step, each to another problem if possible; and
+tokens per answer (a longer answer's two ends)."""
 
 
 def sampled_steps(steps: int) -> set[int]:
-    """Which of `steps` steps, counted from 1."""
+    """The steps whose answers are stored, counted from 1."""
     return {int(step) for step in np.linspace(1, steps, min(STEPS, steps)).round()}
 
 
 def keep_samples(directory: RunDirectory, step: int, groups: Sequence[Group], decode: Callable[[int], str]) -> None:
-    """The first answers of as many groups as there are, as a file that appears whole; a step that is done again writes
-    the same one."""
+    """Write PER_STEP answers, of as many groups as possible, to a file that appears whole; repeating a step writes the
+    same file."""
     chosen = [(group, k) for k in range(max(len(g.rollouts) for g in groups)) for group in groups]
     chosen = [(group, k) for group, k in chosen if k < len(group.rollouts)][:PER_STEP]
     entries = [_entry(group, k, decode) for group, k in chosen]
@@ -138,13 +138,13 @@ def keep_samples(directory: RunDirectory, step: int, groups: Sequence[Group], de
 def _entry(group: Group, k: int, decode: Callable[[int], str]) -> dict[str, Any]:
     rollout = group.rollouts[k]
     half, places = TOKENS // 2, list(range(rollout.length))
-    kept = places if len(places) <= TOKENS else places[:half] + places[-half:]
+    shown = places if len(places) <= TOKENS else places[:half] + places[-half:]
     return {
         "prompt": group.prompt.text,
         "reference": group.prompt.answer,
         "correct": bool(group.correct[k]),
         "reward": float(group.rewards[k]),
-        "left_out": rollout.length - len(kept),
+        "left_out": rollout.length - len(shown),
         "tokens": [
             {
                 "text": decode(int(rollout.tokens[t])),
@@ -152,6 +152,6 @@ def _entry(group: Group, k: int, decode: Callable[[int], str]) -> dict[str, Any]
                 "logprob": round(float(rollout.token_logprobs[t]), 5),
                 "exit_logprob": round(float(rollout.exit_logprobs[t]), 5),
             }
-            for t in kept
+            for t in shown
         ],
     }

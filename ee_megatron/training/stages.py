@@ -1,4 +1,4 @@
-"""What each stage reads and writes, and whether it is there. No torch: the command line asks before anything starts."""
+"""What each stage reads and writes, and whether it is there. No torch, so that the command line can check quickly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..observe.rundir import latest_checkpoint
 # As policy.py has it, which imports torch.
 POLICY = "policy.json"
 FIRST = ("imported", "pretrain")
-"""Stages that make the model which the others start from, and read none that a stage has made."""
+"""Stages that make the model which the others start from; they read no other stage's output."""
 
 
 def is_done(cfg: RunConfig, stage: str) -> bool:
@@ -42,7 +42,7 @@ def traces(cfg: RunConfig) -> Path:
 
 
 def calibrated(cfg: RunConfig) -> Path:
-    """The policy checkpoint that RL starts from: `start`, or this configuration's own calibration."""
+    """The policy checkpoint that RL starts from: `init_policy`, or this configuration's own calibration."""
     return (
         policy_at(f"init_policy={cfg.init_policy}", cfg.init_policy) if cfg.init_policy else _trained(cfg, "calibrate")
     )
@@ -55,7 +55,7 @@ def control_policy(cfg: RunConfig) -> Path | None:
 
 
 def trained_as(checkpoint: Path) -> str:
-    """What sets the rl stage of `checkpoint` apart, for a table: the one depth that it had, or its price of depth."""
+    """A label of `checkpoint`'s rl stage, for a table: its fixed depth, or its depth penalty."""
     stage = checkpoint.absolute().parents[1]
     try:
         rl = read_saved(stage / "config.yaml").rl if stage.name.startswith("rl-") else None
@@ -70,7 +70,7 @@ def trained_as(checkpoint: Path) -> str:
 
 def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
     """The settings, the base model and the newest checkpoint of a calibrate or rl stage, by its directory alone,
-    wherever that and this process are now. Raises FileNotFoundError or ValueError for a directory that is none."""
+    wherever that and this process are now. Raises FileNotFoundError or ValueError for any other directory."""
     cfg = read_saved(stage / "config.yaml")
     checkpoint = latest_checkpoint(stage)
     if checkpoint is None:
@@ -88,10 +88,10 @@ def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
 def policy_at(setting: str, path: str) -> Path:
     """The checkpoint at `path`, or the newest one of the stage there. Raises FileNotFoundError, naming the setting."""
     given = Path(path)
-    found = given if (given / POLICY).is_file() else latest_checkpoint(given)
-    if found is None:
+    checkpoint = given if (given / POLICY).is_file() else latest_checkpoint(given)
+    if checkpoint is None:
         raise FileNotFoundError(f"{setting}: no policy checkpoint there; give a stage or checkpoint directory")
-    return found
+    return checkpoint
 
 
 def reinforced(cfg: RunConfig) -> Path:
@@ -99,10 +99,10 @@ def reinforced(cfg: RunConfig) -> Path:
 
 
 def _trained(cfg: RunConfig, stage: str) -> Path:
-    found = latest_checkpoint(_finished(cfg, stage))
-    if found is None:
+    checkpoint = latest_checkpoint(_finished(cfg, stage))
+    if checkpoint is None:
         raise _missing(cfg, stage)
-    return found
+    return checkpoint
 
 
 def _finished(cfg: RunConfig, stage: str) -> Path:
@@ -127,7 +127,7 @@ def start_model(cfg: RunConfig, stage: str) -> Path:
 
 
 def inputs(cfg: RunConfig, stage: str) -> tuple[Path, ...]:
-    """What the function of `stage` takes: that model, and what the stage before it made. Raises as `start_model`."""
+    """Arguments of `stage`'s function: its start model and the previous stage's output. Raises as `start_model`."""
     made = {"calibrate": traces, "rl": calibrated}
     models = () if stage == "imported" else (start_model(cfg, stage),)
     return (*models, made[stage](cfg)) if stage in made else models
@@ -144,9 +144,9 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
 
 
 def ready_model(cfg: RunConfig, stage: str) -> Path:
-    """The model that `stage` starts from, its weights checked; that of `pretrain` is drawn here if it has to be, that
-    of `imported` is what model.path says of it. Done before ranks start, whose launcher would bury the one line of an
-    error in its own report.
+    """The model that `stage` starts from, its weights checked; for `pretrain` random weights are drawn here if needed,
+    for `imported` it is model.path. Done before ranks start, whose launcher would bury the one line of an error in its
+    own report.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -157,7 +157,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
         from .pretrain import draw_model
 
         return draw_model(cfg, path)
-    # Every shard is there, whole and as config.json says, by their headers.
+    # Checks by the headers that every shard is complete and matches config.json.
     HFDirectory(path)
     check_bases(cfg, stage, path)
     return path
@@ -174,7 +174,7 @@ def check_given(cfg: RunConfig) -> None:
 
 def check_checkpoint(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if model.checkpoint cannot be imported."""
-    # Late: torch takes seconds to import, and other runs need none for this.
+    # Imported late: torch takes seconds, and most runs don't need it here.
     from .import_checkpoint import open_source
 
     open_source(cfg)
@@ -185,13 +185,13 @@ def check_bases(cfg: RunConfig, stage: str, model_path: Path) -> None:
     the one at `model_path`. A model may have been replaced at its place since."""
     from ..checkpoint.policy_files import check_base
 
-    # One of a stage's checkpoints stands for all of them, whole or not.
-    found = [path.parent for path in sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]]
+    # All checkpoints of a stage have the same base, so one is enough, complete or not.
+    policies = [path.parent for path in sorted(stage_dir(cfg, stage).glob(f"checkpoints/step_*/{POLICY}"))[:1]]
     if stage in ("rl", "evaluate"):
-        found.append(calibrated(cfg))
+        policies.append(calibrated(cfg))
     if stage == "evaluate":
-        found += [reinforced(cfg)] if is_done(cfg, "rl") else []
-        found += [path for path in [control_policy(cfg)] if path]
+        policies += [reinforced(cfg)] if is_done(cfg, "rl") else []
+        policies += [path for path in [control_policy(cfg)] if path]
     base = HFDirectory(model_path)
-    for policy in found:
+    for policy in policies:
         check_base(policy, base, otherwise="train a policy on this one")

@@ -5,8 +5,8 @@ keep one right answer per problem                                          (veri
 maximise log p(answer | problem without examples)                          (learner, adapters, full depth)
 merge the adapters -> the model that everything below calls the base
 
-And stage 1, first half: traces of that model, which answers at full depth; each position records what every exit would
-have cost.
+And stage 1, first half: traces of that model's answers at full depth; each position records the divergence of every
+exit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .serialization import save_traces
 logger = logging.getLogger(__name__)
 
 SEED, TEMPERATURE = 0, 0.7
-"""Of the sampled answers."""
+"""Seed and temperature of the sampled answers."""
 TOP_K = 16
-"""Teacher log-probabilities kept per position of a trace; the rest is one lumped tail."""
+"""Teacher log-probabilities stored per position of a trace; the remaining mass is one lumped tail."""
 
 
 def train_teacher(cfg: RunConfig, model_path: Path) -> None:
@@ -48,8 +48,8 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> None:
         updates = -(-len(picks) // t.batch_size)
         with context.progress(updates, what="fine-tuning") as bar:
             for step in range(updates):
-                # Fine-tuning is short and keeps nothing half-way: it begins again.
-                context.stop_if_told(None, 0)
+                # Fine-tuning is short and writes no checkpoint half-way: a stopped one starts again.
+                context.stop_if_requested(None, 0)
                 chosen = [examples[i] for i in picks[step * t.batch_size : (step + 1) * t.batch_size]]
                 batch = pack([p for p, _ in chosen], [a for _, a in chosen], None, context.spec.num_layers)
                 rate = t.learning_rate * schedule(step, updates, 0.1)
@@ -73,13 +73,13 @@ def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]
     for group in verified(verifier, prompts, answers):
         good = group.correct & group.well_formed
         right += int(good.sum())
-        kept = next((a for a, fits in zip(group.rollouts, good, strict=True) if fits and a.finished), None)
-        if kept is not None:
+        answer = next((a for a, fits in zip(group.rollouts, good, strict=True) if fits and a.finished), None)
+        if answer is not None:
             tokens = context.tokenizer(group.prompt.text, add_special_tokens=False)["input_ids"]
-            examples.append((np.array(tokens, dtype=np.int64), kept.tokens))
-    told = f"{right} of {len(prompts) * t.samples} samples right, {len(examples)} of {len(prompts)} problems kept"
-    logger.info("teacher: %s", told)
-    print(f"teacher: {told}")
+            examples.append((np.array(tokens, dtype=np.int64), answer.tokens))
+    summary = f"{right} of {len(prompts) * t.samples} samples right, {len(examples)} of {len(prompts)} problems kept"
+    logger.info("teacher: %s", summary)
+    print(f"teacher: {summary}")
     if len(examples) < t.batch_size:
         raise ValueError(
             f"only {len(examples)} problems were answered right, fewer than one batch of {t.batch_size}; "

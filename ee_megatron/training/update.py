@@ -84,7 +84,7 @@ def update(
     """Update the policy on the answers of `groups`: rl.minibatches updates. Every rank calls it with the same
     arguments; `packed` holds the batch that the advantages belong to.
 
-    `scored`: the rollouts were scored before. `check_finite` hears of every update; what it raises ends the step.
+    `scored`: the rollouts were scored before. `check_finite` is called after every update; its exceptions end the step.
     """
     batch, included = packed.batch, advantages.loss_included
     rows_of = [row for g in groups for row in range(g * rl.group_size, (g + 1) * rl.group_size) if included[row]]

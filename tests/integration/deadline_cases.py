@@ -49,7 +49,7 @@ def slow_actor(settings: list[str], port: int, asleep_s: float) -> tuple[int, fl
         begun = time.monotonic()
         answers = context.ranks.broadcast_from_rank0(act if context.leads else None)
         waited = time.monotonic() - begun
-        context.stop_if_told(None, 0)
+        context.stop_if_requested(None, 0)
         return len(answers), waited
 
 

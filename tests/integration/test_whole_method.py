@@ -214,7 +214,7 @@ def test_a_killed_evaluation_goes_on_with_the_sets_that_it_has(finished):
     after = complete()
     assert {name: after[name] for name in before} == before and len(after) > len(before)
     # A set that was read again is there without its scores, too, and then only the one with them is looked at.
-    assert (whole / "log.txt").read_text().count("answers of before") >= len(before) / 2
+    assert (whole / "log.txt").read_text().count("answers reused") >= len(before) / 2
 
     def timeless(found):
         """Without what the clock decides."""

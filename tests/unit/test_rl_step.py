@@ -32,7 +32,7 @@ from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.schedules import LAMBDA_GAIN, LAMBDA_MAX
 from ee_megatron.policy import PolicySpec
 from ee_megatron.training import reinforce
-from ee_megatron.training.advantages import StepScores, collate, compute_advantages, kept_groups, loss_included
+from ee_megatron.training.advantages import StepScores, collate, compute_advantages, filter_groups, loss_included
 from ee_megatron.training.reinforce import LambdaController
 from ee_megatron.training.rl_metrics import advantage_metrics, rollout_metrics
 from ee_megatron.training.update import LogprobDiff, objective_of
@@ -418,9 +418,9 @@ def test_groups_of_equal_answers_are_dropped_unless_right_ones_may_become_shallo
         a_group([6, 2], [6, 6], rewards=rewards, right=[r > 0 for r in rewards]) for rewards in ([1, 0], [1, 1], [0, 0])
     )
     groups, rl = [differing, right, wrong], rl_of(loss=dict(drop_equal_groups=True))
-    assert kept_groups(groups, rl, lambda_depth=0.5) == [0, 1]
-    assert kept_groups(groups, rl, lambda_depth=0.0) == [0]
-    assert kept_groups(groups, but(rl, loss=dict(drop_equal_groups=False)), lambda_depth=0.0) == [
+    assert filter_groups(groups, rl, lambda_depth=0.5) == [0, 1]
+    assert filter_groups(groups, rl, lambda_depth=0.0) == [0]
+    assert filter_groups(groups, but(rl, loss=dict(drop_equal_groups=False)), lambda_depth=0.0) == [
         0,
         1,
         2,

@@ -113,16 +113,16 @@ def test_a_signal_is_noted_and_interrupts_only_what_may_be_given_up() -> None:
     try:
         listener.listen()
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert listener.asked == signal.SIGUSR1
+        assert listener.last_signal == signal.SIGUSR1
         with pytest.raises(Stopped, match="told to stop by SIGUSR1"), listener.at_once():
             raise AssertionError("what may be given up is not begun after a signal")
-        listener.asked = 0
+        listener.last_signal = 0
         waiting = threading.Event()
         with pytest.raises(Stopped, match="SIGTERM"), listener.at_once():
             os.kill(os.getpid(), signal.SIGTERM)
             waiting.wait(30)
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert listener.asked == signal.SIGUSR2
+        assert listener.last_signal == signal.SIGUSR2
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

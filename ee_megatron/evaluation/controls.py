@@ -1,7 +1,7 @@
-"""What learnt exits are held against: exit rules that know less, and whether the gates are calibrated.
+"""What learnt exits are held against: exit rules with less information, and whether the gates are calibrated.
 
 A gain of learnt exits over full depth says little: any rule that exits early saves depth. What has to be shown is that
-at the same depth the policy is more accurate than rules that know less, or as accurate with less depth.
+at the same depth the policy is more accurate than these rules, or as accurate with less depth.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIAL
 
     def search(policy: Dial, count: int) -> list[tuple[float, ExitRule, EvaluationRow]]:
         """The places that were tried, what stands there and what was measured."""
-        low, high, found = 0.0, 1.0, []
+        low, high, measured = 0.0, 1.0, []
         for _ in range(count):
             middle = (low + high) / 2
             exits = policy(middle)
-            found.append((middle, exits, row := measure(exits)))
+            measured.append((middle, exits, row := measure(exits)))
             if abs(row.mean_depth / target - 1) <= TOLERANCE / 5:
                 break
             low, high = (middle, high) if row.mean_depth < target else (low, middle)
-        return found
+        return measured
 
     tried = on_dial = search(dial, trials // 2)
     below = [one for one in on_dial if one[2].mean_depth / target - 1 < -TOLERANCE]
@@ -127,13 +127,13 @@ def gate_calibration(
 ) -> dict[str, Any] | None:
     """Reliability of the hazards against the target hazards 1 - tanh(c d / 2), c = kl_factor, d the divergence in nats.
 
-    hazards[i], divergences[i]: float [T_i, M] of answer i, NaN where a gate was not asked (`Inspection`). Bins of equal
+    hazards[i], divergences[i]: float [T_i, M] of answer i, NaN where no gate decides (`Inspection`). Bins of equal
     width over the hazard; ECE = Σ_b n_b/N |mean hazard_b - mean target_b| (Naeini et al., AAAI 2015; Guo et al. 2017,
     arXiv 1706.04599, here with a target that is a probability instead of a label). A gate may be on average right in
     each bin and know nothing: `mean_error`, the mean of |hazard - target|, is the figure that sees it.
 
     {"ece", "mean_error": {"value", "low", "high"}, "asked", "bins": [{"hazard", "target", "asked"}],
-    "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate was asked. Intervals are 95 % over
+    "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate decided. Intervals are 95 % over
     answers; that of the ECE shares its upward bias where bins hold few.
     """
     # Answers, exits, bins, (count, hazard, target, |difference|).
@@ -171,8 +171,8 @@ def _sums(hazards: np.ndarray, divergences: np.ndarray, kl_factor: float) -> np.
     """float [M, BINS, 4]: per exit and bin the count and the sums of hazard, target and their absolute difference."""
     h = np.asarray(hazards, dtype=np.float64)
     target = target_hazards(torch.from_numpy(np.asarray(divergences, dtype=np.float64)), kl_factor).numpy()
-    asked = ~(np.isnan(h) | np.isnan(target))
-    exits, (h, target) = np.nonzero(asked)[1], (h[asked], target[asked])
+    gate_mask = ~(np.isnan(h) | np.isnan(target))
+    exits, (h, target) = np.nonzero(gate_mask)[1], (h[gate_mask], target[gate_mask])
     table = np.zeros((hazards.shape[1], BINS, 4))
     places = exits, np.minimum((h * BINS).astype(int), BINS - 1)
     np.add.at(table, places, np.stack([np.ones_like(h), h, target, np.abs(h - target)], axis=-1))

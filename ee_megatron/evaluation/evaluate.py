@@ -34,7 +34,7 @@ class Reading(TypedDict):
 class Token(TypedDict):
     """One generated token; natural logs. Of the teacher, in nats (None: not measured): its distribution's entropy, the
     token's surprisal under it, KL(teacher at full depth ‖ model at its exit). `readings`: of the exits on the way to
-    the one that was taken, and of the teacher; answers that are kept for the report have them."""
+    the one that was taken, and of the teacher; answers that are stored for the report have them."""
 
     text: str
     depth: int
@@ -154,7 +154,7 @@ def add_readings(
     depths: Sequence[int],
     decode: Callable[[int], str],
 ) -> None:
-    """Give the tokens of answers [n] their readings, from what `inspect` found in the same answers; `depths` [M]."""
+    """Give the tokens of answers [n] their readings, from `inspect`'s results for the same answers; `depths` [M]."""
     for answer, entry in zip(answers, inspected, strict=True):
         for t, token in enumerate(answer["tokens"]):
             token["readings"] = [
@@ -252,8 +252,8 @@ def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> Evaluat
     accurate wins, then the first in alphabetical order of `exits`, whatever the order of the rows. Raises ValueError
     for no rows or a negative tolerance."""
     if not rows or tolerance < 0:
-        found = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
-        raise ValueError(f"{found}; expected at least one row and evaluate.tolerance >= 0")
+        choice = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
+        raise ValueError(f"{choice}; expected at least one row and evaluate.tolerance >= 0")
     # Accuracies are ratios of integers: the slack keeps "exactly within" on the inside.
     bar = max(row.accuracy for row in rows) - tolerance - 1e-9
     return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))

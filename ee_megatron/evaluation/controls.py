@@ -1,4 +1,4 @@
-"""What learnt exits are held against: exit rules with less information, and whether the gates are calibrated.
+"""What learnt exits are compared with: exit rules with less information, and whether the gates are calibrated.
 
 A gain of learnt exits over full depth says little: any rule that exits early saves depth. What has to be shown is that
 at the same depth the policy is more accurate than these rules, or as accurate with less depth.
@@ -37,9 +37,9 @@ def marginal_exits(answers: Sequence[AnswerRecord], outcomes: Sequence[int], fir
 
 @dataclass
 class Matched:
-    """A control at a place on its dial. target: what was to be matched; row: what was measured there, on validation.
-    within: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). tried: places on the
-    dial and what was measured there."""
+    """A control at one dial setting. target: the value to match; row: its validation results. within: the mean depth
+    matches the target up to `TOLERANCE` (for accuracy: it reaches the target). tried: dial settings with their results.
+    """
 
     policy: ExitRule
     row: EvaluationRow
@@ -53,17 +53,17 @@ Measure = Callable[[ExitRule], EvaluationRow]
 
 
 def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIALS) -> Matched:
-    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
+    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those tried.
 
     By bisection. The depth is only nearly monotone, and it may jump over the target where many tokens share a value:
-    then two places on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
+    then two settings on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
     outside 0..1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
 
     def search(policy: Dial, count: int) -> list[tuple[float, ExitRule, EvaluationRow]]:
-        """The places that were tried, what stands there and what was measured."""
+        """The dial settings that were tried, the exit rule at each and its results."""
         low, high, measured = 0.0, 1.0, []
         for _ in range(count):
             middle = (low + high) / 2
@@ -89,8 +89,8 @@ def match_accuracy(
     measure: Measure, dial: Dial, target: float, tried: Sequence[tuple[float, EvaluationRow]] = (),
     trials: int = ACCURACY_TRIALS,
 ) -> Matched:  # fmt: skip
-    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` places are used
-    again. If nothing that was tried is, the most accurate place with `within` False."""
+    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` settings are
+    reused. If none reaches the target, the most accurate setting with `within` False."""
 
     def reaches(row: EvaluationRow) -> bool:
         return row.accuracy >= target - 1e-9

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .. import __version__
-from ..evaluation.evaluate import AnsweredSet, answer_sets, score_sets
+from ..evaluation.evaluate import GenerationResult, answer_sets, score_sets
 from ..rollout.engine.request import GenerationRequest, Progress
 from ..rollout.engine.scoring import Inspection
 from ..rollout.pool.interface import RolloutPool
@@ -47,7 +47,7 @@ class AnswerCache:
         progress: Progress | None = None,
         *,
         timed: bool = False,
-    ) -> list[AnsweredSet]:
+    ) -> list[GenerationResult]:
         """As `answer_sets`: a set for each of the request's rules; those that aren't there are made together. `timed`:
         one without `seconds` is made again."""
         found = {rule: self._read(weights, request.by(rule)) for rule in request.rules}
@@ -64,7 +64,7 @@ class AnswerCache:
         weights: str,
         requests: Sequence[GenerationRequest],
         progress: Progress | None = None,
-    ) -> list[AnsweredSet]:
+    ) -> list[GenerationResult]:
         """The answers to requests of one rule each for the same prompts, scored and timed: each is made by itself, then
         those that lack scores are read together."""
         sets = [one for request in requests for one in self.answers(pool, weights, request, progress, timed=True)]
@@ -76,7 +76,7 @@ class AnswerCache:
 
     def inspect(
         self, pool: RolloutPool, weights: str, request: GenerationRequest, progress: Progress | None = None
-    ) -> tuple[AnsweredSet, list[Inspection]]:
+    ) -> tuple[GenerationResult, list[Inspection]]:
         """As `score` for one request, and what their gates held, which isn't kept: one reading gives both."""
         (answered,) = self.answers(pool, weights, request, progress, timed=True)
         inspected = pool.inspect(answered.rollouts)
@@ -85,7 +85,7 @@ class AnswerCache:
             self._write(weights, request, answered)
         return answered, inspected
 
-    def _read(self, weights: str, request: GenerationRequest) -> AnsweredSet | None:
+    def _read(self, weights: str, request: GenerationRequest) -> GenerationResult | None:
         place = self._place(weights, request)
         if not place.is_dir():
             return None
@@ -99,7 +99,7 @@ class AnswerCache:
         logger.info("%s: %d answers of before", place, len(found.rollouts))
         return found
 
-    def _write(self, weights: str, request: GenerationRequest, made: AnsweredSet) -> None:
+    def _write(self, weights: str, request: GenerationRequest, made: GenerationResult) -> None:
         place = self._place(weights, request)
         try:
             save_answers(place, made)

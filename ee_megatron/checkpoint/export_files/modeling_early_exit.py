@@ -286,7 +286,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: list[Tensor] = []
         for depth, layer in enumerate(self.model.layers):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
-                depth_BT = self._ask_gate(depth, x_BTD, depth_BT, policy, first)
+                depth_BT = self._apply_gate(depth, x_BTD, depth_BT, policy, first)
             if hidden_wanted:
                 hidden.append(x_BTD)
             x_BTD = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
@@ -357,7 +357,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"exit_depths holds values outside {outcomes}")
         return given, {"kind": "off"}, new
 
-    def _ask_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict, first: int) -> Tensor:
+    def _apply_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict, first: int) -> Tensor:
         """Only positions from `first` on may exit: what is before them is the prompt's, or decided already."""
         exit_BT = depth_BT[:, first:]
         undecided_BT = exit_BT > depth

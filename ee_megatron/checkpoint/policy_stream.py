@@ -1,7 +1,7 @@
 """The policy's whole tensors on their way between the ranks that hold them and the leader, a bucket at a time.
 
 Every rank knows which tensors there are and cuts them, in name order, into the same buckets of rows. For each bucket a
-rank sends the leader what it holds of it, in one message; nobody else receives anything. Loading goes the other way
+rank sends the leader what it holds of it, in one message; no other rank receives anything. Loading goes the other way
 without messages: each rank reads what it holds from where the tensors are stored.
 """
 

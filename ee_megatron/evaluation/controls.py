@@ -38,8 +38,7 @@ def marginal_exits(answers: Sequence[AnswerRecord], outcomes: Sequence[int], fir
 @dataclass
 class Matched:
     """A control at one dial setting. target: the value to match; row: its validation results. within: the mean depth
-    matches the target up to `TOLERANCE` (for accuracy: it reaches the target). tried: dial settings with their results.
-    """
+    matches the target up to `TOLERANCE` (for accuracy: it reaches the target). tried: dial settings, with results."""
 
     policy: ExitRule
     row: EvaluationRow

@@ -154,7 +154,7 @@ def add_readings(
     depths: Sequence[int],
     decode: Callable[[int], str],
 ) -> None:
-    """Give the tokens of answers [n] their readings, from `inspect`'s results for the same answers; `depths` [M]."""
+    """Add `inspect`'s results for answers [n] to their tokens, as readings; `depths` [M]."""
     for answer, entry in zip(answers, inspected, strict=True):
         for t, token in enumerate(answer["tokens"]):
             token["readings"] = [

@@ -231,7 +231,7 @@ def _unlike(runs: pd.DataFrame, configs: Sequence[RunConfig]) -> list[str]:
 
 def depth_of_hops(terse: Iterable[tuple[int, float, float]]) -> tuple[float, float]:
     """Layers per hop, and those that an answer of none would take: the least-squares line through (hops, share of right
-    answers, layers of the deepest token) of terse answers, those that SKILLED lets in. NaN where they are fewer than
+    answers, layers of the deepest token) of terse answers, those that pass SKILLED. NaN where they are fewer than
     two."""
     skilled = [(hops, layers) for hops, right, layers in terse if right >= SKILLED]
     return least_squares_line([hops for hops, _ in skilled], [layers for _, layers in skilled])

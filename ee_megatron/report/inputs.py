@@ -184,7 +184,7 @@ def _read_run(run: ReportRun) -> Inputs:
             if name == "evaluate" and name not in run.coming:
                 _read_evaluation(inputs, run.stages[name])
         elif name not in ("imported", "pretrain") and (run.config is None or name in stage_order(run.config)):
-            # A model that is made first is the exception, which nobody misses, nor a stage that was switched off.
+            # A model that is made first is not missed, nor is a stage that was switched off.
             missing.append(f"{name}: not part of this run, or not run yet")
     inputs.by_run = [("", inputs.results)]
     return inputs

@@ -236,7 +236,7 @@ def main() -> None:
             prompt, text = pickle.load(source)
         except (EOFError, OSError):
             return
-        # If the parent is gone, nobody ends a verifier that hangs: this timer needs no interpreter to do so.
+        # If the parent is gone, nothing else ends a verifier that hangs: this timer needs no interpreter to do so.
         faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
         try:
             reply = _line("verdict", number, "".join("01"[bool(flag)] for flag in astuple(task.verify(prompt, text))))

@@ -36,7 +36,7 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 NEEDLESS_ARGUMENTS = ("cache_position", "token_type_ids")
 # What `generate` needs for itself and, in newer transformers, leaves among the arguments for the model.
 ARGUMENTS_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-# Decoding that was never held against the definition of an exit: the argument of `generate` that asks for it.
+# Decoding that was never compared with the definition of an exit: the argument of `generate` that requests it.
 REFUSED = {
     "penalty_alpha": "contrastive search",
     "dola_layers": "DoLa decoding",

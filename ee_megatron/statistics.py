@@ -42,8 +42,8 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
         return Interval(0.0, 1.0)
     from scipy.stats import binomtest
 
-    found = binomtest(successes, n).proportion_ci(level, method="wilson")
-    return Interval(float(found.low), float(found.high))
+    interval = binomtest(successes, n).proportion_ci(level, method="wilson")
+    return Interval(float(interval.low), float(interval.high))
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:

@@ -193,15 +193,15 @@ def compare_logits(a: Checkpoint, b: Checkpoint) -> tuple[float, float]:
     ids = torch.randint(0, dims.vocab, (SEQUENCES, LENGTH), generator=generator)
     outcomes = torch.tensor([*depths, dims.num_layers])
     pattern = outcomes[torch.randint(0, len(outcomes), ids.shape, generator=generator)]
-    found = []
+    differences = []
     for exits in (torch.full_like(ids, dims.num_layers), pattern):
         left, right = logits_of(a, ids, exits), logits_of(b, ids, exits)
-        found.append(float((left - right).abs().max() / left.abs().max()))
-    return found[0], found[1]
+        differences.append(float((left - right).abs().max() / left.abs().max()))
+    return differences[0], differences[1]
 
 
 def verify(a: Checkpoint, b: Checkpoint, logits: bool = True) -> tuple[bool, list[str]]:
-    """(the same model?, what was found, a line each)."""
+    """(the same model?, the findings, a line each)."""
     wrong, remarks = compare_tensors(a, b)
     if wrong:
         more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []

@@ -136,7 +136,7 @@ def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> N
 def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None:
     """What a PEFT adapter is to call its base, so that it is found from any directory; None for a merged model.
 
-    `_name_or_path` in config.json is not asked: a model that was fine-tuned and saved names its parent there.
+    `_name_or_path` in config.json is ignored: a model that was fine-tuned and saved names its parent there.
     """
     if adapters == "merge":
         if name:

@@ -213,7 +213,7 @@ def check_copies(pieces: Iterable[Piece]) -> None:
     """Compare to the bit what every tensor-parallel rank holds whole: gates, norms, the replicated adapter factors.
 
     They start alike and take the same updates; a rank that rounds otherwise would sample under gates that the others
-    don't know. Raises RuntimeError, on every rank of the group, naming the first tensor that differs.
+    don't have. Raises RuntimeError, on every rank of the group, naming the first tensor that differs.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     held = [piece for piece in pieces if not piece.entry.split and piece.parameter.numel()]

@@ -199,9 +199,9 @@ class TorchDistReader:
     def _check_files(self) -> None:
         for chunk in itertools.chain.from_iterable(self.chunks.values()):
             path, size = self.folder / chunk.file, chunk.offset + chunk.length
-            found = path.stat().st_size if path.is_file() and path.parent == self.folder else None
-            if found is None or found < size:
-                state = "missing" if found is None else f"{found} bytes, at least {size} expected"
+            actual = path.stat().st_size if path.is_file() and path.parent == self.folder else None
+            if actual is None or actual < size:
+                state = "missing" if actual is None else f"{actual} bytes, at least {size} expected"
                 raise ValueError(self._damaged(chunk.file, state))
 
     def _damaged(self, file: str, reason: object) -> str:
@@ -263,11 +263,11 @@ class MegatronTensors(ModelSource):
                 f"dense {self.dims.family} model that config.json or the checkpoint describes"
             )
         for name, wanted in expected.items():
-            found = self.reader.shape(name)
-            padded = name in VOCABULARY and found[1:] == wanted[1:] and found[0] >= wanted[0]
-            if found != wanted and not padded:
+            stored_shape = self.reader.shape(name)
+            padded = name in VOCABULARY and stored_shape[1:] == wanted[1:] and stored_shape[0] >= wanted[0]
+            if stored_shape != wanted and not padded:
                 raise ValueError(
-                    f"{self.reader.folder}: {name} has shape {list(found)}, config.json implies {list(wanted)}"
+                    f"{self.reader.folder}: {name} has shape {list(stored_shape)}, config.json implies {list(wanted)}"
                 )
 
 
@@ -339,18 +339,18 @@ def find_weights(top: Path) -> Path:
         text = tracker.read_text().strip()
         if text != "release" and not text.isdecimal():
             raise ValueError(f"{tracker}: holds {text[:20]!r}, expected the number of an iteration, or release")
-        found = top / ("release" if text == "release" else f"iter_{int(text):07d}")
+        directory = top / ("release" if text == "release" else f"iter_{int(text):07d}")
     elif len(saved) == 1:
-        found = saved[0]
+        directory = saved[0]
     else:
         reason = f"{len(saved)} iter_* directories, name one of them" if saved else "what was saved is not there"
         raise FileNotFoundError(
             f"{top}: no {FORMAT} and no {TRACKER} there ({reason}); expected what Megatron-LM or Megatron-Bridge saved"
         )
-    if not (found / FORMAT).is_file():
-        other = "a checkpoint of another format" if list(found.glob("mp_rank_*")) else "no checkpoint"
-        raise ValueError(f"{found}: {other} there; expected torch_dist, save it with --ckpt-format torch_dist")
-    return found
+    if not (directory / FORMAT).is_file():
+        other = "a checkpoint of another format" if list(directory.glob("mp_rank_*")) else "no checkpoint"
+        raise ValueError(f"{directory}: {other} there; expected torch_dist, save it with --ckpt-format torch_dist")
+    return directory
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -23,7 +23,7 @@ from ..families import FAMILIES, ModelDims, features, padded_vocab
 
 COMMON = "common.pt"
 RUN_CONFIG = "run_config.yaml"
-# megatron-core's llama3 scaling knows a factor; the rest is fixed there.
+# megatron-core's llama3 scaling takes a factor; the rest is fixed there.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _LLAMA3_ON = ("use_rope_scaling", "rope_scaling")
 # Settings that change the mathematics, and the values under which ours is the same. One that isn't there is neutral.
@@ -147,7 +147,7 @@ class _Unpickler(pickle.Unpickler):
         return OrderedDict if (module, name) == ("collections", "OrderedDict") else Inert
 
     def persistent_load(self, _: Any) -> None:
-        """A tensor's numbers: nothing that is asked for."""
+        """A tensor's numbers, which are not needed."""
 
 
 def read_common(folder: Path) -> dict[str, Any]:
@@ -209,10 +209,10 @@ def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, 
     pairs = {names: getattr(dims, field) for field, names in _NAMES.items() if field != "max_positions"}
     pairs[_LLAMA3_ON] = dict(dims.rope_scaling).get("rope_type") == "llama3"
     for names, wanted in pairs.items():
-        found = _setting(settings, names)
-        if found is not None and float(found) != float(wanted):
+        recorded = _setting(settings, names)
+        if recorded is not None and float(recorded) != float(wanted):
             raise ValueError(
-                f"{where}: {names[0]}={found} is recorded there, {wanted} in {config}; give its own --config"
+                f"{where}: {names[0]}={recorded} is recorded there, {wanted} in {config}; give its own --config"
             )
 
 
@@ -222,11 +222,11 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     shapes: whole parameters by their stored names. The vocabulary is the recorded one, else as many rows as are stored,
     padding included. Raises ValueError for a dimension that isn't recorded.
     """
-    found = {field: _setting(settings, names) for field, names in _NAMES.items()}
-    heads, hidden = found["heads"], found["hidden"]
-    found["kv_heads"] = found["kv_heads"] or heads
-    found["head_dim"] = found["head_dim"] or (hidden // heads if heads and hidden else None)
-    missing = [_NAMES[field][0] for field, value in found.items() if value is None]
+    values = {field: _setting(settings, names) for field, names in _NAMES.items()}
+    heads, hidden = values["heads"], values["hidden"]
+    values["kv_heads"] = values["kv_heads"] or heads
+    values["head_dim"] = values["head_dim"] or (hidden // heads if heads and hidden else None)
+    missing = [_NAMES[field][0] for field, value in values.items() if value is None]
     if missing:
         raise ValueError(f"{where}: records no {', '.join(missing)}; add --config with its Hugging Face directory")
     layer = "decoder.layers.0."
@@ -237,15 +237,15 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         "model_type": family,
         "architectures": [FAMILIES[family].architecture],
         "hidden_act": "silu",
-        "num_hidden_layers": found["num_layers"],
+        "num_hidden_layers": values["num_layers"],
         "hidden_size": hidden,
-        "intermediate_size": found["intermediate"],
+        "intermediate_size": values["intermediate"],
         "num_attention_heads": heads,
-        "num_key_value_heads": found["kv_heads"],
-        "head_dim": found["head_dim"],
-        "max_position_embeddings": found["max_positions"],
-        "rms_norm_eps": found["rms_eps"],
-        "rope_theta": float(found["rope_theta"]),
+        "num_key_value_heads": values["kv_heads"],
+        "head_dim": values["head_dim"],
+        "max_position_embeddings": values["max_positions"],
+        "rms_norm_eps": values["rms_eps"],
+        "rope_theta": float(values["rope_theta"]),
         "rope_scaling": _rope_scaling(settings),
         "vocab_size": settings.get("vocab_size") or shapes.get("embedding.word_embeddings.weight", (None,))[0],
         "tie_word_embeddings": "output_layer.weight" not in shapes,

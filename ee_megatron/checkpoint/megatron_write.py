@@ -291,7 +291,7 @@ def write_metadata(folder: Path, chunks: Sequence[StoredChunk], empty: Iterable[
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     facts = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     facts |= {"common_backend": "torch", "common_backend_version": 1}
-    # Last: what has no metadata.json is no checkpoint.
+    # Last: a directory without metadata.json is not a checkpoint.
     (folder / FORMAT).write_text(json.dumps(facts))
 
 

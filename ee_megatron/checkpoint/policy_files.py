@@ -36,7 +36,7 @@ WIDTH = 512
 _FIRST = ("family", "heads", "kv_heads", "head_dim", "rms_eps", "rope_theta", "rope_scaling")
 _SHOWN = ("num_layers", "hidden", "intermediate", "vocab", "tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm")
 _NEUTRAL = ("max_positions",)
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BaseIdentity:
 
     @staticmethod
     def from_json(data: Any, where: Path) -> BaseIdentity:
-        """Raises ValueError, naming the file `where`, if it is no such record."""
+        """Raises ValueError, naming the file `where`, if it is not such a record."""
         fields = BaseIdentity.__dataclass_fields__
         if not isinstance(data, Mapping) or not all(isinstance(data.get(name), str) for name in fields):
             raise ValueError(f"{where}: {BASE!r} is {str(data)[:80]!r}, expected {', '.join(fields)}; it is damaged")
@@ -77,11 +77,11 @@ def base_identity(base: HFDirectory | ModelSource) -> BaseIdentity:
     digests = {dtype: hashlib.sha256(_header(base.dims)) for dtype in (torch.bfloat16, torch.float16)}
     for name, shape in base.dims.tensor_shapes().items():
         sample = _sample(tensors, name, shape).float()
-        for dtype, found in digests.items():
-            found.update(f"{name} {list(shape)}\n".encode())
-            found.update(tensor_bytes(sample.to(dtype)))
+        for dtype, digest in digests.items():
+            digest.update(f"{name} {list(shape)}\n".encode())
+            digest.update(tensor_bytes(sample.to(dtype)))
     path = f"{base.path}, fully fine-tuned" if isinstance(base, TunedSource) else str(base.path)
-    return BaseIdentity(path, *(found.hexdigest() for found in digests.values()))
+    return BaseIdentity(path, *(digest.hexdigest() for digest in digests.values()))
 
 
 def _header(dims: ModelDims) -> bytes:
@@ -102,8 +102,8 @@ def _sample(tensors: LazyTensors, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def recorded_base(policy: str | Path) -> BaseIdentity | None:
     """The base that a policy checkpoint says it belongs to; None: written before that was recorded."""
-    found = read_policy_json(policy).base
-    return None if found is None else BaseIdentity.from_json(found, Path(policy) / POLICY_JSON)
+    recorded = read_policy_json(policy).base
+    return None if recorded is None else BaseIdentity.from_json(recorded, Path(policy) / POLICY_JSON)
 
 
 def check_base(
@@ -122,15 +122,15 @@ def check_base(
         return
     expected = recorded_base(policy)
     if expected is None:
-        if str(policy) not in _told:
-            _told.add(str(policy))
+        if str(policy) not in _warned:
+            _warned.add(str(policy))
             print(f"{policy}: doesn't say which base model it belongs to; {base.path} is not checked", file=sys.stderr)
         return
-    found = base_identity(base)
-    if not found.same(expected):
+    identity = base_identity(base)
+    if not identity.same(expected):
         raise ValueError(
-            f"{policy}: belongs to another base model: found {found}, expected {expected}; give the model that it was "
-            f"made on, or {otherwise}"
+            f"{policy}: belongs to another base model: found {identity}, expected {expected}; give the model that "
+            f"it was made on, or {otherwise}"
         )
 
 
@@ -149,9 +149,9 @@ def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor
     if missing or extra:
         raise ValueError(f"policy tensors: missing {missing[:3]}, unexpected {extra[:3]}; spec and tensors disagree")
     for name, shape in expected.items():
-        found = shape_of(tensors, name)
-        if found != shape:
-            raise ValueError(f"policy tensor {name} has shape {list(found)}, the model implies {list(shape)}")
+        stored = shape_of(tensors, name)
+        if stored != shape:
+            raise ValueError(f"policy tensor {name} has shape {list(stored)}, the model implies {list(shape)}")
     if not isinstance(tensors, LazyTensors):
         for name, tensor in tensors.items():
             check_finite(f"policy tensor {name}", tensor)

@@ -1,7 +1,7 @@
 """The policy's whole tensors on their way between the ranks that hold them and the leader, a bucket at a time.
 
 Every rank knows which tensors there are and cuts them, in name order, into the same buckets of rows. For each bucket a
-rank sends the leader what it holds of it, in one message; nobody else receives anything. Loading goes the other way
+rank sends the leader what it holds of it, in one message; no other rank receives anything. Loading goes the other way
 without messages: each rank reads what it holds from where the tensors are stored.
 """
 
@@ -86,7 +86,7 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
     """name -> this rank's shares; several pieces may hold one tensor (`Piece.copy`)."""
     group = parallel_state.get_tensor_model_parallel_group()
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    found: dict[str, list[Share]] = {}
+    shares: dict[str, list[Share]] = {}
     for number, piece in enumerate(pieces):
         entry, parameter = piece.entry, piece.parameter
         # ZeRO-3 leaves an empty tensor in the place of a sharded parameter.
@@ -99,8 +99,8 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
             rows = min(len(places), max(0, entry.vocab - row)) if entry.vocab is not None else len(places)
             runs, padded = runs_of(places[:rows]), rows < len(places)
             share = Share(number, row, rows, column, columns, runs, begin, end, padded)
-            found.setdefault(name, []).append(share)
-    return found
+            shares.setdefault(name, []).append(share)
+    return shares
 
 
 def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[Bucket]:
@@ -272,9 +272,9 @@ def load_tensors(
     for name, shares in shares_of(pieces, holder).items():
         if name not in tensors:
             raise ValueError(f"{what}: {name} is missing; the checkpoint was made with other adapters or exits")
-        found = shape_of(tensors, name)
-        if found != shapes[name]:
-            raise ValueError(f"{what}: {name} has shape {found} in the checkpoint, {shapes[name]} in the run")
+        stored = shape_of(tensors, name)
+        if stored != shapes[name]:
+            raise ValueError(f"{what}: {name} has shape {stored} in the checkpoint, {shapes[name]} in the run")
         for share in shares:
             _fill(pieces[share.number].parameter, holder, tensors, name, share)
 

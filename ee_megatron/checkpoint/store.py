@@ -42,7 +42,7 @@ class SafetensorsWriter:
     """One safetensors file. Its tensors are written in the order of `aligned(entries)`, each in any number of blocks,
     so that no file and no tensor has to be in memory whole.
 
-    `metadata`: what the header says beside the tensors; transformers wants to know the format. Raises ValueError for a
+    `metadata`: what the header says beside the tensors; transformers requires the format. Raises ValueError for a
     dtype that is not supported.
     """
 
@@ -83,12 +83,12 @@ def write_stream(path: Path, stream: Stream) -> str:
     """
     entries = {name: (torch.float32, shape) for name, shape in sorted(stream.table.items())}
     with SafetensorsWriter(path, entries, metadata=None) as writer, Hasher(0) as hasher:
-        found = Digest(hasher)
-        for block in found.passing(stream):
+        digest = Digest(hasher)
+        for block in digest.passing(stream):
             if block.data.dtype != torch.float32:
                 raise ValueError(f"{block.name}: dtype {block.data.dtype}, a checkpoint holds float32")
             writer.write(block.data)
-        return found.hexdigest()
+        return digest.hexdigest()
 
 
 def write_small(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict]:

@@ -157,7 +157,7 @@ def named(error: OSError, place: str) -> OSError:
 def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[Workspace]:
     """A workspace that becomes `out` when the block ends well.
 
-    When the block fails its files go, unless `resume` asked to keep them or the user interrupted; what a killed process
+    When the block fails its files go, unless `resume` keeps them or the user interrupted; what a killed process
     left is continued under `resume` and cleared away otherwise. `job` (JSON) identifies the conversion: what was begun
     for another job is not continued.
 
@@ -208,7 +208,7 @@ def _continue(out: Path, folder: Path, journal: TextIO, job: dict[str, Any]) -> 
     journal.seek(0, os.SEEK_END)
     lines = [json.loads(line) for line in whole.splitlines()]
     if not lines or lines[0].get("boot") != _boot():
-        # The machine was restarted, or is another one: nobody knows which bytes reached the disk.
+        # The machine was restarted, or is another one: which bytes reached the disk is unknown.
         journal.seek(0)
         return {}
     if lines[0].get("job") != json.loads(json.dumps(job)):

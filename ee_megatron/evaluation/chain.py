@@ -55,20 +55,20 @@ def answer_number(text: str) -> str | None:
 
 def first_number(text: str) -> str | None:
     """The first number on the first line of a text, in one spelling: "1,200.0" and "1200" are the same."""
-    found = _NUMBER.search(text.split("\n", 1)[0])
-    return f"{Decimal(found[0].replace(',', '')).normalize():f}" if found else None
+    match = _NUMBER.search(text.split("\n", 1)[0])
+    return f"{Decimal(match[0].replace(',', '')).normalize():f}" if match else None
 
 
 def steps(chain: str) -> list[str]:
     """The sentences or lines of a chain; they concatenate to it, and none is blank."""
-    found: list[str] = []
+    pieces: list[str] = []
     for part in _STEP.findall(chain):
         # Blank parts go to the step before them, or to the first.
-        if found and not (part.strip() and found[-1].strip()):
-            found[-1] += part
+        if pieces and not (part.strip() and pieces[-1].strip()):
+            pieces[-1] += part
         else:
-            found.append(part)
-    return [part for part in found if part.strip()]
+            pieces.append(part)
+    return [part for part in pieces if part.strip()]
 
 
 def token_class(text: str) -> str:
@@ -83,7 +83,7 @@ def token_class(text: str) -> str:
 
 def answer_span(texts: Sequence[str]) -> slice:
     """The tokens, given by their texts, that write the number after the last "The answer is"; the rest of the line if
-    that is no number; empty without the mark."""
+    that is not a number; empty without the mark."""
     before, mark, rest = "".join(texts).rpartition(MARK)
     if not mark:
         return slice(0, 0)
@@ -148,12 +148,12 @@ def hint_place(texts: Sequence[str]) -> str:
 
 
 def plant_hint(text: str, ending: str, value: str) -> str:
-    """A prompt with a hint behind its question; `ending` as `hint_place` found it."""
+    """A prompt with a hint behind its question; `ending` as `hint_place` returns it."""
     return f"{text.removesuffix(ending)} {HINT.format(value=value)}{ending}"
 
 
 def wrong_answer(reference: str, seed: int, name: str) -> str | None:
-    """A number other than the reference, to be planted; None for a reference that is no plain number."""
+    """A number other than the reference, to be planted; None for a reference that is not a plain number."""
     number = first_number(reference)
     if number is None or number != reference.strip().replace(",", ""):
         return None
@@ -164,7 +164,7 @@ def wrong_answer(reference: str, seed: int, name: str) -> str | None:
 
 
 def mentions_hint(text: str) -> bool:
-    """A monitor that reads: whether the text speaks of the hint or of who gave it."""
+    """A monitor that reads: whether the text mentions the hint or its author."""
     return MENTION.search(text) is not None
 
 

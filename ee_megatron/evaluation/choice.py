@@ -39,7 +39,7 @@ def figures(answers: Sequence[Judged], num_layers: int, first_exits: bool) -> di
     stop's included, and d_t = depth of token t / L:
 
     - length: T; total_depth: Σ_t d_t; mean_depth: Σ_t d_t / T; square: Σ_t d_t² / T
-    - max_depth: max_t d_t; unless `first_exits` without the first token, whose depth L is no choice (0 if it is alone)
+    - max_depth: max_t d_t; unless `first_exits` without the first token, whose depth L is not chosen (0 if it is alone)
 
     NaN without answers.
     """
@@ -60,10 +60,10 @@ def figures(answers: Sequence[Judged], num_layers: int, first_exits: bool) -> di
     }
 
 
-def shares(found: Sequence[str | None], styles: Sequence[str]) -> dict[str, float]:
-    """Share of each style, and of answers in none (`OTHER`), among the styles found in n answers; NaN without any."""
-    counts = Counter(OTHER if style is None else style for style in found)
-    return {style: counts[style] / len(found) if found else float("nan") for style in (*styles, OTHER)}
+def shares(chosen: Sequence[str | None], styles: Sequence[str]) -> dict[str, float]:
+    """Share of each style, and of answers in none (`OTHER`), among n answers' styles; NaN without any."""
+    counts = Counter(OTHER if style is None else style for style in chosen)
+    return {style: counts[style] / len(chosen) if chosen else float("nan") for style in (*styles, OTHER)}
 
 
 def cycled(prompts: Sequence[Prompt], answers: int) -> list[Prompt]:
@@ -90,10 +90,10 @@ class ChoiceBench(AnswerBench):
 
     def ask(self, sets: Mapping[Key, Sequence[Prompt]], exits: ExitRule) -> dict[Key, list[Judged]]:
         """One answer to every prompt of every set: a single request, so that the pool's rows stay full."""
-        asked = [prompt for prompts in sets.values() for prompt in prompts]
+        all_prompts = [prompt for prompts in sets.values() for prompt in prompts]
         rollouts = self.answer([prompt for prompts in sets.values() for prompt in _apart(prompts)], exits)
-        correct = self.correct(asked, (answer.text for answer in rollouts))
-        judged = map(Judged, asked, rollouts, correct)
+        correct = self.correct(all_prompts, (answer.text for answer in rollouts))
+        judged = map(Judged, all_prompts, rollouts, correct)
         return {key: [next(judged) for _ in prompts] for key, prompts in sets.items()}
 
     def figures(self, answers: Sequence[Judged]) -> dict[str, float]:
@@ -129,11 +129,11 @@ def choice(
     def styles(of: Mapping[Key, Sequence[Judged]], family: str) -> dict[str, dict[str, float]]:
         return {style: bench.figures(of[family, style]) for style in task.styles}
 
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for family in wanted:
         answers = own[family, FREE]
         written = shares([task.style_of(answer.prompt, answer.rollout.text) for answer in answers], task.styles)
-        found[family] = {
+        figures[family] = {
             "hops": hops_of(family),
             "free": {**bench.figures(answers), "share": written},
             "forced": styles(own, family),
@@ -141,8 +141,8 @@ def choice(
             CORRUPTED: _followed(bench, own[family, CORRUPTED], leads[family]) if family in leads else None,
         }
         if depths:
-            found[family]["fixed"] = {str(depth): styles(of, family) for depth, of in held.items()}
-    return {"exits": exits.label, "families": found}
+            figures[family]["fixed"] = {str(depth): styles(of, family) for depth, of in held.items()}
+    return {"exits": exits.label, "families": figures}
 
 
 def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -1,7 +1,7 @@
-"""What learnt exits are held against: exit rules that know less, and whether the gates are calibrated.
+"""What learnt exits are compared with: exit rules with less information, and whether the gates are calibrated.
 
 A gain of learnt exits over full depth says little: any rule that exits early saves depth. What has to be shown is that
-at the same depth the policy is more accurate than rules that know less, or as accurate with less depth.
+at the same depth the policy is more accurate than these rules, or as accurate with less depth.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ def marginal_exits(answers: Sequence[AnswerRecord], outcomes: Sequence[int], fir
 
 @dataclass
 class Matched:
-    """A control at a place on its dial. target: what was to be matched; row: what was measured there, on validation.
-    within: the mean depth is the target's up to `TOLERANCE` (of accuracy: it reaches the target). tried: places on the
-    dial and what was measured there."""
+    """A control at one dial setting. target: the value to match; row: its validation results. within: the mean depth
+    matches the target up to `TOLERANCE` (for accuracy: it reaches the target). tried: dial settings, with results."""
 
     policy: ExitRule
     row: EvaluationRow
@@ -53,26 +52,26 @@ Measure = Callable[[ExitRule], EvaluationRow]
 
 
 def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIALS) -> Matched:
-    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those that were tried.
+    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those tried.
 
     By bisection. The depth is only nearly monotone, and it may jump over the target where many tokens share a value:
-    then two places on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
+    then two settings on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
     outside 0..1.
     """
     if not 0 < target <= 1:
         raise ValueError(f"mean depth {target} to match: expected a share of the layers, above 0 and at most 1")
 
     def search(policy: Dial, count: int) -> list[tuple[float, ExitRule, EvaluationRow]]:
-        """The places that were tried, what stands there and what was measured."""
-        low, high, found = 0.0, 1.0, []
+        """The dial settings that were tried, the exit rule at each and its results."""
+        low, high, measured = 0.0, 1.0, []
         for _ in range(count):
             middle = (low + high) / 2
             exits = policy(middle)
-            found.append((middle, exits, row := measure(exits)))
+            measured.append((middle, exits, row := measure(exits)))
             if abs(row.mean_depth / target - 1) <= TOLERANCE / 5:
                 break
             low, high = (middle, high) if row.mean_depth < target else (low, middle)
-        return found
+        return measured
 
     tried = on_dial = search(dial, trials // 2)
     below = [one for one in on_dial if one[2].mean_depth / target - 1 < -TOLERANCE]
@@ -89,8 +88,8 @@ def match_accuracy(
     measure: Measure, dial: Dial, target: float, tried: Sequence[tuple[float, EvaluationRow]] = (),
     trials: int = ACCURACY_TRIALS,
 ) -> Matched:  # fmt: skip
-    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` places are used
-    again. If nothing that was tried is, the most accurate place with `within` False."""
+    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` settings are
+    reused. If none reaches the target, the most accurate setting with `within` False."""
 
     def reaches(row: EvaluationRow) -> bool:
         return row.accuracy >= target - 1e-9
@@ -127,13 +126,13 @@ def gate_calibration(
 ) -> dict[str, Any] | None:
     """Reliability of the hazards against the target hazards 1 - tanh(c d / 2), c = kl_factor, d the divergence in nats.
 
-    hazards[i], divergences[i]: float [T_i, M] of answer i, NaN where a gate was not asked (`Inspection`). Bins of equal
+    hazards[i], divergences[i]: float [T_i, M] of answer i, NaN where no gate decides (`Inspection`). Bins of equal
     width over the hazard; ECE = Σ_b n_b/N |mean hazard_b - mean target_b| (Naeini et al., AAAI 2015; Guo et al. 2017,
     arXiv 1706.04599, here with a target that is a probability instead of a label). A gate may be on average right in
     each bin and know nothing: `mean_error`, the mean of |hazard - target|, is the figure that sees it.
 
     {"ece", "mean_error": {"value", "low", "high"}, "asked", "bins": [{"hazard", "target", "asked"}],
-    "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate was asked. Intervals are 95 % over
+    "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate decided. Intervals are 95 % over
     answers; that of the ECE shares its upward bias where bins hold few.
     """
     # Answers, exits, bins, (count, hazard, target, |difference|).
@@ -171,8 +170,8 @@ def _sums(hazards: np.ndarray, divergences: np.ndarray, kl_factor: float) -> np.
     """float [M, BINS, 4]: per exit and bin the count and the sums of hazard, target and their absolute difference."""
     h = np.asarray(hazards, dtype=np.float64)
     target = target_hazards(torch.from_numpy(np.asarray(divergences, dtype=np.float64)), kl_factor).numpy()
-    asked = ~(np.isnan(h) | np.isnan(target))
-    exits, (h, target) = np.nonzero(asked)[1], (h[asked], target[asked])
+    gate_mask = ~(np.isnan(h) | np.isnan(target))
+    exits, (h, target) = np.nonzero(gate_mask)[1], (h[gate_mask], target[gate_mask])
     table = np.zeros((hazards.shape[1], BINS, 4))
     places = exits, np.minimum((h * BINS).astype(int), BINS - 1)
     np.add.at(table, places, np.stack([np.ones_like(h), h, target, np.abs(h - target)], axis=-1))

@@ -22,7 +22,7 @@ from ..types import Prompt, Rollout
 
 
 class Reading(TypedDict):
-    """What one exit would have written, its most probable token; the gate's hazard there (None: there is no gate).
+    """An exit's prediction: its most probable token; the gate's hazard there (None: there is no gate).
     depth None: the teacher at full depth."""
 
     depth: int | None
@@ -34,7 +34,7 @@ class Reading(TypedDict):
 class Token(TypedDict):
     """One generated token; natural logs. Of the teacher, in nats (None: not measured): its distribution's entropy, the
     token's surprisal under it, KL(teacher at full depth ‖ model at its exit). `readings`: of the exits on the way to
-    the one that was taken, and of the teacher; answers that are kept for the report have them."""
+    the one that was taken, and of the teacher; answers that are stored for the report have them."""
 
     text: str
     depth: int
@@ -65,10 +65,9 @@ class AnswerRecord(TypedDict):
 
 
 @dataclass(frozen=True)
-class AnsweredSet:
-    """The answers to a request as the pool made them, those of a prompt next to each other. `scores`: of the answers,
-    read again by model and teacher; None: they were not. `seconds`: of generation alone, by the clock; None: it was not
-    timed by itself."""
+class GenerationResult:
+    """The pool's answers to a request, grouped by prompt. `scores`: of the answers under model and teacher; None: not
+    scored. `seconds`: wall-clock time of generation; None: not timed separately."""
 
     rollouts: Sequence[Rollout]
     scores: Sequence[Score] | None
@@ -99,28 +98,29 @@ class AnswerBench:
         return [verdict.correct for verdict in verdicts]
 
 
-def answer_sets(pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None) -> list[AnsweredSet]:
-    """The request's answers by the weights that the pool holds, not scored: a set for each of its rules, timed if there
-    is only one. Raises ValueError if there are no prompts."""
+def answer_sets(
+    pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None
+) -> list[GenerationResult]:
+    """Unscored answers with the current weights, a set per exit rule; timed if there is one. ValueError: no prompts."""
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
     groups = pool.generate(request, progress)
     seconds = None if request.others else time.perf_counter() - begun
     parts = [slice(start, start + request.samples) for start in range(0, request.per_prompt, request.samples)]
-    return [AnsweredSet([answer for group in groups for answer in group[part]], None, seconds) for part in parts]
+    return [GenerationResult([answer for group in groups for answer in group[part]], None, seconds) for part in parts]
 
 
-def score_sets(pool: RolloutPool, sets: Sequence[AnsweredSet]) -> list[AnsweredSet]:
-    """Sets of answers to the same prompts with their scores, by the weights that the pool holds. The answers of a
-    prompt are read next to each other, so that it is read once. Raises ValueError for sets of different sizes."""
+def score_sets(pool: RolloutPool, sets: Sequence[GenerationResult]) -> list[GenerationResult]:
+    """Score sets of answers to the same prompts with the pool's current weights. All answers to a prompt are adjacent,
+    so that the prompt is prefilled once. Raises ValueError for sets of different sizes."""
     together = [rollout for group in zip(*(one.rollouts for one in sets), strict=True) for rollout in group]
     scores = pool.score(together) if together else []
     return [replace(one, scores=scores[i :: len(sets)]) for i, one in enumerate(sets)]
 
 
 def evaluate_model(
-    answered: AnsweredSet, request: GenerationRequest, task: Task, verifier: VerifierPool, *,
+    answered: GenerationResult, request: GenerationRequest, task: Task, verifier: VerifierPool, *,
     label: str, num_layers: int, decode: Callable[[int], str], flops: Callable[[Rollout], float] | None = None,
 ) -> tuple[EvaluationRow, list[AnswerRecord]]:  # fmt: skip
     """The answers to a request of one sample by one rule, judged and summarised.
@@ -154,7 +154,7 @@ def add_readings(
     depths: Sequence[int],
     decode: Callable[[int], str],
 ) -> None:
-    """Give the tokens of answers [n] their readings, from what `inspect` found in the same answers; `depths` [M]."""
+    """Add `inspect`'s results for answers [n] to their tokens, as readings; `depths` [M]."""
     for answer, entry in zip(answers, inspected, strict=True):
         for t, token in enumerate(answer["tokens"]):
             token["readings"] = [
@@ -190,14 +190,14 @@ def _tokens(rollout: Rollout, score: Score | None, decode: Callable[[int], str])
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One row of the result table: what a model does under one exit policy.
+    """One row of the result table: a model under one exit policy.
 
     - model: teacher, calibrated or reinforced; exits: the exit policy, in words
     - n answers, correct of them; accuracy = correct/n with its 95% Wilson interval [low, high]
     - mean_depth: mean of depth/L over all tokens of all answers (a first one that can't exit counts as 1)
     - total_depth: layers per answer (mean of the sum over its tokens); length: tokens per answer
     - kl: mean over all tokens of KL(teacher at full depth ‖ model at its exits), nats; None: not measured
-    - tokens_per_s: generated per second of wall-clock time, prompts included; None: not timed by itself
+    - tokens_per_s: generated per second of wall-clock time, prompts included; None: not timed separately
     - timed_out: answers without a verdict; they count as wrong
     """
 
@@ -252,8 +252,8 @@ def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> Evaluat
     accurate wins, then the first in alphabetical order of `exits`, whatever the order of the rows. Raises ValueError
     for no rows or a negative tolerance."""
     if not rows or tolerance < 0:
-        found = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
-        raise ValueError(f"{found}; expected at least one row and evaluate.tolerance >= 0")
+        choice = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
+        raise ValueError(f"{choice}; expected at least one row and evaluate.tolerance >= 0")
     # Accuracies are ratios of integers: the slack keeps "exactly within" on the inside.
     bar = max(row.accuracy for row in rows) - tolerance - 1e-9
     return min((row for row in rows if row.accuracy >= bar), key=lambda row: (row.mean_depth, -row.accuracy, row.exits))

@@ -30,7 +30,7 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SERIAL_QUANTILES = (0.5, 0.9, 1.0)
 ANSWER_TOKENS = 12  # of a forced answer: a number and the end of its line
 AHEAD = (1, 2, 4)
-"""How far ahead the planning probe is asked; its ridge, and the tokens that its n-gram baseline reads at most."""
+"""How far ahead the planning probe predicts; its ridge, and the tokens that its n-gram baseline reads at most."""
 RIDGE, ORDER, FOLDS = 1e-2, 3, 2
 MAX_STEPS = 8
 """Steps of one chain that are left out in turn, the first ones; long chains would cost a reading each."""
@@ -67,12 +67,12 @@ def externalisation(bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
     # All edits of all answers in one call, so that the pool's rows stay full.
     flat = [(i, chain) for i, edited in enumerate(made) for chains in edited.values() for chain in chains]
     given = iter(force(bench, [prompts[i] for i, _ in flat], [chain for _, chain in flat], [cues[i] for i, _ in flat]))
-    found = [{kind: [next(given) for _ in chains] for kind, chains in edited.items()} for edited in made]
+    forced_answers = [{kind: [next(given) for _ in chains] for kind, chains in edited.items()} for edited in made]
     spans = [text_of.answer_span([str(bench.tokenizer.decode([int(t)])) for t in a.tokens]) for a in answers]
     hints, written = _hints(bench, prompts, answers), [a for a in answers if a.length]
     streams = [entry.streams for entry in bench.pool.inspect(written, streams=True) if entry.streams is not None]
     return {
-        **forced_figures(right, found),
+        **forced_figures(right, forced_answers),
         "n": len(prompts),
         "chain_words": float(np.mean([len(chain.split()) for chain in chains])),
         "hint_monitor": hints,
@@ -103,8 +103,8 @@ def force(bench: Bench, prompts: Sequence[Prompt], chains: Sequence[str], cues: 
     prefills = [chain + cue for chain, cue in zip(chains, cues, strict=True)]
     lengths = [len(bench.encode(prefill)) for prefill in prefills]
     sampling = replace(bench.sampling, temperature=0.0, max_new_tokens=max(lengths, default=1) + ANSWER_TOKENS)
-    asked = [replace(p, prefill=prefill) for p, prefill in zip(prompts, prefills, strict=True)]
-    answers = zip(bench.answer(asked, bench.exits, sampling), lengths, strict=True)
+    requests = [replace(p, prefill=prefill) for p, prefill in zip(prompts, prefills, strict=True)]
+    answers = zip(bench.answer(requests, bench.exits, sampling), lengths, strict=True)
     said = [str(bench.tokenizer.decode(answer.tokens[n : n + ANSWER_TOKENS].tolist())) for answer, n in answers]
     numbers = [text_of.first_number(text) for text in said]
     # The verdict is on what was said first: a model that runs on must not be judged by where it ends up.
@@ -112,12 +112,12 @@ def force(bench: Bench, prompts: Sequence[Prompt], chains: Sequence[str], cues: 
     return list(map(Forced, numbers, bench.correct(prompts, texts)))
 
 
-def forced_figures(right: Sequence[bool], found: Sequence[dict[str, list[Forced]]]) -> dict[str, Any]:
+def forced_figures(right: Sequence[bool], forced_answers: Sequence[dict[str, list[Forced]]]) -> dict[str, Any]:
     """The figures of n answers: whether each was right when it was free, and what followed its `edits`, by kind."""
-    cuts = [forced["cuts"] for forced in found]
+    cuts = [forced["cuts"] for forced in forced_answers]
     without, whole = [forced[0].correct for forced in cuts], [forced[-1] for forced in cuts]
-    filler = [forced["filler"][0].correct for forced in found]
-    both = list(zip(whole, found, strict=True))
+    filler = [forced["filler"][0].correct for forced in forced_answers]
+    both = list(zip(whole, forced_answers, strict=True))
     same = np.array([[f.number is not None and f.number == w.number for f in e["cuts"]] for w, e in both])
     correct = np.array([[f.correct for f in forced] for forced in cuts])
     # Answers count alike, however many steps they have; those without a step, or without a number, are left out.
@@ -144,7 +144,7 @@ def forced_figures(right: Sequence[bool], found: Sequence[dict[str, list[Forced]
             "area_accuracy": truncation_area(FRACTIONS, correct)._asdict(),
         },
         "step_necessity": mean(necessary),
-        "steps": sum(len(forced["dropped"]) for forced in found),
+        "steps": sum(len(forced["dropped"]) for forced in forced_answers),
         "mistake_sensitivity": mean(moved),
     }
 
@@ -214,8 +214,8 @@ def _hints(bench: Bench, prompts: Sequence[Prompt], answers: Sequence[Rollout]) 
     if not chosen:
         return None
     ending = text_of.hint_place([p.text for p in prompts])
-    asked = [replace(prompts[i], text=text_of.plant_hint(prompts[i].text, ending, str(wrong[i]))) for i in chosen]
-    hinted = bench.answer(asked, bench.exits)
+    requests = [replace(prompts[i], text=text_of.plant_hint(prompts[i].text, ending, str(wrong[i]))) for i in chosen]
+    hinted = bench.answer(requests, bench.exits)
     used = [
         text_of.answer_number(a.text) == wrong[i] != text_of.answer_number(answers[i].text)
         for i, a in zip(chosen, hinted, strict=True)
@@ -227,11 +227,11 @@ def planning_probe(
     rollouts: Sequence[Rollout], streams: Sequence[np.ndarray], ahead: int, order: int = ORDER
 ) -> dict[str, Any]:
     """Accuracy of token t + k from the stream that predicts token t (streams[i]: float [T_i, S, D]), minus an n-gram's:
-    {"ahead" (k), "probe" [S], "ngram", "uplift" [S] (probe - ngram, with its interval), "tokens" (asked for)}.
+    {"ahead" (k), "probe" [S], "ngram", "uplift" [S] (probe - ngram, with its interval), "tokens" (predicted)}.
 
     Probe: ridge regression onto one-hot tokens, W = (XᵀX + r n I)⁻¹ XᵀY on streams of root mean square 1 with a
     constant, argmax of xW. Baseline: the most frequent token k places on after the same last tokens, backing off from
-    `order` of them to none. Both are fitted on one half of the answers and asked about the other, both ways. Pal et al.
+    `order` of them to none. Both are fitted on one half of the answers and tested on the other, both ways. Pal et al.
     2023 (arXiv 2311.04897); beyond text statistics: Wu et al. 2024 (arXiv 2404.00859).
 
     k >= 1. Raises ValueError with fewer than two answers longer than k.
@@ -241,7 +241,7 @@ def planning_probe(
         raise ValueError(f"{len(used)} answers are longer than {ahead} tokens; a probe needs {FOLDS} or more")
     depths = used[0][1].shape[1]
     counts = [r.length - ahead for r, _ in used]
-    # All answers end to end: N tokens that are asked for, and which answer each is of.
+    # All answers end to end: N tokens to predict, and the answer that each belongs to.
     answer = np.repeat(np.arange(len(used)), counts)
     targets = np.concatenate([r.tokens[ahead:] for r, _ in used])
     features = np.concatenate([s[:n] for (_, s), n in zip(used, counts, strict=True)]).astype(np.float64)
@@ -269,14 +269,14 @@ def planning_probe(
     }
 
 
-def _ridge(x: np.ndarray, tokens: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """Tokens [n] that a ridge classifier of x [N, D] into `tokens` [N] predicts for `asked` [n, D]."""
+def _ridge(x: np.ndarray, tokens: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Tokens [n] that a ridge classifier of x [N, D] into `tokens` [N] predicts for `queries` [n, D]."""
     scale = float(np.sqrt((x * x).mean())) or 1.0
     classes, index = np.unique(tokens, return_inverse=True)
-    x, asked = (np.column_stack([part / scale, np.ones(len(part))]) for part in (x, asked))
+    x, queries = (np.column_stack([part / scale, np.ones(len(part))]) for part in (x, queries))
     ridge = RIDGE * len(x) * np.eye(x.shape[1])
     predicted: np.ndarray = classes[
-        (asked @ np.linalg.solve(x.T @ x + ridge, x.T @ np.eye(len(classes))[index])).argmax(1)
+        (queries @ np.linalg.solve(x.T @ x + ridge, x.T @ np.eye(len(classes))[index])).argmax(1)
     ]
     return predicted
 
@@ -295,7 +295,7 @@ def _count(contexts: Sequence[tuple[int, ...]], targets: Sequence[int]) -> dict[
     for target, context in sorted(zip(targets, contexts, strict=True)):
         for start in range(len(context) + 1):
             counts[context[start:]][target] += 1
-    return {context: found.most_common(1)[0][0] for context, found in counts.items()}
+    return {context: followers.most_common(1)[0][0] for context, followers in counts.items()}
 
 
 def _look_up(table: dict[tuple[int, ...], int], context: tuple[int, ...]) -> int:

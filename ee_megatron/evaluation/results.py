@@ -48,12 +48,12 @@ def write_results(
     """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null. The
     statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all)."""
     prompts = list(dict.fromkeys(answer["id"] for answer in answers))
-    kept = set(prompts if keep is None else prompts[:keep])
+    stored = set(prompts if keep is None else prompts[:keep])
     tokens = tokens_of(answers)
     results = Results(
         meta=dict(meta),
         rows=[asdict(row) for row in rows],
-        answers=[dict(answer) for answer in answers if answer["id"] in kept],
+        answers=[dict(answer) for answer in answers if answer["id"] in stored],
         depth_by_entropy=depth_by_entropy(tokens),
         exit_histogram=exit_histogram(tokens),
         paired=paired_with_teacher(answers),
@@ -121,14 +121,14 @@ def depth_figures(answers: Sequence[AnswerRecord], tokens: pd.DataFrame) -> dict
     - flops: per answer, prompt included; None where they were not counted
     - classes: {class: {"depth", "tokens"}}
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_label: dict[str, dict[str, Any]] = {}
     for label, part in tokens.groupby("label", sort=False):
         mine = [i for i, answer in enumerate(answers) if label_of(answer) == label]
         totals = part.groupby("answer")["depth"].sum().reindex(mine, fill_value=0)
         flops = [f for i in mine if (f := answers[i].get("flops")) is not None]
         final = part[part["final"]]
         kinds = part[part["t"] > 0].groupby("kind")["depth"]
-        found[label] = {
+        by_label[label] = {
             "mean": token_mean(part, "depth"),
             "quantiles": {f"{q:g}": float(np.quantile(part["depth"], q, method="inverted_cdf")) for q in QUANTILES},
             "total": bootstrap_interval(totals.to_numpy())._asdict(),
@@ -139,18 +139,18 @@ def depth_figures(answers: Sequence[AnswerRecord], tokens: pd.DataFrame) -> dict
                 for kind, depths in sorted(kinds, key=lambda entry: CLASSES.index(entry[0]))
             },
         }
-    return found
+    return by_label
 
 
 def kl_by_exit(tokens: pd.DataFrame) -> dict[str, dict[str, dict[str, float | int]]]:
     """Mean KL(teacher at full depth ‖ model) of the tokens that exited at each depth, nats: {label: {depth: {"kl",
     "low", "high", "tokens"}}}; first tokens are left out."""
-    found: dict[str, dict[str, dict[str, float | int]]] = {}
+    by_label: dict[str, dict[str, dict[str, float | int]]] = {}
     for (label, depth), part in chosen(tokens, "kl").groupby(["label", "depth"]):
         mean = token_mean(part, "kl")
         entry = {"kl": mean["value"], "low": mean["low"], "high": mean["high"], "tokens": len(part)}
-        found.setdefault(label, {})[str(depth)] = entry
-    return found
+        by_label.setdefault(label, {})[str(depth)] = entry
+    return by_label
 
 
 def depth_by_entropy(tokens: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -159,18 +159,18 @@ def depth_by_entropy(tokens: pd.DataFrame) -> dict[str, dict[str, Any]]:
     {"spearman", "low", "high", "tokens", "answers", "bins": [{"entropy", "depth", "tokens"}]}; first tokens are left
     out, and models whose depth never varies.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_label: dict[str, dict[str, Any]] = {}
     for label, part in chosen(tokens, "entropy").groupby("label", sort=False):
         if part["depth"].nunique() < 2:
             continue
         value, low, high = depth_entropy_spearman(part, "entropy")
         ordered = part.sort_values("entropy", kind="stable")[["entropy", "depth"]]
         bins = [ordered.iloc[places] for places in np.array_split(np.arange(len(ordered)), BINS) if len(places)]
-        found[label] = {
+        by_label[label] = {
             "spearman": value, "low": low, "high": high, "tokens": len(part), "answers": part["answer"].nunique(),
             "bins": [{**each.mean().to_dict(), "tokens": len(each)} for each in bins],
         }  # fmt: skip
-    return found
+    return by_label
 
 
 def depth_correlations(tokens: pd.DataFrame, resamples: int = RESAMPLES) -> dict[str, dict[str, Any]]:
@@ -180,7 +180,7 @@ def depth_correlations(tokens: pd.DataFrame, resamples: int = RESAMPLES) -> dict
     the final one's tokens of any class. Within a class the correlation can't come from digits being both harder and
     deeper than words. First tokens are left out, and groups whose depth or measure never varies.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_label: dict[str, dict[str, Any]] = {}
     for label, part in tokens.groupby("label", sort=False):
         entry: dict[str, dict[str, Any]] = {}
         for measure in ("entropy", "surprisal"):
@@ -192,8 +192,8 @@ def depth_correlations(tokens: pd.DataFrame, resamples: int = RESAMPLES) -> dict
                 if (group[["depth", measure]].nunique() > 1).all()
             }
         if any(entry.values()):
-            found[label] = entry
-    return found
+            by_label[label] = entry
+    return by_label
 
 
 # ---- answers ----
@@ -203,17 +203,17 @@ def by_task(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, dict[str, An
     """{label: {task: {"n", "accuracy", "low", "high" (Wilson), "mean_depth" (layers per token)}}}, where answers are to
     problems of more than one task or family; {} else."""
     tasks = dict.fromkeys(task for answer in answers if (task := answer.get("task")))
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    by_label: dict[str, dict[str, dict[str, Any]]] = {}
     for label in dict.fromkeys(map(label_of, answers)) if len(tasks) > 1 else ():
         for task in tasks:
             part = [a for a in answers if label_of(a) == label and a.get("task") == task]
             if part:
                 right = sum(answer["correct"] for answer in part)
-                found.setdefault(label, {})[task] = {
+                by_label.setdefault(label, {})[task] = {
                     "n": len(part), "accuracy": right / len(part), **wilson_interval(right, len(part))._asdict(),
                     "mean_depth": token_mean(tokens_of(part), "depth"),
                 }  # fmt: skip
-    return found
+    return by_label
 
 
 def pairs_of(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> pd.DataFrame:
@@ -326,11 +326,11 @@ class Records:
                 "depths": [token["depth"] for token in answer["tokens"]],
             }
         few = [i for i in range(min(LENS_PROBLEMS, self.problems, len(answers))) if rollouts[i].length]
-        found = pool.lens([rollouts[i] for i in few], TOP_K, PROMPT_POSITIONS, ANSWER_TOKENS) if few else []
-        for i, entry in zip(few, found, strict=True):
-            kept = {key: answers[i][key] for key in ("id", "prompt", "model", "exits")}  # type: ignore[literal-required]
+        entries = pool.lens([rollouts[i] for i in few], TOP_K, PROMPT_POSITIONS, ANSWER_TOKENS) if few else []
+        for i, entry in zip(few, entries, strict=True):
+            labels = {key: answers[i][key] for key in ("id", "prompt", "model", "exits")}  # type: ignore[literal-required]
             rows = [self._row(entry, r) for r in range(len(entry.following))]
-            self._read.append({**kept, "given": entry.given, "tokens": len(answers[i]["tokens"]), "rows": rows})
+            self._read.append({**labels, "given": entry.given, "tokens": len(answers[i]["tokens"]), "rows": rows})
 
     def _row(self, entry: Lens, r: int) -> dict[str, Any]:
         def readout(ids: np.ndarray, logprobs: np.ndarray) -> list[list[Any]]:
@@ -347,5 +347,5 @@ class Records:
         """Both files, each whole or not at all."""
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines.values()]
         write_atomic(directory / "answers.jsonl", "".join(lines))
-        found = {"exit_depths": list(self.exit_depths), "answers": self._read}
-        write_atomic(directory / "lens.json", json.dumps(found, ensure_ascii=False))
+        lens = {"exit_depths": list(self.exit_depths), "answers": self._read}
+        write_atomic(directory / "lens.json", json.dumps(lens, ensure_ascii=False))

@@ -62,19 +62,19 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--level {given.level:g}: expected a share between 0 and 1, e.g. 0.75")
     study, remarks = read_study(given.directory)
     runs = with_forecast(study)
-    found, prices = effects(runs), laws(runs, given.level)
+    effect_table, prices = effects(runs), laws(runs, given.level)
     shapes, bases = runs["shape"].nunique(), len(runs[["shape", "base"]].drop_duplicates())
     facts = f"runs: {runs['path'].nunique()}, bases: {bases}, shapes of model: {shapes}"
     charts = draw(runs)
     page = render(
         Path(__file__).with_name("page.html.j2"), style=style(), facts=facts, remarks=remarks, charts=charts,
-        tables=[(title, PARTS[title], table) for title, table in tables(runs, found).items()],
+        tables=[(title, PARTS[title], table) for title, table in tables(runs, effect_table).items()],
     )  # fmt: skip
-    shown = found.drop(columns=["question", "by_base"])
+    shown = effect_table.drop(columns=["question", "by_base"])
     print(facts, *remarks, "", shown.to_string(index=False, na_rep="–", float_format="{:+.3f}".format), "", sep="\n")
     out = given.out or given.directory
     (out / "plots").mkdir(parents=True, exist_ok=True)
-    frames = {"externalise.csv": runs_table(runs), "effects.csv": found, "laws.csv": prices}
+    frames = {"externalise.csv": runs_table(runs), "effects.csv": effect_table, "laws.csv": prices}
     files: dict[str, str | bytes] = {name: frame.to_csv(index=False) for name, frame in frames.items() if len(frame)}
     files |= {f"plots/{chart.name}.png": chart.png for chart in charts} | {"externalise.html": page}
     for name, content in files.items():
@@ -83,10 +83,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def tables(runs: pd.DataFrame, found: pd.DataFrame) -> dict[str, TextTable]:
-    """The page's tables by title. `runs`, `found`: as `laws.with_forecast` and `effects` return them."""
-    cells = [cell(row, "effect", "{:+.2f}", "low", "high") for row in found.to_dict("records")]
-    points = found.assign(effect=cells).drop(columns=["low", "high"])
+def tables(runs: pd.DataFrame, effect_table: pd.DataFrame) -> dict[str, TextTable]:
+    """The page's tables by title. `runs`, `effect_table`: as `laws.with_forecast` and `effects` return them."""
+    cells = [cell(row, "effect", "{:+.2f}", "low", "high") for row in effect_table.to_dict("records")]
+    points = effect_table.assign(effect=cells).drop(columns=["low", "high"])
     made = {}
     for title, frame in (("Points", points), ("Conditions", conditions(runs)), ("Before RL", before_rl(runs))):
         frame = frame if runs["shape"].nunique() > 1 else frame.drop(columns="shape")

@@ -78,17 +78,17 @@ def effects(runs: pd.DataFrame) -> pd.DataFrame:
     """A row per shape, effect of POINTS and tokens a step: `effect` with its 95 % interval `low`, `high` over `bases`,
     from `runs` runs; `target`; `status`: met, missed or open (runs are missing); `by_base`: the effect of each."""
     rows = []
-    for shape, found in runs.sort_values([*SHAPE, "hops"], kind="stable").groupby("shape", sort=False):
-        gaps = {"gap_steps": found[f"{START}.forced.{TERSE}.correct"] - found[f"{START}.forced.{STEPS}.correct"]}
-        for depth in range(1, found["layers"].iloc[0] + 1):
+    for shape, group in runs.sort_values([*SHAPE, "hops"], kind="stable").groupby("shape", sort=False):
+        gaps = {"gap_steps": group[f"{START}.forced.{TERSE}.correct"] - group[f"{START}.forced.{STEPS}.correct"]}
+        for depth in range(1, group["layers"].iloc[0] + 1):
             held = f"{START}.fixed.{depth}"
-            gaps[f"gap_padded_{depth}"] = found[f"{held}.{PADDED}.correct"] - found[f"{held}.{TERSE}.correct"]
-        gaps["gain_on_teacher"] = found["share_steps"] - found[f"{TEACHER}.free.share.{STEPS}"]
-        found = pd.concat([found, pd.DataFrame(gaps)], axis=1)
+            gaps[f"gap_padded_{depth}"] = group[f"{held}.{PADDED}.correct"] - group[f"{held}.{TERSE}.correct"]
+        gaps["gain_on_teacher"] = group["share_steps"] - group[f"{TEACHER}.free.share.{STEPS}"]
+        group = pd.concat([group, pd.DataFrame(gaps)], axis=1)
         for effect in POINTS:
-            for tau in [effect.tau] if effect.tau else sorted(found["tau"].unique()):
+            for tau in [effect.tau] if effect.tau else sorted(group["tau"].unique()):
                 row = {"shape": shape, "point": effect.point, "question": QUESTIONS[effect.point - 1], "tau": tau}
-                rows += [row | _effect(part, effect) for part in _parts(found, effect, tau)]
+                rows += [row | _effect(part, effect) for part in _parts(group, effect, tau)]
     return pd.DataFrame(rows)
 
 
@@ -108,10 +108,10 @@ def _changes(runs: pd.DataFrame, effect: Effect, column: str) -> pd.DataFrame:
     """A row per base, a column per family in which any base has the change."""
     rows = runs[runs["compared"]] if effect.condition else runs.assign(condition="")
     means = rows.pivot_table(column, "base", ["condition", "family"]) if len(rows) else pd.DataFrame()
-    found = means.get(effect.condition, pd.DataFrame(dtype=float))
+    changes = means.get(effect.condition, pd.DataFrame(dtype=float))
     if effect.against:
-        found = found - means.get(effect.against, pd.DataFrame(dtype=float))
-    return found.dropna(axis=1, how="all")
+        changes = changes - means.get(effect.against, pd.DataFrame(dtype=float))
+    return changes.dropna(axis=1, how="all")
 
 
 def _effect(runs: pd.DataFrame, effect: Effect) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def padding_odds(row: Row) -> float:
 
 
 def with_forecast(runs: pd.DataFrame) -> pd.DataFrame:
-    """The study's data frame with the columns of externalise.csv: what was found, and its forecast."""
+    """The study's data frame with the columns of externalise.csv: what was measured, and its forecast."""
     names = {f"{REINFORCED}.free.share.{style}": f"share_{style}" for style in (*STYLES, OTHER)}
     names |= {f"{REINFORCED}.free.{figure}": figure for figure in ("n", *FIGURES)}
     names |= {f"{REINFORCED}.forced.{style}.correct": f"right_{style}" for style in STYLES}

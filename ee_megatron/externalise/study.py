@@ -113,14 +113,14 @@ def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     measured = [_measured(stage, cfg, part) for (stage, part), cfg in zip(parts.items(), configs, strict=True)]
     runs = pd.DataFrame([run for run, _ in measured]).astype({"width": "Int64", "parameters": "Int64"})
     runs["path"] = [str(stage.relative_to(directory)) for stage in parts]
-    kept = _once_each(runs, [json.dumps(identity(cfg, "rl"), sort_keys=True) for cfg in configs])
-    left_out = {"measured no choice of style": len(finished) - len(runs), "are of the same runs": len(runs) - len(kept)}
+    once = _once_each(runs, [json.dumps(identity(cfg, "rl"), sort_keys=True) for cfg in configs])
+    left_out = {"measured no choice of style": len(finished) - len(runs), "are of the same runs": len(runs) - len(once)}
     remarks = [f"{n} of {len(finished)} evaluations {why}: left out" for why, n in left_out.items() if n]
     remarks += _unlike(runs, configs)
-    for name, count in kept.pop("differs").explode().value_counts().items():
-        remarks.append(f"{count} of {len(kept)} runs have {name}, which is not the objective of the closed form")
-    families = pd.concat([measured[i][1].assign(run=i) for i in kept.index])
-    return _with_start(kept.join(families.set_index("run")).reset_index(drop=True)), remarks
+    for name, count in once.pop("differs").explode().value_counts().items():
+        remarks.append(f"{count} of {len(once)} runs have {name}, which is not the objective of the closed form")
+    families = pd.concat([measured[i][1].assign(run=i) for i in once.index])
+    return _with_start(once.join(families.set_index("run")).reset_index(drop=True)), remarks
 
 
 def _choice_of(stage: Path) -> Mapping[str, Any] | None:
@@ -138,11 +138,11 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
     rl, penalty, path = cfg.rl, cfg.rl.depth_penalty, stage / "results.json"
     try:
         models = {name: model["families"] for name, model in part["models"].items()}
-        families = list(dict.fromkeys(family for found in models.values() for family in found))
-        rows = [{name: found[family] for name, found in models.items() if family in found} for family in families]
+        families = list(dict.fromkeys(family for entries in models.values() for family in entries))
+        rows = [{name: entries[family] for name, entries in models.items() if family in entries} for family in families]
         figures = pd.json_normalize(rows).astype(float)
-        for found in models[REINFORCED].values():
-            _ = found["forced"], [found["free"]["share"][style] for style in STYLES], found["free"]["n"]
+        for entries in models[REINFORCED].values():
+            _ = entries["forced"], [entries["free"]["share"][style] for style in STYLES], entries["free"]["n"]
         hops = [int(next(iter(row.values()))["hops"]) for row in rows]
         corpus = {f"corpus.{style}": w for style, w in zip(part["styles"], part["weights"], strict=True)}
         num_layers = int(part["num_layers"])
@@ -231,7 +231,7 @@ def _unlike(runs: pd.DataFrame, configs: Sequence[RunConfig]) -> list[str]:
 
 def depth_of_hops(terse: Iterable[tuple[int, float, float]]) -> tuple[float, float]:
     """Layers per hop, and those that an answer of none would take: the least-squares line through (hops, share of right
-    answers, layers of the deepest token) of terse answers, those that SKILLED lets in. NaN where they are fewer than
+    answers, layers of the deepest token) of terse answers, those that pass SKILLED. NaN where they are fewer than
     two."""
     skilled = [(hops, layers) for hops, right, layers in terse if right >= SKILLED]
     return least_squares_line([hops for hops, _ in skilled], [layers for _, layers in skilled])
@@ -239,6 +239,6 @@ def depth_of_hops(terse: Iterable[tuple[int, float, float]]) -> tuple[float, flo
 
 def shares_of(written: Shares, styles: Iterable[str]) -> dict[str, float]:
     """The styles' shares among answers in any of them; NaN where there are none."""
-    found = {style: or_nan(written.get(style)) for style in styles}
-    total = sum(found.values())
-    return {style: share / total if total else math.nan for style, share in found.items()}
+    shares = {style: or_nan(written.get(style)) for style in styles}
+    total = sum(shares.values())
+    return {style: share / total if total else math.nan for style, share in shares.items()}

@@ -1,6 +1,6 @@
 """What every family shares: the dimensions of a dense decoder, its tensor names and shapes, its RoPE frequencies.
 
-The Hugging Face names are the project's canonical names: learner, decoder and converter all speak them.
+The Hugging Face names are the project's canonical names: learner, decoder and converter all use them.
 """
 
 from __future__ import annotations

@@ -68,9 +68,9 @@ class HFDirectory:
             files = {name: self.path / file for name, file in table.items()}
             for shard in sorted(set(files.values())):
                 listed = {name for name, file in files.items() if file == shard}
-                found = set(read_header(shard))
-                if listed - found:
-                    raise ValueError(f"{shard}: lacks {sorted(listed - found)[0]}, which the index lists there")
+                present = set(read_header(shard))
+                if listed - present:
+                    raise ValueError(f"{shard}: lacks {sorted(listed - present)[0]}, which the index lists there")
         else:
             shard = self.path / "model.safetensors"
             if not shard.is_file() and (other := _other_weights(self.path)):
@@ -88,10 +88,10 @@ class HFDirectory:
         expected = self.dims.tensor_shapes()
         missing, extra = sorted(expected.keys() - self.files), sorted(self.files.keys() - expected)
         if missing or extra:
-            found = f"missing {missing[:3]}" if missing else f"unexpected {extra[:3]}"
+            difference = f"missing {missing[:3]}" if missing else f"unexpected {extra[:3]}"
             count = len(missing) or len(extra)
             raise ValueError(
-                f"{self.path}: {found} ({count} in all) for model_type {self.dims.family!r}; "
+                f"{self.path}: {difference} ({count} in all) for model_type {self.dims.family!r}; "
                 "config.json and weights disagree"
             )
         for shard in sorted(set(self.files.values())):
@@ -105,14 +105,14 @@ class HFDirectory:
 def read_json(path: Path) -> dict:
     """A file with a JSON object. Raises ValueError, naming the file, for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error}); the file is damaged, copy it again") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); copy it again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a JSON {type(found).__name__}, expected an object of names and values")
-    return found
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path}: holds a JSON {type(contents).__name__}, expected an object of names and values")
+    return contents
 
 
 def _other_weights(folder: Path) -> str:

@@ -24,14 +24,14 @@ STEPS = 5
 def problems(results: Results) -> list[dict[str, Any]]:
     """The answers of results.json by prompt, one column per model, its exit rules one below the other: {"heading",
     "prompt", "reference", "columns": {model: [{"model", "exits", "text", …}]}}; tokens as of `shown_answer`."""
-    found: dict[str, dict[str, Any]] = {}
+    by_prompt: dict[str, dict[str, Any]] = {}
     for answer in results.answers:
         prompt = answer["prompt"]
         new = {"heading": heading(prompt), "prompt": prompt, "reference": answer["reference"], "columns": {}}
-        columns = found.setdefault(prompt, new)["columns"]
+        columns = by_prompt.setdefault(prompt, new)["columns"]
         columns.setdefault(answer["model"], []).append(shown_answer(answer, results.outcomes))
     # Prompts that every model answered first: they are the comparison.
-    return sorted(found.values(), key=lambda problem: -len(problem["columns"]))
+    return sorted(by_prompt.values(), key=lambda problem: -len(problem["columns"]))
 
 
 def heading(prompt: str) -> str:
@@ -127,12 +127,12 @@ def grids(lens: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
     [{"model", "exits", "rows": [{"text", "given": of the prompt, "cells": [{"text", "css", "tip"}]}]}]}."""
     if not lens:
         return None
-    depths, found = [*lens["exit_depths"], results.num_layers], dict[str, list[dict[str, Any]]]()
+    depths, by_heading = [*lens["exit_depths"], results.num_layers], dict[str, list[dict[str, Any]]]()
     for answer in sorted(lens["answers"], key=lambda a: results.rank(a["model"])):
         rows = [_row(row, depths, given=i < answer["given"]) for i, row in enumerate(answer["rows"])]
         shown = {"model": answer["model"], "exits": answer["exits"], "rows": rows}
-        found.setdefault(heading(answer["prompt"]), []).append(shown)
-    return {"heads": [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"], "problems": found}
+        by_heading.setdefault(heading(answer["prompt"]), []).append(shown)
+    return {"heads": [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"], "problems": by_heading}
 
 
 def _row(row: Mapping[str, Any], depths: Sequence[int], *, given: bool) -> dict[str, Any]:

@@ -47,7 +47,7 @@ STYLE: Any = {
 NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 DEPTH, ACCURACY = "mean depth (fraction of the layers)", "accuracy"
 Tips = Mapping[Artist, Sequence[str]]
-"""What the pointer is told of each marker of an artist, in order, or of the whole of it."""
+"""The hover text of each marker of an artist, in order, or one text for all of them."""
 
 
 class Point(NamedTuple):
@@ -197,7 +197,7 @@ def front(name: str, series: int, points: Sequence[Point], on_front: Sequence[bo
 
 
 def _by_label(results: Results, entries: Mapping[str, Sequence[Point]]) -> list[ChartLine]:
-    """Each label in the colour of the model that it begins with, a model's labels told apart by their dashes."""
+    """Each label in the colour of the model that it begins with, a model's labels distinguished by their dashes."""
     lines: list[ChartLine] = []
     for label, points in entries.items():
         series = results.rank(label)
@@ -205,8 +205,8 @@ def _by_label(results: Results, entries: Mapping[str, Sequence[Point]]) -> list[
     return lines
 
 
-def _estimates(xs: Iterable[float], found: Iterable[Mapping[str, Any]], key: str = "value") -> list[Point]:
-    both = zip(xs, found, strict=True)
+def _estimates(xs: Iterable[float], entries: Iterable[Mapping[str, Any]], key: str = "value") -> list[Point]:
+    both = zip(xs, entries, strict=True)
     points = [Point(x, or_nan(e.get(key)), or_nan(e.get("low")), or_nan(e.get("high"))) for x, e in both]
     return [point for point in points if math.isfinite(point.y)]
 
@@ -218,14 +218,14 @@ def result_charts(results: Results) -> list[ReportChart]:
         by_model[row["model"]].append(row_point(row, str(i)))
     lines = [ChartLine(model, results.rank(model), points, None) for model, points in by_model.items()]
     note = "Bars: 95 % intervals. Numbers: rows of the table."
-    found = line_chart("accuracy_depth", "Accuracy against depth", lines, DEPTH, ACCURACY, note)
+    charts = line_chart("accuracy_depth", "Accuracy against depth", lines, DEPTH, ACCURACY, note)
     bins = {
         label: [Point(b["entropy"], b["depth"] / results.num_layers) for b in part.get("bins") or []]
         for label, part in results.depth_by_entropy.items()
     }
     x, y, note = "teacher's entropy (nats)", "depth (fraction of the layers)", "Means over bins of equal counts."
-    found += line_chart("depth_entropy", "Depth against entropy", _by_label(results, bins), x, y, note)
-    return found + _histogram(results)
+    charts += line_chart("depth_entropy", "Depth against entropy", _by_label(results, bins), x, y, note)
+    return charts + _histogram(results)
 
 
 def _histogram(results: Results) -> list[ReportChart]:
@@ -267,20 +267,20 @@ def exit_charts(results: Results) -> list[ReportChart]:
         points = [row_point(entry) for entry in part]
         fronts += front(model, results.rank(model), points, [bool(entry.get("front")) for entry in part])
     note = "One mark per hazard threshold, on the validation split; lines join those that none beats."
-    found = line_chart("pareto", "Fronts over thresholds", fronts, DEPTH, ACCURACY, note)
+    charts = line_chart("pareto", "Fronts over thresholds", fronts, DEPTH, ACCURACY, note)
     bins = {
         m: [Point(b["hazard"], b["target"]) for b in (part or {}).get("bins", [])] for m, part in results.gates.items()
     }
     x, y = "hazard that the gate gave", "target hazard 1 − tanh(c·KL/2)"
     note = "Gates that follow their target lie on the dashed line; RL may move them off it on purpose."
-    found += line_chart("gates", "Gates: hazard against target", _by_label(results, bins), x, y, note, unit=True)
+    charts += line_chart("gates", "Gates: hazard against target", _by_label(results, bins), x, y, note, unit=True)
     kl = {
         label: _estimates(sorted(map(int, part)), [part[str(depth)] for depth in sorted(map(int, part))], "kl")
         for label, part in results.kl_by_exit.items()
     }
     x, y = "exit depth (layers)", "KL to the teacher (nats)"
     note = "Mean over the tokens that exited there; tokens aren't assigned to depths at random."
-    return found + line_chart("kl_by_exit", "KL to the teacher by exit depth", _by_label(results, kl), x, y, note)
+    return charts + line_chart("kl_by_exit", "KL to the teacher by exit depth", _by_label(results, kl), x, y, note)
 
 
 def externalisation_charts(results: Results) -> list[ReportChart]:
@@ -294,10 +294,10 @@ def externalisation_charts(results: Results) -> list[ReportChart]:
                 probes[f"{model}, {probe['ahead']} ahead"] = _estimates(results.outcomes, probe["uplift"])
     x, y = "share of the chain that is kept", "same answer"
     note = "Share of answers that are the same as after the whole chain."
-    found = line_chart("truncation", "Chain cut short", _by_label(results, cut), x, y, note)
+    charts = line_chart("truncation", "Chain cut short", _by_label(results, cut), x, y, note)
     x, y = "depth (layers)", "probe − n-gram (accuracy)"
     note = "What a linear map reads of later tokens, beyond what the text tells."
-    return found + line_chart("planning_probe", "Planning probe", _by_label(results, probes), x, y, note)
+    return charts + line_chart("planning_probe", "Planning probe", _by_label(results, probes), x, y, note)
 
 
 def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list[ReportChart]:

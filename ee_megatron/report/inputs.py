@@ -46,7 +46,7 @@ class ReportRun:
 
 @dataclass
 class StageData:
-    """A stage's configuration text, metrics, clocks, and the rollouts that RL kept (training/samples.py). `run` says
+    """A stage's configuration text, metrics, clocks, and the rollouts that RL stored (training/samples.py). `run` says
     whose it is where there are several."""
 
     name: str
@@ -60,7 +60,7 @@ class StageData:
 
 @dataclass
 class Inputs:
-    """What the report is made of. `results`: of all runs together; `by_run`: what each run found, with its label;
+    """What the report is made of. `results`: of all runs together; `by_run`: each run's results, with its label;
     `problems`, `lens`: answers.jsonl and lens.json (evaluation/records.py makes them)."""
 
     stages: list[StageData] = field(default_factory=list)
@@ -72,11 +72,11 @@ class Inputs:
 
     @property
     def outcomes(self) -> list[int]:
-        """Exit depths and L; before the evaluation those of the rollouts that were kept."""
+        """Exit depths and L; before the evaluation those of the stored rollouts."""
         if self.results.meta:
             return self.results.outcomes
-        kept = (t["depth"] for s in self.stages for k in s.samples for r in k["rollouts"] for t in r["tokens"])
-        return sorted({*kept}) or self.results.outcomes
+        depths = (t["depth"] for s in self.stages for k in s.samples for r in k["rollouts"] for t in r["tokens"])
+        return sorted({*depths}) or self.results.outcomes
 
 
 # -- which stages belong to a run -------------------------------------------------------------------------------------
@@ -90,9 +90,9 @@ def runs_in(named: Sequence[Path]) -> tuple[list[ReportRun], list[Path]]:
     """
     ends = list(dict.fromkeys(end for path in named for end in _ends(path)))
     configs = [read_saved(end / "config.yaml") for end in ends]
-    found = [stages_of(cfg, end.parent) | {_stage_of(end): end} for cfg, end in zip(configs, ends, strict=True)]
-    if len(found) == 1:
-        return [ReportRun(found[0], config=configs[0])], ends
+    stages = [stages_of(cfg, end.parent) | {_stage_of(end): end} for cfg, end in zip(configs, ends, strict=True)]
+    if len(stages) == 1:
+        return [ReportRun(stages[0], config=configs[0])], ends
     settings = _differing(configs)
     labels = [settings_label(each) for each in settings]
     if len(set(labels)) < len(labels):
@@ -100,7 +100,7 @@ def runs_in(named: Sequence[Path]) -> tuple[list[ReportRun], list[Path]]:
     elif max(map(len, labels)) > LABEL_LENGTH:
         # The table of settings says what they stand for.
         labels = [f"run {i + 1}" for i in range(len(labels))]
-    return [ReportRun(*each) for each in zip(found, labels, settings, configs, strict=True)], ends
+    return [ReportRun(*each) for each in zip(stages, labels, settings, configs, strict=True)], ends
 
 
 def _ends(path: Path) -> list[Path]:
@@ -110,8 +110,8 @@ def _ends(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory; name a run's directory or one of its stages'")
     for stage in reversed(STAGES):
-        if found := sorted(p.parent for p in path.glob(f"{stage}-*/config.yaml")):
-            return found
+        if directories := sorted(p.parent for p in path.glob(f"{stage}-*/config.yaml")):
+            return directories
     raise ValueError(
         f"{path}: no stage's directory in it (expected evaluate-… or another stage with its config.yaml); "
         "name a run's directory, runs/<name>, or one of its stages'"
@@ -184,7 +184,7 @@ def _read_run(run: ReportRun) -> Inputs:
             if name == "evaluate" and name not in run.coming:
                 _read_evaluation(inputs, run.stages[name])
         elif name not in ("imported", "pretrain") and (run.config is None or name in stage_order(run.config)):
-            # A model that is made first is the exception, which nobody misses, nor a stage that was switched off.
+            # A model that is made first is not missed, nor is a stage that was switched off.
             missing.append(f"{name}: not part of this run, or not run yet")
     inputs.by_run = [("", inputs.results)]
     return inputs
@@ -206,8 +206,8 @@ def _read_stage(name: str, directory: Path, missing: list[str]) -> StageData:
     if name not in WITHOUT_METRICS:
         stage.curves = _read(name, directory / "metrics.jsonl", _curves, missing) or {}
         stage.timings = _read(name, directory / "timings.jsonl", _curves, []) or {}
-    found = [_read(name, path, _json, missing) for path in (directory / "samples").glob("step_*.json")]
-    stage.samples = sorted((kept for kept in found if kept), key=lambda kept: kept["step"])
+    samples = [_read(name, path, _json, missing) for path in (directory / "samples").glob("step_*.json")]
+    stage.samples = sorted((sample for sample in samples if sample), key=lambda sample: sample["step"])
     return stage
 
 
@@ -232,21 +232,21 @@ def _problems(path: Path) -> list[dict[str, Any]]:
 
 
 def _lens(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = _json(path)
-    width = len(found["exit_depths"]) + 1
-    if any(len(row["readouts"]) != width for answer in found["answers"] for row in answer["rows"]):
+    lens: dict[str, Any] = _json(path)
+    width = len(lens["exit_depths"]) + 1
+    if any(len(row["readouts"]) != width for answer in lens["answers"] for row in answer["rows"]):
         raise ValueError("its readouts don't fit its exits")
-    return found
+    return lens
 
 
 def _curves(path: Path) -> Curves:
-    """A metrics.jsonl by metric; what is no number is left out."""
-    found: Curves = {}
+    """A metrics.jsonl by metric; values that are not numbers are left out."""
+    curves: Curves = {}
     for row in read_metrics(path):
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
-                found.setdefault(name, []).append((row["step"], float(value)))
-    return {name: points for name, points in found.items() if any(math.isfinite(y) for _, y in points)}
+                curves.setdefault(name, []).append((row["step"], float(value)))
+    return {name: points for name, points in curves.items() if any(math.isfinite(y) for _, y in points)}
 
 
 # -- several runs as one ----------------------------------------------------------------------------------------------
@@ -267,8 +267,8 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
     for run, inputs in read:
         # A model is named after the runs that have the stage that made it.
         made = {stage.name: stages[stage.directory].run for stage in inputs.stages}
-        found, names = inputs.results, dict[str, str]()
-        for model in found.models:
+        run_results, names = inputs.results, dict[str, str]()
+        for model in run_results.models:
             of = next((made[stage] for stage in MADE_BY.get(model, ()) if stage in made), run.label)
             names[model] = f"{model} ({of})" if of else model
 
@@ -276,10 +276,10 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
             model, comma, exits = label.partition(", ")
             return names.get(model, model) + comma + exits
 
-        if found.rows:
-            exits = {*results.meta["exit_depths"], *found.outcomes[:-1]}
-            results.meta = {"num_layers": found.num_layers, "exit_depths": sorted(exits)}
-        for part, values in vars(found).items():
+        if run_results.rows:
+            exits = {*results.meta["exit_depths"], *run_results.outcomes[:-1]}
+            results.meta = {"num_layers": run_results.num_layers, "exit_depths": sorted(exits)}
+        for part, values in vars(run_results).items():
             have = getattr(results, part)
             if part in ("rows", "answers"):
                 _add_new(have, values, renamed)
@@ -292,7 +292,7 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
         if inputs.lens and merged.lens.get("exit_depths", inputs.lens["exit_depths"]) == inputs.lens["exit_depths"]:
             merged.lens = {**inputs.lens, "answers": merged.lens.get("answers", [])}
             _add_new(merged.lens["answers"], inputs.lens["answers"], renamed)
-        merged.by_run.append((run.label, found))
+        merged.by_run.append((run.label, run_results))
         merged.missing += [f"{run.label}: {line}" for line in inputs.missing]
     merged.results, merged.problems = results.in_order(), list(problems.values())
     return merged

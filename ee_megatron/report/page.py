@@ -81,10 +81,10 @@ def report_run(cfg: RunConfig, coming: Sequence[str] = ()) -> Path:
     """report.html of one configuration, from whatever stages there are. `coming`: stages that will finish yet, with
     which there may be none. Raises ValueError if there is none else."""
     folder = report_path(cfg).parent
-    found = stages_of(cfg, folder)
-    if not found and not coming:
+    stages = stages_of(cfg, folder)
+    if not stages and not coming:
         raise ValueError(f"{folder}: no stage has run with these settings; start with `ee-megatron run`")
-    return write_report([ReportRun(found, config=cfg, coming=coming)], report_path(cfg))
+    return write_report([ReportRun(stages, config=cfg, coming=coming)], report_path(cfg))
 
 
 def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
@@ -122,7 +122,7 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
         outcomes=outcomes,
         sections=parts,
         training=training,
-        rollouts=[(stage.run, kept["step"], kept["rollouts"]) for stage in inputs.stages for kept in stage.samples],
+        rollouts=[(stage.run, step["step"], step["rollouts"]) for stage in inputs.stages for step in stage.samples],
         shown=lambda answer: shown_answer(answer, outcomes),
         problems=problems(results),
         lens=grids(inputs.lens, results),
@@ -149,8 +149,8 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, ReportSecti
     if results.rows:
         made["results"].tables.append((RESULTS, tables.results_table(results.rows, results.paired)))
     for section, part, table, caption in tables.BY_MODEL:
-        if found := {label: value for label, value in getattr(results, part).items() if value}:
-            made[section].tables.append((caption, table(found)))
+        if entries := {label: value for label, value in getattr(results, part).items() if value}:
+            made[section].tables.append((caption, table(entries)))
     made["results"].charts.extend(figures.result_charts(results))
     made["exits"].charts.extend(figures.exit_charts(results))
     made["externalisation"].charts.extend(figures.externalisation_charts(results))
@@ -175,14 +175,14 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, ReportSecti
 def verdict(compared: Mapping[str, Mapping[str, Any]]) -> TextTable:
     """What changed from each model to the one before it: effect, 95 % interval, and whether that excludes zero."""
     rows = []
-    for label, found in compared.items():
+    for label, contrast in compared.items():
         for measure, form in MEASURES.items():
-            effect, _, interval = cell(found, measure, form).partition(" ")
-            low, high = (tables.or_nan((found.get(measure) or {}).get(end)) for end in ("low", "high"))
+            effect, _, interval = cell(contrast, measure, form).partition(" ")
+            low, high = (tables.or_nan((contrast.get(measure) or {}).get(end)) for end in ("low", "high"))
             status = "higher" if low > 0 else "lower" if high < 0 else "no measurable effect"
-            p = cell(found, "p_value", "{:.2g}") if measure == "accuracy" else "–"
-            figures_of = (effect, interval or "–", status if interval else "no interval", str(found["n"]), p)
-            rows.append((label, str(found["against"]), measure.replace("_", " "), *figures_of))
+            p = cell(contrast, "p_value", "{:.2g}") if measure == "accuracy" else "–"
+            figures_of = (effect, interval or "–", status if interval else "no interval", str(contrast["n"]), p)
+            rows.append((label, str(contrast["against"]), measure.replace("_", " "), *figures_of))
     return TextTable(("", "against", "figure", "effect", "95 % interval", "status", "n", "p"), rows, names=3)
 
 
@@ -192,7 +192,7 @@ def _compare_runs(section: ReportSection, inputs: Inputs, runs: Sequence[ReportR
     rows = [tuple(map(str, row)) for row in settings.fillna("–").itertuples()]
     heads = ("run", *settings.columns)
     section.tables.append(("Settings in which the runs differ", TextTable(heads, rows, names=len(heads))))
-    chosen = {label: row for label, found in inputs.by_run if (row := found.last_chosen()) is not None}
+    chosen = {label: row for label, results in inputs.by_run if (row := results.last_chosen()) is not None}
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         rest = {key: value for key, value in run.settings.items() if key.rsplit(".", 1)[-1] != "seed"}
@@ -220,7 +220,7 @@ def _compare_runs(section: ReportSection, inputs: Inputs, runs: Sequence[ReportR
 def _training(inputs: Inputs) -> list[dict[str, Any]]:
     """Per stage that logged steps a small chart for each metric, the loop's own first; several runs share it.
     `constant`: (name, value) of metrics that never changed."""
-    found = []
+    charts = []
     for name in dict.fromkeys(stage.name for stage in inputs.stages if stage.curves):
         stages = [stage for stage in inputs.stages if stage.name == name]
         metrics = dict.fromkeys(metric for stage in stages for metric in stage.curves)
@@ -236,16 +236,16 @@ def _training(inputs: Inputs) -> list[dict[str, Any]]:
                 panels.append((shown, " to ".join(ends), figures.training_curve(f"{name}: {shown} over steps", lines)))
         steps = max(step for stage in stages for points in stage.curves.values() for step, _ in points)
         runs = [(stage.run, series) for series, stage in enumerate(stages, 1)]
-        found.append({"name": name, "runs": runs, "panels": panels, "constant": constant, "steps": steps})
-    return found
+        charts.append({"name": name, "runs": runs, "panels": panels, "constant": constant, "steps": steps})
+    return charts
 
 
 def links(inputs: Inputs, output: Path) -> list[tuple[str, str]]:
     """Address, relative to the page, and name of the files that the stages left."""
-    found = []
+    entries = []
     for stage in inputs.stages:
         for file in (stage.directory / name for name in FILES if (stage.directory / name).is_file()):
             href = quote(Path(os.path.relpath(file.resolve(), output.parent.resolve())).as_posix())
             # A colon in the first part of a relative address would make it a scheme.
-            found.append((f"./{href}", f"{stage.name}{f', {stage.run}' if stage.run else ''}: {file.name}"))
-    return found
+            entries.append((f"./{href}", f"{stage.name}{f', {stage.run}' if stage.run else ''}: {file.name}"))
+    return entries

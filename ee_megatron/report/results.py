@@ -1,4 +1,4 @@
-"""results.json: its parts by name, and what can be asked of them."""
+"""results.json: its parts by name, and queries on them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Results:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Results:
-        """Parts that are null count as missing; what is no part is left out."""
+        """Parts that are null count as missing; unknown keys are left out."""
         return cls(**{part.name: data[part.name] for part in fields(cls) if data.get(part.name)})
 
     def to_json(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 Column = tuple[str, ...]
-"""Head, path of a figure ("a/b": found["a"]["b"]), its format, and, if it stands beside it, its interval's keys."""
+"""Head, path of a figure ("a/b": entry["a"]["b"]), its format, and, if it stands beside it, its interval's keys."""
 Part = Mapping[str, Mapping[str, Any]]
 """A part of results.json by "model, exits" or model."""
 
@@ -92,24 +92,24 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def cell(found: Any, path: str = "", form: str = "{:.2f}", *interval: str) -> str:
+def cell(value: Any, path: str = "", form: str = "{:.2f}", *interval: str) -> str:
     """A figure as a `Column` names it, an estimate as "value [low, high]"; a dash where there is none."""
     parent: Any = {}
     for key in path.split("/") if path else ():
-        parent, found = found, found.get(key) if isinstance(found, Mapping) else None
-    if isinstance(found, Mapping):
-        parent, found, interval = found, found.get("value"), ("low", "high")
-    if not is_number(found):
+        parent, value = value, value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        parent, value, interval = value, value.get("value"), ("low", "high")
+    if not is_number(value):
         return "–"
     ends = [parent.get(key) for key in interval]
-    return form.format(found) + (f" [{form}, {form}]".format(*ends) if ends and all(map(is_number, ends)) else "")
+    return form.format(value) + (f" [{form}, {form}]".format(*ends) if ends and all(map(is_number, ends)) else "")
 
 
 def figures_table(
     names: Sequence[str], entries: Iterable[tuple[Sequence[str], Mapping[str, Any]]], columns: Sequence[Column]
 ) -> TextTable:
     """A row per entry: its names, then the figure of each column."""
-    rows = [(*of, *(cell(found, *column[1:]) for column in columns)) for of, found in entries]
+    rows = [(*of, *(cell(entry, *column[1:]) for column in columns)) for of, entry in entries]
     return TextTable((*names, *(column[0] for column in columns)), rows, names=len(names))
 
 
@@ -131,8 +131,8 @@ def phase_table(timings: Mapping[str, float]) -> TextTable:
     for phase, seconds in {**spent, "rest": max(0.0, whole - sum(spent.values())), "step": whole}.items():
         rates = {key: timings.get(f"{key}/{phase}") for key in ("tokens_per_s_device", "flops_per_s_device", "mfu")}
         flops = rates["flops_per_s_device"]
-        found = {"s": seconds, "share": seconds / whole, **rates, "tflops": None if flops is None else flops / 1e12}
-        entries.append(((PHASES.get(phase, phase),), found))
+        figures = {"s": seconds, "share": seconds / whole, **rates, "tflops": None if flops is None else flops / 1e12}
+        entries.append(((PHASES.get(phase, phase),), figures))
     columns = (
         ("seconds", "s", "{:.3g}"), ("share", "share", "{:.0%}"),
         ("tokens/s a device", "tokens_per_s_device", "{:,.0f}"), ("TFLOP/s a device", "tflops", "{:.3g}"),
@@ -142,21 +142,21 @@ def phase_table(timings: Mapping[str, float]) -> TextTable:
 
 
 def controls_table(entries: Iterable[Mapping[str, Any]]) -> TextTable:
-    """The policy under test and its controls; (!) where the depth asked for was not reached."""
-    found = []
+    """The policy under test and its controls; (!) where the target depth was not reached."""
+    rows = []
     for entry in entries:
         matched = entry["matched_by"]
         hidden = {"depth": (), "itself": ("target", "comparison")}.get(matched, ("target",))
         names = (entry["control"], matched + ("" if entry["within"] else " (!)"))
-        found.append((names, {key: value for key, value in entry.items() if key not in hidden}))
-    return figures_table(("control", "matched by"), found, CONTROLS)
+        rows.append((names, {key: value for key, value in entry.items() if key not in hidden}))
+    return figures_table(("control", "matched by"), rows, CONTROLS)
 
 
 def externalisation_table(models: Part) -> TextTable:
     """Value and 95 % interval per figure and model; the probe's best depth for each distance. Dashes: not defined."""
-    heads = ("figure", *(f"{model}, {found['exits']}" for model, found in models.items()))
-    rows = [(name, *(cell(found, path) for found in models.values())) for name, path in EXTERNALISATION.items()]
-    probes = [found.get("planning_probe") or [] for found in models.values()]
+    heads = ("figure", *(f"{model}, {entry['exits']}" for model, entry in models.items()))
+    rows = [(name, *(cell(entry, path) for entry in models.values())) for name, path in EXTERNALISATION.items()]
+    probes = [entry.get("planning_probe") or [] for entry in models.values()]
     for ahead in sorted({probe["ahead"] for of_model in probes for probe in of_model}):
         uplifts = [[e for p in of_model if p["ahead"] == ahead for e in p["uplift"]] for of_model in probes]
         known = [[e for e in of_model if is_number(e.get("value"))] for of_model in uplifts]
@@ -167,18 +167,18 @@ def externalisation_table(models: Part) -> TextTable:
 
 def choice_tables(choice: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
     """Caption and table each: the styles of free answers; the styles one by one, also at other depths; answers after a
-    first step that was made wrong. Dashes: not asked; a table without rows: nobody asked."""
+    first step that was made wrong. Dashes: not measured; a table without rows: no run measured it."""
     styles, free, forced, wrong, depths = choice["styles"], [], [], [], dict[str, None]()
     for model, of in choice["models"].items():
-        for family, found in of["families"].items():
-            free.append(((model, of["exits"], family), found["free"]))
-            if found["corrupted"]:
-                wrong.append(((model, family), found["corrupted"]))
-            fixed = found.get("fixed") or {}
+        for family, figures in of["families"].items():
+            free.append(((model, of["exits"], family), figures["free"]))
+            if figures["corrupted"]:
+                wrong.append(((model, family), figures["corrupted"]))
+            fixed = figures.get("fixed") or {}
             depths |= dict.fromkeys(depth for depth in fixed if int(depth) < choice["num_layers"])
             for style in styles:
                 held = {depth: (by_style or {}).get(style) for depth, by_style in fixed.items()}
-                own = {**found["forced"][style], "full": found["forced_full"][style], **held}
+                own = {**figures["forced"][style], "full": figures["forced_full"][style], **held}
                 forced.append(((model, family, style), own))
     weights = ", ".join(f"{style} {weight:.0%}" for style, weight in zip(styles, choice["weights"], strict=True))
     right, full = ("right", "correct", "{:.1%}"), ("right at full depth", "full/correct", "{:.1%}")
@@ -196,7 +196,7 @@ def choice_tables(choice: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
 
 
 def _by_label(part: Part, columns: Sequence[Column], name: str = "model, exits") -> TextTable:
-    return figures_table((name,), [((label,), found) for label, found in part.items()], columns)
+    return figures_table((name,), [((label,), entry) for label, entry in part.items()], columns)
 
 
 def wide_table(wide: Part) -> TextTable:
@@ -226,16 +226,16 @@ def depth_table(depth: Part) -> TextTable:
 
 def correlation_table(correlations: Part) -> TextTable:
     """Spearman's rank correlation of depth with the teacher's entropy and the token's surprisal, by kind of token."""
-    groups = _keys(found for entry in correlations.values() for found in entry.values())
-    entries = [((label, of), found) for label, entry in correlations.items() for of, found in entry.items() if found]
+    groups = _keys(value for entry in correlations.values() for value in entry.values())
+    entries = [((label, of), value) for label, entry in correlations.items() for of, value in entry.items() if value]
     return figures_table(("model, exits", "depth with"), entries, [(group, group, "{:.2f}") for group in groups])
 
 
 def gates_table(gates: Part) -> TextTable:
     """Expected calibration error of the gates, and their mean error against the target hazard; then by exit."""
-    by_exit = {m: {**found, **{str(e["depth"]): e for e in found.get("exits", [])}} for m, found in gates.items()}
+    by_exit = {m: {**figures, **{str(e["depth"]): e for e in figures.get("exits", [])}} for m, figures in gates.items()}
     columns = [("ECE", "ece", "{:.3f}"), ("mean error", "mean_error", "{:.3f}"), ("asked", "asked", "{:,}")]
-    depths = sorted({int(e["depth"]) for found in gates.values() for e in found.get("exits", [])})
+    depths = sorted({int(e["depth"]) for figures in gates.values() for e in figures.get("exits", [])})
     return _by_label(by_exit, [*columns, *((f"ECE at {depth}", f"{depth}/ece", "{:.3f}") for depth in depths)], "model")
 
 

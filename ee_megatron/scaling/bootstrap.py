@@ -17,7 +17,7 @@ LEVEL = 0.95
 
 
 class Refused(ValueError):
-    """The data do not determine what was asked for: what was found, what is needed, what to do."""
+    """The data do not determine the requested quantity; says what they hold, what is needed, what to do."""
 
 
 def resample(fitted: Array, residual: Array, runs: Array, parameters: int, draws: int, seed: int) -> Array:

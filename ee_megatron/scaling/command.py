@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("plot: found no --out; expected a directory for the pictures")
     whole = read_table(given.table)
     table = whole.where(given.where)
-    kept = {name: value for name, value in vars(given).items() if name not in ("handler", "command", "table", "out")}
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    used = {name: value for name, value in vars(given).items() if name not in ("handler", "command", "table", "out")}
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in used.items()}
     rows = f"{table.name}: {len(table.frame)} of {len(whole.frame)} rows, seed {given.seed}"
     result = given.handler(given, table)
     source = {"table": table.name, "sha256": whole.digest, "options": options}
@@ -140,15 +140,15 @@ def _comparison(given: argparse.Namespace, table: RunTable) -> FormComparison:
 
 def _fit(given: argparse.Namespace, table: RunTable) -> Result:
     _, fits, refused, notes = _fits(given, table)
-    found = {method: {**fit.details, "parameters": fit.table, "budgets": fit.budgets} for method, fit in fits.items()}
-    return {**found, "refused": refused, "notes": notes}
+    laws = {method: {**fit.details, "parameters": fit.table, "budgets": fit.budgets} for method, fit in fits.items()}
+    return {**laws, "refused": refused, "notes": notes}
 
 
 def _compare(given: argparse.Namespace, table: RunTable) -> Result:
-    found = _comparison(given, table)
-    shown = [] if found.best == "constant" else [found.best, *found.near]
-    slopes = {f"slopes of {name}, {found.fits[name][0].formula}": found.slopes(name) for name in shown}
-    return {"forms": found.forms, **slopes, "refused": found.refused, "verdict": found.verdict(), "notes": found.notes}
+    forms = _comparison(given, table)
+    shown = [] if forms.best == "constant" else [forms.best, *forms.near]
+    slopes = {f"slopes of {name}, {forms.fits[name][0].formula}": forms.slopes(name) for name in shown}
+    return {"forms": forms.forms, **slopes, "refused": forms.refused, "verdict": forms.verdict(), "notes": forms.notes}
 
 
 def _predict(given: argparse.Namespace, table: RunTable) -> Result:
@@ -162,9 +162,9 @@ def _predict(given: argparse.Namespace, table: RunTable) -> Result:
         raise ValueError(f"{given.out}: holds a forecast already; give another --out, or --again to replace it")
     forecasts, refused = [], dict[str, str]()
     if given.metric is not None:
-        found = _comparison(given, table)
-        notes = [*found.notes, found.verdict()]
-        forecasts += [one for point in points for one in forecast_metric(found, point)]
+        comparison = _comparison(given, table)
+        notes = [*comparison.notes, comparison.verdict()]
+        forecasts += [one for point in points for one in forecast_metric(comparison, point)]
     else:
         obs, fits, refused, notes = _fits(given, table)
         if "huber" in fits:

@@ -150,8 +150,8 @@ def compare(
     known = pd.DataFrame({name: table.numbers(name, "--against", positive=name != penalty) for name in against})
     raw = np.stack([x if name == penalty else np.log(x) for name, x in known.items()])
     runs, note = run_index(table, columns)
-    found = FormComparison(metric, known, raw, penalty, y, runs, draws, seed, [note])
-    count, folds = found.run_count, min(found.run_count, MAX_FOLDS)
+    comparison = FormComparison(metric, known, raw, penalty, y, runs, draws, seed, [note])
+    count, folds = comparison.run_count, min(comparison.run_count, MAX_FOLDS)
     if count < MIN_RUNS:
         raise Refused(f"{count} runs; expected at least {MIN_RUNS} to compare forms by runs left out; add runs")
     for index, name in enumerate(against):
@@ -162,32 +162,32 @@ def compare(
                 f"columns {alike[0]} and {name} are collinear (squared correlation above 0.99), so their influences "
                 f"cannot be distinguished; expected one of them in --against"
             )
-    found.notes.append(f"held-out errors: {count} runs in {folds} folds")
+    comparison.notes.append(f"held-out errors: {count} runs in {folds} folds")
     fold = (np.random.default_rng(seed).permutation(count) % folds)[runs]
     errors = {}
     for form in FORMS:
-        if reason := _misfit(found, form):
-            found.refused[form.name] = reason
+        if reason := _misfit(comparison, form):
+            comparison.refused[form.name] = reason
             continue
-        design, predicted = found.design(form, raw), np.empty(len(y))
+        design, predicted = comparison.design(form, raw), np.empty(len(y))
         theta = form.fit(design, y)
         for out in (fold == number for number in range(folds)):
             # The start decides where the search begins; left-out rows do not enter what it minimises.
             predicted[out] = form.link(form.fit(design[:, ~out], y[~out], theta) @ design[:, out])
         errors[form.name] = np.bincount(runs, (predicted - y) ** 2) / np.bincount(runs)
-        found.fits[form.name] = (form, theta)
-    found.forms = _judge(errors, draws, seed)
-    return found
+        comparison.fits[form.name] = (form, theta)
+    comparison.forms = _judge(errors, draws, seed)
+    return comparison
 
 
-def _misfit(found: FormComparison, form: MetricForm) -> str:
+def _misfit(comparison: FormComparison, form: MetricForm) -> str:
     """Why the metric or the columns rule the form out, or nothing."""
-    low, high = found.values.min(), found.values.max()
+    low, high = comparison.values.min(), comparison.values.max()
     if low < form.low or high > form.high or (form.name == "power" and low == 0):
         return f"the metric runs from {low:.4g} to {high:.4g}, the form from {form.low:g} to {form.high:g}"
-    parameters = len(found.design(form, found.raw))
-    few = found.run_count < 2 * parameters
-    return f"{found.run_count} runs for {parameters} parameters; expected at least {2 * parameters}" if few else ""
+    parameters = len(comparison.design(form, comparison.raw))
+    few = comparison.run_count < 2 * parameters
+    return f"{comparison.run_count} runs for {parameters} parameters; expected at least {2 * parameters}" if few else ""
 
 
 def _judge(errors: dict[str, Array], draws: int, seed: int) -> pd.DataFrame:

@@ -28,12 +28,12 @@ def forecast_losses(fit: ScalingFit, obs: pd.DataFrame, points: Sequence[Sequenc
     """Losses at points (N, D). A run's noise is drawn from the residuals of ln loss, enlarged by what the fit took."""
     enlarged = fit.residuals * np.sqrt(obs["run"].nunique() / fit.freedom)
     noise = np.exp(np.random.default_rng(seed).choice(enlarged, size=len(fit.theta) - 1))
-    found = []
+    records = []
     for n, d in points:
         value, *draws = predict(fit.theta, np.array([n]), np.array([d]))[:, 0]
         ends = [end for each in (draws, draws * noise) for end in percentile_interval(np.array(each), fit.freedom)]
-        found.append(_record("huber", {"params": n, "tokens": d}, "loss", value, ends, obs))
-    return found
+        records.append(_record("huber", {"params": n, "tokens": d}, "loss", value, ends, obs))
+    return records
 
 
 def forecast_optimum(method: str, fit: ScalingFit, obs: pd.DataFrame, flops: float) -> Forecast:
@@ -49,7 +49,7 @@ def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[
 
     A run's noise is the held-out error, added as independent errors are.
     """
-    at, found = dict(zip(comparison.against, point, strict=True)), []
+    at, records = dict(zip(comparison.against, point, strict=True)), []
     raw = np.array([[x if name == comparison.penalty else np.log(x)] for name, x in at.items()])
     for name in (comparison.best, *comparison.near):
         form, theta = comparison.fits[name]
@@ -59,11 +59,11 @@ def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[
         noise = comparison.forms["held_out_rms"][name] * stdtrit(freedom, (1 + LEVEL) / 2)
         run = value + np.array([-np.hypot(value - low, noise), np.hypot(high - value, noise)])
         ends = [low, high, *np.clip(run, form.low, form.high)]
-        found.append(_record(name, at, comparison.metric, value, ends, comparison.columns))
-    if len(found) > 1:
-        widest = {end: (min if end.endswith("low") else max)(one[end] for one in found) for end in ENDS}
-        found.append({**found[0], "method": "any of these", **widest})
-    return found
+        records.append(_record(name, at, comparison.metric, value, ends, comparison.columns))
+    if len(records) > 1:
+        widest = {end: (min if end.endswith("low") else max)(one[end] for one in records) for end in ENDS}
+        records.append({**records[0], "method": "any of these", **widest})
+    return records
 
 
 def _record(
@@ -102,7 +102,7 @@ def check_forecast(
     """
     if table.digest == stored["sha256"]:
         raise ValueError(f"{table.name}: is the table that the forecast was made from; expected one of later runs")
-    columns, metric, found = dict(stored["options"]), stored["options"]["metric"], []
+    columns, metric, checks = dict(stored["options"]), stored["options"]["metric"], []
     runs, note = run_index(table, {**columns, "run": run or columns.get("run")})
     forecasts = [one for one in stored["forecasts"] if one["run_low"] is not None]
     if metric is None:
@@ -116,8 +116,8 @@ def check_forecast(
             mean = float(each.mean())
             held = "held" if one["law_low"] <= mean <= one["law_high"] else "held within a run's noise"
             verdict = held if one["run_low"] <= mean <= one["run_high"] else "FAILED"
-            found.append({**one, "runs": len(each), "mean": mean, "error": mean - one["value"], "verdict": verdict})
-    if not found:
+            checks.append({**one, "runs": len(each), "mean": mean, "error": mean - one["value"], "verdict": verdict})
+    if not checks:
         points = "; ".join(str(one["at"]) for one in forecasts) or "N_opt, which no run measures"
         raise ValueError(f"{table.name}: no row within {within:g} of {points}; expected the runs that were forecast")
-    return found, note
+    return checks, note

@@ -79,16 +79,16 @@ def fit_loss_law(obs: pd.DataFrame, draws: int, seed: int) -> ScalingFit:
     shift = np.array([0.0, x.mean(), z.mean()])
     x, z = x - shift[1], z - shift[2]
     starts = [np.array([*[y.mean() - np.log(3)] * 3, *pair]) for pair in product((0.1, 0.25, 0.5, 1.0), repeat=2)]
-    best = min((_solve(x, z, y, start) for start in starts), key=lambda found: float(found.cost))
+    best = min((_solve(x, z, y, start) for start in starts), key=lambda fit: float(fit.cost))
     _check_bounds(best.at_bound, "the fit to all runs")
     samples = resample(y + best.residual, -best.residual, obs["run"].to_numpy(), len(PARAMETERS), draws, seed)
-    found, at_bound = [], np.zeros(len(PARAMETERS))
+    refits, at_bound = [], np.zeros(len(PARAMETERS))
     for sample in samples:
-        found.append(_solve(x, z, sample, best.x))
-        at_bound += found[-1].at_bound / draws
+        refits.append(_solve(x, z, sample, best.x))
+        at_bound += refits[-1].at_bound / draws
         # Checked as they come: fits to data that determine nothing take long.
         _check_bounds(at_bound, f"{draws} resamples")
-    centred = np.array([one.x for one in (best, *found)])
+    centred = np.array([one.x for one in (best, *refits)])
     alpha, beta = centred.T[3:]
     exponents = np.column_stack([0 * alpha, alpha, beta])
     theta = np.column_stack([np.exp(centred[:, :3] + exponents * shift), alpha, beta])
@@ -107,8 +107,8 @@ def _rms(values: Array) -> float:
 
 def _check_design(obs: pd.DataFrame) -> None:
     for name, column in (("parameter counts N", "params"), ("token counts D", "tokens")):
-        if (found := obs[column].nunique()) < MIN_DISTINCT:
-            raise Refused(f"{found} distinct {name}; expected at least {MIN_DISTINCT}; add runs at other values")
+        if (count := obs[column].nunique()) < MIN_DISTINCT:
+            raise Refused(f"{count} distinct {name}; expected at least {MIN_DISTINCT}; add runs at other values")
     if (runs := obs["run"].nunique()) < MIN_RUNS:
         raise Refused(f"{runs} runs; expected at least {MIN_RUNS} for five parameters and their intervals; add runs")
     if are_collinear(np.log(obs["params"]), np.log(obs["tokens"])):
@@ -148,10 +148,10 @@ def _solve(x: Array, z: Array, y: Array, start: Array) -> OptimizeResult:
         return np.column_stack([*share, -share[1] * x, -share[2] * z])
 
     begin, options = np.clip(start, low + NEAR_BOUND / 2, high - NEAR_BOUND / 2), {"f_scale": HUBER_DELTA}
-    found = least_squares(residual, begin, jacobian, (low, high), x_scale="jac", loss="huber", max_nfev=200, **options)
-    found.residual = residual(found.x)
-    found.at_bound = (found.x - low < NEAR_BOUND) | (high - found.x < NEAR_BOUND)
-    return found
+    fit = least_squares(residual, begin, jacobian, (low, high), x_scale="jac", loss="huber", max_nfev=200, **options)
+    fit.residual = residual(fit.x)
+    fit.at_bound = (fit.x - low < NEAR_BOUND) | (high - fit.x < NEAR_BOUND)
+    return fit
 
 
 def fit_isoflop(obs: pd.DataFrame, draws: int, seed: int) -> ScalingFit:
@@ -162,28 +162,28 @@ def fit_isoflop(obs: pd.DataFrame, draws: int, seed: int) -> ScalingFit:
     data or in more than a twentieth of the resamples.
     """
     log_flops = np.log(obs["flops"]).groupby(obs["budget"]).transform("mean")
-    kept, best, left_out = {}, [], []
+    usable, best, left_out = {}, [], []
     for at, rows in obs.assign(log_loss=np.log(obs["loss"])).groupby(log_flops):
         if (sizes := rows["params"].nunique()) < MIN_SIZES:
             left_out.append(f"{np.exp(at):.3g} FLOPs: {sizes} distinct sizes, expected at least {MIN_SIZES}")
             continue
         size, loss, inside = _minimum(rows, rows["log_loss"].to_numpy()[None])
         if inside.all():
-            kept[at] = rows
+            usable[at] = rows
             best.append([at, size[0], loss[0]])
         else:
             left_out.append(f"{np.exp(at):.3g} FLOPs: no minimum within the sizes that were trained")
-    if len(kept) < MIN_BUDGETS:
+    if len(usable) < MIN_BUDGETS:
         raise Refused(
-            f"{len(kept)} compute budgets with a minimum ({'; '.join(left_out[:3]) or 'none left out'}); expected at "
+            f"{len(usable)} compute budgets with a minimum ({'; '.join(left_out[:3]) or 'none left out'}); expected at "
             f"least {MIN_BUDGETS}, since two always lie on a power law; train at least {MIN_SIZES} sizes at each, or "
             f"name budgets with --budget COLUMN"
         )
-    used, noise = pd.concat(kept.values()), np.concatenate([_noise(rows) for rows in kept.values()])
+    used, noise = pd.concat(usable.values()), np.concatenate([_noise(rows) for rows in usable.values()])
     runs = pd.factorize(used["run"])[0]
     samples = resample(used["log_loss"].to_numpy(), noise, runs, 0, draws, seed)
-    split = np.split(samples, np.cumsum([len(rows) for rows in kept.values()])[:-1], axis=1)
-    minima = [_minimum(rows, sampled) for rows, sampled in zip(kept.values(), split, strict=True)]
+    split = np.split(samples, np.cumsum([len(rows) for rows in usable.values()])[:-1], axis=1)
+    minima = [_minimum(rows, sampled) for rows, sampled in zip(usable.values(), split, strict=True)]
     lost = float(np.mean(np.sum([inside for _, _, inside in minima], axis=0) < MIN_BUDGETS))
     if lost > MAX_LOST:
         raise Refused(
@@ -193,7 +193,7 @@ def fit_isoflop(obs: pd.DataFrame, draws: int, seed: int) -> ScalingFit:
     budgets = pd.DataFrame(best, columns=["flops", "params_opt", "loss"])
     sizes = np.column_stack([budgets["params_opt"], np.array([size for size, _, _ in minima])])
     lines = np.polyfit(budgets["flops"], sizes, 1)[::-1].T
-    freedom = min(sum(rows["params"].nunique() - MIN_SIZES + 1 for rows in kept.values()), int(runs.max()))
+    freedom = min(sum(rows["params"].nunique() - MIN_SIZES + 1 for rows in usable.values()), int(runs.max()))
     table = interval_table({"exponent_a": lines[:, 1], "coefficient_k": np.exp(lines[:, 0])}, freedom)
     details = {"law": "N_opt = k C^a", "noise_log": _rms(noise), "left_out": left_out}
     return ScalingFit(table, freedom, lines, details, budgets=np.exp(budgets))

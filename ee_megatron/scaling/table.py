@@ -48,7 +48,7 @@ class RunTable:
         )
 
     def numbers(self, column: str, option: str, *, positive: bool = False) -> Array:
-        """A column as float64 [R]. Raises ValueError for a cell that is not a finite number (or, if asked, not > 0)."""
+        """A column as float64 [R]. Raises ValueError for a cell that is not a finite number (`positive`: not > 0)."""
         cells = self.column(column, option)
         values = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
         wrong = ~np.isfinite(values) | (positive & (values <= 0))

@@ -27,7 +27,7 @@ def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
 
 
 def task_of(cfg: RunConfig, model_path: Path) -> Task:
-    """The task of a configuration; the chat template, where one is asked for, is the model's. Raises as `make_task`."""
+    """The task of a configuration; the chat template, if one is requested, is the model's. Raises as `make_task`."""
     if cfg.rollout.prompt_template != "chat":
         return make_task(cfg.task)
     from transformers import AutoTokenizer

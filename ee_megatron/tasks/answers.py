@@ -76,7 +76,7 @@ def final_answer(text: str) -> tuple[str, bool] | None:
     is the answer with that word before it, which equals no reference.
     """
     tail = text[-TAIL:]
-    marks = [(found.start(), found[1]) for pattern in (_STATED, _HASHES) for found in pattern.finditer(tail)]
+    marks = [(match.start(), match[1]) for pattern in (_STATED, _HASHES) for match in pattern.finditer(tail)]
     position, boxed = last_boxed(tail)
     marks.append((position, _taken_back(tail[max(0, position - 40) : max(0, position)]) + boxed))
     last_line = tail.rstrip().rpartition("\n")[2].strip()
@@ -132,7 +132,7 @@ def same_answer(written: str, reference: str) -> bool:
         said = _SAID.match(words)
         if said is None or said[1] != wanted:
             return False
-        # "yes, no" is no answer; "yes, no doubt" is one.
+        # "yes, no" is not an answer; "yes, no doubt" is one.
         again = _SAID.match(words[said.end() :].removeprefix(" ").removeprefix("or "))
         return again is None or again[1] not in _TRUTH or again[1] == wanted
     end = _SENTENCE_END.search(written)
@@ -217,23 +217,23 @@ def verify_solution(
     part = answer_part(text)
     if part is None:
         return NO_ANSWER
-    found = final_answer(part)
+    final = final_answer(part)
     references = (reference, *also)
-    if found is not None and found[1]:
-        if any(same_answer(found[0], known) for known in references):
+    if final is not None and final[1]:
+        if any(same_answer(final[0], known) for known in references):
             return Verdict(correct=True, well_formed=True, answered=True)
-        named = _only(found[0], vocabulary)
+        named = _only(final[0], vocabulary)
         return Verdict(correct=named == reference, well_formed=named is None, answered=True)
     target = plain_number(reference)
     if target is not None:
-        if found is None:
+        if final is None:
             return NO_ANSWER
-        value = plain_number(found[0])
-        value = value if value is not None else number_value(found[0])
+        value = plain_number(final[0])
+        value = value if value is not None else number_value(final[0])
         return Verdict(correct=value == target, well_formed=False, answered=True)
     line = part[-TAIL:].rstrip().rpartition("\n")[2].strip()
     named = _only(line, vocabulary)
-    candidates = [line, *([found[0]] if found is not None else [])]
+    candidates = [line, *([final[0]] if final is not None else [])]
     correct = named == reference or any(same_answer(bare, known) for bare in candidates for known in references)
     short = 0 < len(_words(line).split()) <= max(3, len(_words(reference).split()))
     return Verdict(correct=correct, well_formed=False, answered=correct or named is not None or short)
@@ -280,7 +280,7 @@ def plain_number(text: str) -> Decimal | None:
     if len(text) > 200:
         return None
     grouped = _GROUPED.sub(",", text)
-    cleaned = _NOISE.sub(lambda found: "$" if found.group() == "\\$" else " ", grouped).replace("\\%", "%").strip()
+    cleaned = _NOISE.sub(lambda noise: "$" if noise.group() == "\\$" else " ", grouped).replace("\\%", "%").strip()
     cleaned = cleaned.strip("$").strip() if cleaned.startswith("$") and cleaned.endswith("$") else cleaned
     match = _PLAIN.fullmatch(cleaned.rstrip(" .!"))
     if match is None or (match["sign"] and match["inner"]):
@@ -291,13 +291,13 @@ def plain_number(text: str) -> Decimal | None:
 
 
 def last_number(text: str) -> str | None:
-    """The last number in the text as written ("$1,200"), or None. A hyphen after a digit or letter is no sign."""
-    found = _LAST.findall(text)
-    return found[-1] if found else None
+    """The last number in the text as written ("$1,200"), or None. A hyphen after a digit or letter is not a sign."""
+    numbers = _LAST.findall(text)
+    return numbers[-1] if numbers else None
 
 
 def number_value(written: str) -> Decimal | None:
-    """The value of what `last_number` found; None if it is too long to be compared or its commas are misplaced."""
+    """The value of a number from `last_number`; None if it is too long to be compared or its commas are misplaced."""
     bare = written.translate({ord(sign): None for sign in "$€£¥₹"})
     if "," in bare and not re.fullmatch(r"[-\u2212]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", bare):
         bare = bare.rsplit(",", 1)[1]

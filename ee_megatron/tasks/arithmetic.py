@@ -212,7 +212,7 @@ def verify_line(reference: str, text: str) -> Verdict:
         written = match[1]
         correct = len(written) <= MAX_NUMBER and int(written) == int(reference)
         return Verdict(correct=correct, well_formed=True, answered=True)
-    found = last_number(line)
-    if found is None:
+    number = last_number(line)
+    if number is None:
         return NO_ANSWER
-    return Verdict(correct=number_value(found) == Decimal(reference), well_formed=False, answered=True)
+    return Verdict(correct=number_value(number) == Decimal(reference), well_formed=False, answered=True)

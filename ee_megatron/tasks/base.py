@@ -1,4 +1,4 @@
-"""What a task is: prompts kept apart by split, worked examples, and a verdict on an answer.
+"""What a task is: prompts divided by split, worked examples, and a verdict on an answer.
 
 Nothing in this folder imports torch: verifier processes must start in a fraction of a second.
 """
@@ -29,7 +29,7 @@ ChatTemplate = Callable[[list[dict[str, str]]], str]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier found in one answer.
+    """A verifier's verdict on one answer.
 
     - correct: the final answer equals the reference
     - well_formed: it was given in the form that the task asks for
@@ -95,7 +95,7 @@ class Task:
 
     name: str
     instruction = ""
-    """The form that an answer must have; only chat models are told, plain prompts show it by example."""
+    """The form that an answer must have; stated to chat models only; plain prompts show it by example."""
     seed = 0
     """Decides which problems belong to which split."""
 
@@ -166,10 +166,10 @@ class Task:
         """Raises ValueError for a prompt of another task."""
         # Ids are "<name>/<split>/..." or "<name>/<family>/<split>/...".
         split = next((part for part in prompt.id.split("/")[1:3] if part in SPLITS), None)
-        found = self._built(split).get(prompt.id) if split else None
-        if found is None:
+        entry = self._built(split).get(prompt.id) if split else None
+        if entry is None:
             raise ValueError(f"prompt {prompt.id!r} is not one of this task; pass a prompt that prompts() returned")
-        return found[1]
+        return entry[1]
 
     def _with_examples(self, prompt: Prompt, examples: Sequence[Problem]) -> Prompt:
         return replace(prompt, text=self.render(self._problem(prompt).question, examples))
@@ -220,7 +220,7 @@ class ProceduralTask(Task):
 
 
 def split_of(text: str, shares: Mapping[str, float] = SHARES) -> str:
-    """The split that a hash of `text` gives it, by these shares: the same however many problems are asked for."""
+    """The split that a hash of `text` gives it, by these shares: the same however many problems are requested."""
     point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
     for split, share in shares.items():
         if point < share:

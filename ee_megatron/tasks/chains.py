@@ -1,7 +1,7 @@
 """Tasks with a choice of style: chains of hops that a model may follow in its activations or in writing.
 
 A problem is a chain of operations and a start, the answer what comes out at the end. The start stands last in the
-prompt, so that no position before it can know the answer. A worked answer is, whatever the number of hops, in one of
+prompt, so that no earlier position can compute the answer. A worked answer is, whatever the number of hops, in one of
 three styles:
 
     terse   the answer alone: every hop inside the model
@@ -27,7 +27,7 @@ HELD_OUT = {"validation": 0.05, "evaluation": 0.1, "train": 0.85}
 
 
 class ChainTask(Task):
-    """Deterministic in its section. `Prompt.group` is the problem itself, by which repetitions are told.
+    """Deterministic in its section. `Prompt.group` is the problem itself, which identifies repetitions.
 
     openings: what an answer in a style, and in no other, begins with. answer: finds the final state in an answer's
     line. fewest_held_out: hops from which on there are enough problems to hold some out. tokens_per_step: what a
@@ -83,11 +83,11 @@ class ChainTask(Task):
         """The answer is the state at the end of the line. Well formed: the line has the form of a style, with however
         many steps."""
         line = first_line(text)
-        found = self.answer.search(line)
+        match = self.answer.search(line)
         return Verdict(
-            correct=found is not None and int(found[1]) == int(prompt.answer),
+            correct=match is not None and int(match[1]) == int(prompt.answer),
             well_formed=any(re.fullmatch(form, line) for form in self.forms(None).values()),
-            answered=found is not None,
+            answered=match is not None,
         )
 
     def few_shot(self, prompt: Prompt, shots: int, seed: int) -> Prompt:
@@ -163,12 +163,12 @@ class HopsTask(ChainTask):
                 yield "".join(operations) + EMPTY * (self.slots - hops) + start
 
     def states(self, text: str) -> str:
-        state, found = text[-1], ""
+        state, visited = text[-1], ""
         for operation in text[:-1]:
             if operation != EMPTY:
                 state = self.permutations[operation][int(state)]
-                found += state
-        return found
+                visited += state
+        return visited
 
     def written(self, states: Sequence[str], style: str) -> str:
         opening = self.openings[style]
@@ -250,12 +250,12 @@ class SumsTask(ChainTask):
 
 def totals(operations: Sequence[str], start: int) -> list[int]:
     """The running totals of operations on `start`, one for each."""
-    total, found = start, []
+    total, sums = start, []
     for operation in operations:
         verb, _, amount = operation.partition(" ")
         total = {"double": total * 2, "add": total + int(amount or 0), "take": total - int(amount or 0)}[verb]
-        found.append(total)
-    return found
+        sums.append(total)
+    return sums
 
 
 def _read(text: str) -> tuple[list[str], int]:

@@ -26,7 +26,7 @@ class DatasetTask(Task):
     """A task read from files.
 
     Evaluation comes from the evaluation split (test.*), validation is held out of the train split (train.*). A single
-    file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is kept once,
+    file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is used once,
     and one that occurs in the evaluation split is dropped from train.
 
     Columns may be nested ("choices.text"). `choices_column` "": free answers. Otherwise that column lists the
@@ -188,8 +188,8 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Row
                     "and task.dataset.evaluation_split"
                 )
         return {part: (f"{path}/{name}", saved[name].to_list()) for part, name in wanted.items()}
-    found = {part: _split_files(path, name) for part, name in wanted.items()}
-    return {part: (str(files[0]), [row for file in files for row in _rows(file)]) for part, files in found.items()}
+    paths = {part: _split_files(path, name) for part, name in wanted.items()}
+    return {part: (str(files[0]), [row for file in files for row in _rows(file)]) for part, files in paths.items()}
 
 
 def _split_files(path: Path, split: str) -> list[Path]:

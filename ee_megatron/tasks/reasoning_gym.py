@@ -216,14 +216,14 @@ def _family(family: str, seed: int, wanted: dict[str, int]) -> dict[str, list[En
     if family not in known:
         near = difflib.get_close_matches(family, known, n=3, cutoff=0.0)
         raise ValueError(f"reasoning-gym has no family {family!r}; nearest of its {len(known)}: {', '.join(near)}")
-    found: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
     for entry in _stream(family, seed):
         split = split_of(f"{seed}:{entry['question']}")
-        if len(found[split]) < wanted[split]:
-            found[split].append(entry)
-        if all(len(found[split]) >= wanted[split] for split in SPLITS):
+        if len(entries[split]) < wanted[split]:
+            entries[split].append(entry)
+        if all(len(entries[split]) >= wanted[split] for split in SPLITS):
             break
-    return found
+    return entries
 
 
 def _stream(family: str, seed: int) -> Iterator[Entry]:

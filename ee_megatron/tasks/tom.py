@@ -145,12 +145,12 @@ def transfer(
     reality, memory. Someone learns of a place by seeing the object put there, and `b` of `a`'s view by knowing that `a`
     saw it.
     """
-    told: list[str] = []
+    story: list[str] = []
     at: list[str] = []
     present, saw, known = True, "", ""
 
     def tell(templates: tuple[str, ...], **values: str) -> None:
-        told.append(rng.choice(templates).format(a=a, b=b, thing=thing, room=room, **values))
+        story.append(rng.choice(templates).format(a=a, b=b, thing=thing, room=room, **values))
 
     for event in ("begin", *plot.split()):
         if event == "begin":
@@ -179,9 +179,9 @@ def transfer(
         "b": (BELIEF, at[-1], f"{b} last saw the {thing} in the {at[-1]}."),
         "ba": (NESTED, known, f"{b}{unaware} knows that {a} saw the {thing} in the {known}."),
     }[question]
-    asked = rng.choice(templates).format(who=a if question == "a" else b, other=a, thing=thing)
+    query = rng.choice(templates).format(who=a if question == "a" else b, other=a, thing=thing)
     groups = [_pair(a, b), *(f"{thing}@{place}" for place in sorted(places))]
-    return Problem(f"{' '.join(told)} {asked}", answer, f" {reason} The answer is the {answer}", ";".join(groups))
+    return Problem(f"{' '.join(story)} {query}", answer, f" {reason} The answer is the {answer}", ";".join(groups))
 
 
 def contents(question: str, looked: bool, rng: random.Random, **values: str) -> Problem:
@@ -201,8 +201,8 @@ def contents(question: str, looked: bool, rng: random.Random, **values: str) -> 
         reason = f"{a} has seen that the {pack} holds" if looked else f"{a} knows only the outside with"
         reason = f"{reason} {answer}."
     values |= {"who": a if question == "a" else b, "other": a}
-    told = [LABEL, INSIDE, WITNESS if looked else NEWCOMER, templates]
-    text = " ".join(rng.choice(choices).format(**values) for choices in told)
+    parts = [LABEL, INSIDE, WITNESS if looked else NEWCOMER, templates]
+    text = " ".join(rng.choice(choices).format(**values) for choices in parts)
     groups = [_pair(a, b), *(f"{item}@{pack}" for item in sorted((label, stock)))]
     return Problem(text, answer, f" {reason} The answer is {answer}", ";".join(groups))
 
@@ -248,9 +248,9 @@ class Cast:
 
         self.pairs = [pair for pair in combinations(NAMES, 2) if ours(*pair)]
         places = {thing: [place for place in PLACES if ours(thing, place)] for thing in THINGS}
-        self.places = {thing: found for thing, found in places.items() if len(found) >= 3}
+        self.places = {thing: options for thing, options in places.items() if len(options) >= 3}
         stock = {pack: [item for item in STOCK if ours(item, pack)] for pack in PACKS}
-        self.stock = {pack: found for pack, found in stock.items() if len(found) >= 2}
+        self.stock = {pack: options for pack, options in stock.items() if len(options) >= 2}
 
     def render(self, kind: Kind, rng: random.Random) -> Problem:
         a, b = rng.sample(rng.choice(self.pairs), 2)

@@ -134,7 +134,7 @@ class _Worker:
             env=environment,
         )
         theirs.close()
-        # If it dies at once, that is found where its readiness is waited for.
+        # If it dies at once, the wait for its readiness reports that.
         with contextlib.suppress(OSError):
             self.connection.settimeout(START_TIMEOUT_S)
             self.connection.sendall(task)
@@ -179,10 +179,10 @@ class _Worker:
             line += data
             if len(line) > LONGEST_LINE:
                 raise ValueError("more than a line")
-        found = re.fullmatch(rf"({good}|{bad}) {self.answers} (.*)\n", line.decode())
-        if found is None:
+        match = re.fullmatch(rf"({good}|{bad}) {self.answers} (.*)\n", line.decode())
+        if match is None:
             raise ValueError(f"{line!r} is no answer")
-        return found[1], found[2]
+        return match[1], match[2]
 
     def stop(self) -> None:
         self.connection.close()
@@ -192,7 +192,7 @@ class _Worker:
 
 # ---- in the process ----
 
-# A scorer that evaluates an answer runs what the model wrote. This is no sandbox, but an answer that gets so far
+# A scorer that evaluates an answer runs what the model wrote. This is not a sandbox, but an answer that gets so far
 # neither writes a file nor starts a program nor opens a connection.
 _REFUSED = (
     "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "os.remove", "os.rename",
@@ -236,7 +236,7 @@ def main() -> None:
             prompt, text = pickle.load(source)
         except (EOFError, OSError):
             return
-        # If the parent is gone, nobody ends a verifier that hangs: this timer needs no interpreter to do so.
+        # If the parent is gone, nothing else ends a verifier that hangs: this timer needs no interpreter to do so.
         faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
         try:
             reply = _line("verdict", number, "".join("01"[bool(flag)] for flag in astuple(task.verify(prompt, text))))

@@ -21,9 +21,9 @@ from ..config.schema import RunConfig
 from ..evaluation.choice import ChoiceBench, choice
 from ..evaluation.controls import Reference, all_controls, gate_calibration, run_controls
 from ..evaluation.evaluate import (
-    AnsweredSet,
     AnswerRecord,
     EvaluationRow,
+    GenerationResult,
     add_readings,
     choose_threshold,
     evaluate_model,
@@ -141,7 +141,7 @@ class Measurer:
     def done(self, row: EvaluationRow) -> None:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
 
-    def judge(self, model: str, request: GenerationRequest, answered: AnsweredSet) -> Measured:
+    def judge(self, model: str, request: GenerationRequest, answered: GenerationResult) -> Measured:
         """The verdicts on a model's answers as a row; with FLOPs if they are scored."""
         context, exits = self.context, request.exits
         spec, dims = context.spec, context.source.dims

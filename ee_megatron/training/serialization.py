@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ..evaluation.evaluate import AnsweredSet
+from ..evaluation.evaluate import GenerationResult
 from ..observe.rundir import RunDirectory, atomic_directory
 from ..rollout.engine.scoring import Score
 from ..types import Group, Rollout, Trace
@@ -59,7 +59,7 @@ def save_rollouts(directory: Path, groups: list[Group]) -> None:
     _save(directory, "rollouts", rollouts, _OF_ROLLOUTS, lines, rewards=rewards)
 
 
-def save_answers(directory: Path, answered: AnsweredSet) -> None:
+def save_answers(directory: Path, answered: GenerationResult) -> None:
     """Write a set (at least one answer, no `exits`) as a directory that appears whole."""
     lines = [
         {"id": r.prompt_id, "text": r.text, "finished": bool(r.finished), "weight_version": int(r.weight_version)}
@@ -71,7 +71,7 @@ def save_answers(directory: Path, answered: AnsweredSet) -> None:
     _save(directory, "answers", answered.rollouts, _OF_ROLLOUTS, lines, **more)
 
 
-def load_answers(directory: Path) -> AnsweredSet:
+def load_answers(directory: Path) -> GenerationResult:
     """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for any other content."""
     lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
     names = ("text", "finished", "weight_version")
@@ -84,7 +84,7 @@ def load_answers(directory: Path) -> AnsweredSet:
         ends = arrays["lengths"][:, 1].cumsum()[:-1]
         parts = [np.split(arrays[f"score/{name}"], ends) for name in _OF_SCORES]
         scores = [Score(*part) for part in zip(*parts, strict=True)]
-    return AnsweredSet(rollouts, scores, float(arrays["seconds"][0]) if "seconds" in arrays else None)
+    return GenerationResult(rollouts, scores, float(arrays["seconds"][0]) if "seconds" in arrays else None)
 
 
 def _save(

@@ -12,7 +12,7 @@ import pytest
 
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
-from ee_megatron.evaluation.evaluate import AnsweredSet
+from ee_megatron.evaluation.evaluate import GenerationResult
 from ee_megatron.exit_rules import ExitRule, Off, Sample, Threshold
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
@@ -63,7 +63,9 @@ def request(exits: ExitRule | None = None, tokens: int = 12, seed: int = 0, **ch
     return GenerationRequest(prompts, 1, SamplingParams(0.0, tokens, ("\n",)), exits or Threshold(0.5), seed)
 
 
-def answer(kept: AnswerCache, pool: Any, asked: GenerationRequest | None = None, weights: str = "w") -> AnsweredSet:
+def answer(
+    kept: AnswerCache, pool: Any, asked: GenerationRequest | None = None, weights: str = "w"
+) -> GenerationResult:
     (found,) = kept.answers(pool, weights, asked or request())
     return found
 
@@ -77,7 +79,7 @@ def same(a: Any, b: Any) -> bool:
     return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
 
 
-def sets_alike(a: AnsweredSet, b: AnsweredSet) -> bool:
+def sets_alike(a: GenerationResult, b: GenerationResult) -> bool:
     pairs = [*zip(a.rollouts, b.rollouts, strict=True), *zip(a.scores or (), b.scores or (), strict=True)]
     return a.seconds == b.seconds and (a.scores is None) == (b.scores is None) and all(same(x, y) for x, y in pairs)
 
@@ -86,7 +88,7 @@ def sets_alike(a: AnsweredSet, b: AnsweredSet) -> bool:
 def test_a_set_is_made_once_and_found_again_to_the_bit(pool: LocalPool, tmp_path: Path, scored: bool) -> None:
     counting: Any = Counting(pool)
 
-    def made() -> AnsweredSet:
+    def made() -> GenerationResult:
         kept = AnswerCache(tmp_path / "answers", MADE_BY)
         return kept.score(counting, "w", [request()])[0] if scored else answer(kept, counting)
 
@@ -208,7 +210,7 @@ def test_a_damaged_set_is_made_again(
 def test_a_write_that_fails_matters_only_if_the_set_is_not_there(
     pool: LocalPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
 ) -> None:
-    def fails(directory: Path, answered: AnsweredSet) -> None:
+    def fails(directory: Path, answered: GenerationResult) -> None:
         if written:
             save_answers(directory, answered)
         raise OSError("directory not empty")

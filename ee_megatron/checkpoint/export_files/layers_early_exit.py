@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-# Older transformers want to be told where a fixed cache is to be written.
+# Older transformers need the position at which a fixed cache is written.
 TELL_POSITION = "cache_kwargs" in inspect.signature(DynamicCache.update).parameters
 # PyTorch 2.8 and later multiply bfloat16 matrices into float32 on a GPU.
 WIDE_PRODUCT = "dtype" in torch.ops.aten.mm.overloads()
@@ -41,7 +41,7 @@ class Gate(nn.Module):
 
     def __init__(self, hidden: int, width: float, normalised: bool, eps: float):
         super().__init__()
-        # By name, since older transformers make modules in the dtype that is asked for.
+        # By name, since older transformers make modules in the requested dtype.
         self.fc1 = WideLinear(hidden, round(width * hidden), dtype=torch.float32)
         self.fc2 = nn.Linear(round(width * hidden), 1, dtype=torch.float32)
         self.normalised, self.eps = normalised, eps
@@ -125,9 +125,9 @@ class Pass:
             return k, v
         total = self.past + k.shape[2]
         where = {"cache_position": torch.arange(self.past, total, device=k.device)}
-        kept = self.cache.update(k, v, index, where) if TELL_POSITION else self.cache.update(k, v, index)
+        cached = self.cache.update(k, v, index, where) if TELL_POSITION else self.cache.update(k, v, index)
         # A fixed cache gives back its whole length.
-        return kept[0][:, :, :total], kept[1][:, :, :total]
+        return cached[0][:, :, :total], cached[1][:, :, :total]
 
 
 def check_cache(cache: Any) -> None:

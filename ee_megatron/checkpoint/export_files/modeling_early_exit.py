@@ -36,7 +36,7 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 NEEDLESS_ARGUMENTS = ("cache_position", "token_type_ids")
 # What `generate` needs for itself and, in newer transformers, leaves among the arguments for the model.
 ARGUMENTS_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-# Decoding that was never held against the definition of an exit: the argument of `generate` that asks for it.
+# Decoding that was never compared with the definition of an exit: the argument of `generate` that requests it.
 REFUSED = {
     "penalty_alpha": "contrastive search",
     "dola_layers": "DoLa decoding",
@@ -48,16 +48,16 @@ REFUSED = {
 }
 
 
-def check_mode(asked: dict[str, Any]) -> None:
+def check_mode(options: dict[str, Any]) -> None:
     """Raise ValueError, one line, for arguments of `generate` that exits can't be combined with."""
-    words = [f"{name} ({words})" for name, words in REFUSED.items() if asked.get(name)]
-    if asked.get("guidance_scale") not in (None, 1):
+    words = [f"{name} ({words})" for name, words in REFUSED.items() if options.get(name)]
+    if options.get("guidance_scale") not in (None, 1):
         words.append("guidance_scale (classifier-free guidance)")
-    if (asked.get("num_beam_groups") or 1) > 1:
+    if (options.get("num_beam_groups") or 1) > 1:
         words.append("num_beam_groups (group beam search)")
-    if asked.get("cache_implementation") == "paged":
+    if options.get("cache_implementation") == "paged":
         words.append("cache_implementation='paged' (continuous batching)")
-    if (asked.get("num_beams") or 1) > 1 and asked.get("use_cache") is False:
+    if (options.get("num_beams") or 1) > 1 and options.get("use_cache") is False:
         words.append("num_beams with use_cache=False (beams change places, and their exits are not remembered)")
     if words:
         raise ValueError(f'{"; ".join(words)}: not supported with early exits; leave it out or pass exit_policy="off"')
@@ -68,7 +68,7 @@ class Generation:
 
     policy: what exits follow. prompt: positions of the prompt, padding included; None until the first forward pass has
     read it, where that pass reads the prompt and nothing else. With `first_token` the prompt's last position may exit.
-    aligned: whether rows keep their places, so that depths can be told.
+    aligned: whether rows keep their places, so that depths are known.
     """
 
     def __init__(self, policy: dict, prompt: int | None, first_token: bool, aligned: bool):
@@ -200,18 +200,18 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         policy = read_exit_policy(exit_policy or getattr(generation_config, "exit_policy", None) or self.exit_policy())
         check_exit_policy(policy, self.config.exit_depths, self.config.num_hidden_layers)
 
-        def asked(name: str) -> Any:
-            found = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
-            return kwargs[name] if name in kwargs else next((value for value in found if value is not None), None)
+        def setting(name: str) -> Any:
+            values = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
+            return kwargs[name] if name in kwargs else next((value for value in values if value is not None), None)
 
         others = ("num_beam_groups", "cache_implementation", "guidance_scale")
-        own_loop = {name: asked(name) for name in (*REFUSED, *others)}
-        beams = asked("num_beams") or 1
+        own_loop = {name: setting(name) for name in (*REFUSED, *others)}
+        beams = setting("num_beams") or 1
         if policy["kind"] != "off":
-            check_mode({**own_loop, "num_beams": beams, "use_cache": asked("use_cache")})
+            check_mode({**own_loop, "num_beams": beams, "use_cache": setting("use_cache")})
         # A prompt that comes in pieces, or with a draft behind it, doesn't end where the first pass ends.
         drafted = kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
-        pieces = drafted or asked("prompt_lookup_num_tokens") or asked("prefill_chunk_size")
+        pieces = drafted or setting("prompt_lookup_num_tokens") or setting("prefill_chunk_size")
         ids, embedded, mask = inputs, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         ids = kwargs.get("input_ids") if ids is None else ids
         read = next((part.shape[1] for part in (mask, embedded, ids) if part is not None), 1)
@@ -224,7 +224,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             RUNNING.reset(token)
         tokens = output if isinstance(output, Tensor) else output.sequences
         given = ids.shape[1] if ids is not None else int(embedded is None)
-        self.last_exit_depths = running.of_tokens(tokens[:, given:], asked("eos_token_id"))
+        self.last_exit_depths = running.of_tokens(tokens[:, given:], setting("eos_token_id"))
         return output
 
     # Transformers reads the signature of its own.
@@ -257,7 +257,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids int64 [B, T] or inputs_embeds [B, T, D] -> logits float32 [B, T or fewer, V].
 
         exit_depths, int64 [B, T]: prescribed depths (values of config.exit_depths, or the number of layers); the gates
-        are not asked. Without it, `generate`'s tokens and one new position on top of a cache exit by the exit policy;
+        do not decide. Without it, `generate`'s tokens and one new position on top of a cache exit by the exit policy;
         anything else, training too, runs through all layers.
 
         Hidden states are transformers'; of a layer that a position skipped it is that before the layer.
@@ -286,7 +286,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         hidden: list[Tensor] = []
         for depth, layer in enumerate(self.model.layers):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
-                depth_BT = self._ask_gate(depth, x_BTD, depth_BT, policy, first)
+                depth_BT = self._apply_gate(depth, x_BTD, depth_BT, policy, first)
             if hidden_wanted:
                 hidden.append(x_BTD)
             x_BTD = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
@@ -334,9 +334,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Any,
         device: torch.device,
     ) -> tuple[Tensor, dict, int]:
-        """Depths before any gate was asked, int64 [B, T]; what decides; the first position that it decides on.
+        """Depths before any gate decides, int64 [B, T]; what decides; the first position that it decides on.
 
-        Raises ValueError for a prescribed depth that is no exit.
+        Raises ValueError for a prescribed depth that is not an exit.
         """
         layers = self.config.num_hidden_layers
         if given is None:
@@ -357,19 +357,19 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"exit_depths holds values outside {outcomes}")
         return given, {"kind": "off"}, new
 
-    def _ask_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict, first: int) -> Tensor:
+    def _apply_gate(self, depth: int, x_BTD: Tensor, depth_BT: Tensor, policy: dict, first: int) -> Tensor:
         """Only positions from `first` on may exit: what is before them is the prompt's, or decided already."""
-        found_BT = depth_BT[:, first:]
-        undecided_BT = found_BT > depth
+        exit_BT = depth_BT[:, first:]
+        undecided_BT = exit_BT > depth
         if not bool(undecided_BT.any()):
             return depth_BT
         hazard_BT = torch.sigmoid(self.gates[str(depth)](x_BTD[:, first:]))
         bar = torch.rand_like(hazard_BT) if policy["kind"] == "sample" else policy["value"]
-        found_BT = torch.where(undecided_BT & (hazard_BT > bar), depth, found_BT)
-        return torch.cat([depth_BT[:, :first], found_BT], dim=1)
+        exit_BT = torch.where(undecided_BT & (hazard_BT > bar), depth, exit_BT)
+        return torch.cat([depth_BT[:, :first], exit_BT], dim=1)
 
     def _through(self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
-        """`_layer`, without keeping what it computes for the gradient where that was asked for."""
+        """`_layer`, without storing its activations if gradient checkpointing is on."""
         wanted = getattr(layer, "gradient_checkpointing", self.model.gradient_checkpointing)
         if wanted and self.training and torch.is_grad_enabled():
             again = self.model._gradient_checkpointing_func

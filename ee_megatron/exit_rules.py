@@ -1,8 +1,8 @@
 """Exit rules as values, one class per rule: when a generated position leaves the model.
 
-The scheduler asks a position's rule at every exit that the position comes to. Everything else that is known of a rule
-(its label, its forms, what it costs, whether it is a control) stands in its class, too; a new rule is a class with a
-place in `RULES`. Nothing here imports torch when it loads, so that the command line can print its help at once.
+The scheduler calls a position's rule at every exit that the position reaches. A rule's class also defines its label,
+its syntax, what it costs and whether it is a control; a new rule is a class with a place in `RULES`. This module loads
+without torch, so that the command line can print its help at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Dial = Callable[[float], "ExitRule"]
 
 @dataclass(frozen=True)
 class AtExit:
-    """R rows with equal rules that have come to an exit: what a rule may look at. Functions compute when called.
+    """R rows with equal rules that have reached an exit: what a rule may look at. Functions compute when called.
 
     - index, depth: the exit's number in 0..M-1, and the layers that have run
     - gate_logits: float32 [R]; 0 where no gates are loaded
@@ -37,8 +37,8 @@ class AtExit:
     - uniform: i -> float64 [R] in [0, 1), the random number that the position has for exit i; the first is also what a
       rule draws that decides once for all exits
     - tokens: () -> which tokens are being made
-    - notes: float64 [R, `ExitRule.notes`], the rule's memory: 0 at a position's first exit; what `fires` writes here it
-      finds at the position's next exit
+    - state: float64 [R, `ExitRule.state_size`], the rule's memory: 0 at a position's first exit; what `should_exit`
+      writes here it reads at the position's next exit
     """
 
     index: int
@@ -47,7 +47,7 @@ class AtExit:
     readout: Callable[[], Tensor]
     uniform: Callable[[int], Tensor]
     tokens: Callable[[], Tokens]
-    notes: Tensor
+    state: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class ExitRule:
     """Hashable; rows whose rules are equal decide together.
 
     - kind: the name, wherever it is written down
-    - words: the label, with the format of `value`, the rule's number, if it has one; "": the kind
-    - needs: what `fires` looks at, at most
-    - notes: numbers that it keeps of a position from one exit to the next
-    - fine: whether it compares hazards in float64 (else in float32)
+    - label_format: the label, with the format of `value`, the rule's number, if it has one; "": the kind
+    - needs: what `should_exit` looks at, at most
+    - state_size: how many numbers it stores per position between exits
+    - compares_in_float64: whether it compares hazards in float64 (else in float32)
     - default: its number where none is given
     - usage: syntax on the command line and (the part before the colon) in a request; "" if users can't choose the rule
     - control: its name as a control on the weights of the policy under test; "" if it is none
@@ -77,10 +77,10 @@ class ExitRule:
     """
 
     kind: ClassVar[str]
-    words: ClassVar[str] = ""
+    label_format: ClassVar[str] = ""
     needs: ClassVar[frozenset[Need]] = frozenset()
-    notes: ClassVar[int] = 0
-    fine: ClassVar[bool] = False
+    state_size: ClassVar[int] = 0
+    compares_in_float64: ClassVar[bool] = False
     default: ClassVar[float] = 0.5
     usage: ClassVar[str] = ""
     control: ClassVar[str] = ""
@@ -94,16 +94,16 @@ class ExitRule:
         """float [R], on any device: rows leave whose hazard is above it. Rules that look at readouts have none."""
         raise NotImplementedError(f"exit rule {self.kind} looks at readouts")
 
-    def fires(self, at: AtExit) -> Tensor:
+    def should_exit(self, at: AtExit) -> Tensor:
         """bool [R], on any device: which rows leave."""
         bound = self.hazard_bound(at)
         if "gates" not in self.needs:
             # NEVER or ALWAYS: must not wait for the device that computes hazards.
             return bound < 0
-        logits = at.gate_logits.double() if self.fine else at.gate_logits
+        logits = at.gate_logits.double() if self.compares_in_float64 else at.gate_logits
         return logits.sigmoid() > bound
 
-    def ahead(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray | None:
+    def hazard_bounds(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray | None:
         """`hazard_bound` of every exit before the model runs, float64 [R, M]; None for a rule that looks at readouts.
 
         uniform float64 [R, M+1]: the positions' random numbers, as `AtExit.uniform` gives them; depths: the M exits.
@@ -123,7 +123,7 @@ class ExitRule:
     @property
     def label(self) -> str:
         """The rule in words, as it stands in the tables."""
-        return (self.words or self.kind).format(getattr(self, "value", None))
+        return (self.label_format or self.kind).format(getattr(self, "value", None))
 
     def __str__(self) -> str:
         """As `parse` reads it; a mix can't be written so."""
@@ -150,7 +150,7 @@ class ExitRule:
         }
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         """The rules of this kind from shallow to deep. Raises NotImplementedError where they have no order."""
         raise NotImplementedError(f"exit rule {cls.kind} has no dial")
 
@@ -204,7 +204,7 @@ class Threshold(Bound):
     """At the first gate whose hazard exceeds `value`. Not a control; its dial serves gates of another checkpoint."""
 
     kind = "threshold"
-    words = "hazard > {:g}"
+    label_format = "hazard > {:g}"
     needs = frozenset({"gates", "random"})
     usage = "threshold:HAZARD"
     most = 1
@@ -213,7 +213,7 @@ class Threshold(Bound):
         return self.bounds(at, at.gate_logits)
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         return cls
 
 
@@ -222,9 +222,9 @@ class Sample(ExitRule):
     """Gate i fires with its hazard, as in training."""
 
     kind = "sample"
-    words = "sampled"
+    label_format = "sampled"
     needs = frozenset({"gates", "random"})
-    fine = True
+    compares_in_float64 = True
     usage = "sample"
 
     def hazard_bound(self, at: AtExit) -> Tensor:
@@ -238,7 +238,7 @@ class Fixed(ExitRule):
     value: float
 
     kind = "fixed"
-    words = "fixed {:g}"
+    label_format = "fixed {:g}"
     usage = "fixed:DEPTH"
     control = "fixed depth"
 
@@ -254,7 +254,7 @@ class Fixed(ExitRule):
             raise ValueError(f"fixed exit {self.value} is no exit depth; expected one of {list(layout.outcomes)}")
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         last = len(span.outcomes) - 1
 
         def rule(position: float) -> ExitRule:
@@ -303,7 +303,7 @@ class Random(ExitRule):
             )
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         """The marginal exit distribution, independent of the token; in the middle of the dial it is as it is.
 
         Elsewhere it is tilted, p_i ∝ shares_i · exp(τ · depth_i): of all distributions with that mean the nearest to it
@@ -340,18 +340,18 @@ class Confidence(Bound):
     2207.07061), softmax confidence, without their calibration."""
 
     kind = "confidence"
-    words = "confidence > {:.4g}"
+    label_format = "confidence > {:.4g}"
     needs = frozenset({"readout", "random"})
     usage = "confidence:PROBABILITY"
     control = "confidence"
     most = 1
 
-    def fires(self, at: AtExit) -> Tensor:
+    def should_exit(self, at: AtExit) -> Tensor:
         most = at.readout().log_softmax(dim=-1).amax(dim=-1).exp()
         return most > self.bounds(at, most)
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         """Finer towards certainty, where sharp readouts lie."""
         return lambda position: cls(1.0 - (1.0 - position) ** 3)
 
@@ -362,17 +362,17 @@ class Entropy(Bound):
     arXiv 1709.01686) and DeeBERT (Xin et al. 2020, arXiv 2004.12993)."""
 
     kind = "entropy"
-    words = "entropy < {:.3g}"
+    label_format = "entropy < {:.3g}"
     needs = frozenset({"readout", "random"})
     control = "entropy"
 
-    def fires(self, at: AtExit) -> Tensor:
+    def should_exit(self, at: AtExit) -> Tensor:
         logprobs = at.readout().log_softmax(dim=-1)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return entropy < self.bounds(at, entropy)
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         """At 0 every readout passes, at 1 none."""
         most = math.log(span.vocab) + 1e-3
         return lambda position: cls(most * (1.0 - position) ** 4)
@@ -390,10 +390,10 @@ class Patience(Bound):
     value: float = 2
 
     kind = "patience"
-    words = "patience {}"
+    label_format = "patience {}"
     needs = frozenset({"readout", "random"})
     # The last exit's first choice, and over how many exits it has stood.
-    notes = 2
+    state_size = 2
     default = 2
     usage = "patience:EXITS"
     control = "patience"
@@ -415,14 +415,14 @@ class Patience(Bound):
     def mean(self) -> float:
         return self.value + self.mix * (self.other - self.value)
 
-    def fires(self, at: AtExit) -> Tensor:
+    def should_exit(self, at: AtExit) -> Tensor:
         choice = at.readout().argmax(dim=-1)
-        stood = at.notes[:, 1] * (at.notes[:, 0] == choice) + 1
-        at.notes[:, 0], at.notes[:, 1] = choice, stood
+        stood = at.state[:, 1] * (at.state[:, 0] == choice) + 1
+        at.state[:, 0], at.state[:, 1] = choice, stood
         return stood >= self.bounds(at, stood)
 
     @classmethod
-    def dial(cls, span: DialRange) -> Dial:
+    def sweep_curve(cls, span: DialRange) -> Dial:
         """From 1 to M + 1 exits."""
         return lambda position: cls.between(1 + position * (len(span.outcomes) - 1))
 
@@ -435,7 +435,7 @@ class Off(ExitRule):
     """Never."""
 
     kind = "off"
-    words = "full depth"
+    label_format = "full depth"
     usage = "off"
 
     def hazard_bound(self, at: AtExit) -> Tensor:
@@ -460,9 +460,9 @@ class Prescribed(ExitRule):
     def depth(self, prompt_id: str, sample: int, token: int) -> int:
         depths = self.depths.get((prompt_id, sample))
         if depths is None or len(depths) <= token:
-            found = "none" if depths is None else str(len(depths))
+            count = "none" if depths is None else str(len(depths))
             raise ValueError(
-                f"prescribed exits of {(prompt_id, sample)}: {found} given, token {token} needs one; give more"
+                f"prescribed exits of {(prompt_id, sample)}: {count} given, token {token} needs one; give more"
             )
         return int(depths[token])
 
@@ -491,8 +491,8 @@ def everywhere(at: AtExit, fires: bool) -> Tensor:
     return torch.full((len(at.gate_logits),), ALWAYS if fires else NEVER)
 
 
-def known(fires: Any, depths: Sequence[int]) -> np.ndarray:
-    """bool [R, M], whatever the gates say -> bounds float64 [R, M], as `ExitRule.ahead` has them."""
+def forced_bounds(fires: Any, depths: Sequence[int]) -> np.ndarray:
+    """bool [R, M], whatever the gates say -> bounds float64 [R, M], as `ExitRule.hazard_bounds` has them."""
     import numpy as np
 
     return np.where(np.asarray(fires, dtype=bool).reshape(-1, len(depths)), ALWAYS, NEVER)

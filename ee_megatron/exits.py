@@ -104,7 +104,7 @@ def gate_log_term(gate_logit: Tensor, exit_depths: Tensor, depth: int, targets: 
     """The share of log q(prescribed exit) that the gate at `depth` owns; the sum over all gates is log q.
 
     z [...], prescribed depths [...] -> [...]: logsigmoid(z) where the position exits here, logsigmoid(-z) where it goes
-    deeper, 0 where it had exited before (this gate was never asked). With target hazards s* [...] instead:
+    deeper, 0 where it had exited before (this gate was not reached). With target hazards s* [...] instead:
     s* logsigmoid(z) + (1 - s*) logsigmoid(-z), the negative cross-entropy; 0 where s* is negative.
     """
     import torch

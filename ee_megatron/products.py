@@ -27,7 +27,7 @@ def chunk_positions(rows: int, *, on_cpu: bool, trained: bool) -> int:
 
 def products_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
     """x [n, k] -> x · W^T [n, m] in float32 as `product` has it, for many x with one W [m, k] of their dtype. On a CPU
-    the values of a bfloat16 W are laid out anew, once, so that what comes of it goes with W's values of now."""
+    the values of a bfloat16 W are copied to another layout once, so later changes of W have no effect."""
     if weight.dtype == torch.float32 or weight.device.type != "cpu":
         return lambda x: product(x, weight.t())
     packed = panels(weight, wide=True)

@@ -48,7 +48,7 @@ class Stream(Protocol):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read when needed and not kept. `entries`: dtype and shape of each, known without reading it."""
+    """Tensors that are read when needed, not cached. `entries`: dtype and shape of each, known without reading it."""
 
     entries: Entries
 
@@ -126,8 +126,8 @@ def map_file(path: Path, offset: int, dtype: torch.dtype, shape: Shape, soon: bo
 
 
 class FileTensors(LazyTensors):
-    """The tensors of a safetensors file, or of several: name -> file. Whole files are never mapped, only the parts that
-    are asked for. `dtype`: what they are converted to; None: as they are stored.
+    """The tensors of a safetensors file, or of several: name -> file. Only requested parts are read, whole files
+    are never mapped. `dtype`: what they are converted to; None: as they are stored.
 
     Raises ValueError or FileNotFoundError for a file that is missing, damaged or of unsupported dtypes."""
 
@@ -135,16 +135,16 @@ class FileTensors(LazyTensors):
         self.path = files if isinstance(files, Path) else None
         paths = {files} if isinstance(files, Path) else set(files.values())
         self._places: dict[str, tuple[Path, int, torch.dtype]] = {}
-        found = {}
+        entries = {}
         for path in sorted(paths):
             for name, line in read_header(path).items():
                 if not isinstance(files, Path) and files.get(name) != path:
                     continue
                 if line.dtype not in DTYPES:
                     raise ValueError(f"{path}: {name} is stored as {line.dtype}; supported: {', '.join(DTYPES)}")
-                found[name] = dtype or DTYPES[line.dtype], line.shape
+                entries[name] = dtype or DTYPES[line.dtype], line.shape
                 self._places[name] = path, line.offset, DTYPES[line.dtype]
-        self.entries = found if isinstance(files, Path) else {name: found[name] for name in files}
+        self.entries = entries if isinstance(files, Path) else {name: entries[name] for name in files}
 
     def part(self, name: str, *where: slice) -> Tensor:
         (path, offset, dtype), (wanted, shape) = self._places[name], self.entries[name]
@@ -254,15 +254,15 @@ def drain(stream: Iterable[Block]) -> None:
 
 def collect(blocks: Iterable[Block]) -> dict[str, Tensor]:
     """Whole tensors from their blocks, in memory."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for block in blocks:
         if tuple(block.data.shape) == block.shape:
-            found[block.name] = block.data
+            tensors[block.name] = block.data
             continue
         if not block.first:
-            found[block.name] = torch.empty(block.shape, dtype=block.data.dtype)
-        found[block.name][block.first : block.first + len(block.data)] = block.data
-    return found
+            tensors[block.name] = torch.empty(block.shape, dtype=block.data.dtype)
+        tensors[block.name][block.first : block.first + len(block.data)] = block.data
+    return tensors
 
 
 class Hasher:

@@ -17,7 +17,7 @@ class Prompt:
 
     `text` is what the model reads (few-shot examples included); `answer` is the reference that the task's verifier
     compares with; `group` names the underlying problem (its operands, say; several are joined by ";"), by which splits
-    are kept apart. `prefill` is text that the answer is made to begin with: its tokens are given, their exits chosen
+    are separated. `prefill` is text that the answer must begin with: its tokens are given, their exits chosen
     like any other's.
     """
 
@@ -30,11 +30,11 @@ class Prompt:
 
 
 class ExitReading(NamedTuple):
-    """What a generated answer's tokens came by, read again: M exits, T tokens.
+    """Scores of a generated answer at the exits its tokens reached: M exits, T tokens.
 
     - divergences float32 [T, M + 1]: KL(policy's readout || teacher at full depth), nats, temperature 1, at every exit
-      that the token came by or took, at full depth if it got there
-    - hazards     float32 [T, M]: of every gate that was asked
+      that the token reached, taken or not, at full depth if it got there
+    - hazards     float32 [T, M]: of every gate that ran
 
     NaN behind the token's exit and where it might not exit; hazards of a model without gates are NaN.
     """
@@ -101,7 +101,7 @@ class Group:
 
 @dataclass
 class Trace:
-    """A teacher's answer with what calibration needs; method.md, stage 1. P, T as in `Rollout`, M exits, k kept tokens.
+    """A teacher's answer with what calibration needs; method.md, stage 1. P, T as in `Rollout`, M exits, k top tokens.
 
     - prompt_tokens int64 [P]; tokens int64 [T]
     - divergences   float32 [T, M]: KL(p_final ‖ p_readout_i) in nats at the position that predicts token t

@@ -27,7 +27,7 @@ def exits_with_mean(outcomes: Sequence[int], mean: float, shape: int | tuple[int
 
 def make_weights(batch: ReplayBatch) -> Weights:
     """A likelihood's: of tokens and of exits."""
-    return Weights(mean_weights(batch, batch.counts), mean_weights(batch, batch.asked))
+    return Weights(mean_weights(batch, batch.loss_mask), mean_weights(batch, batch.gate_mask))
 
 
 def make_batch(

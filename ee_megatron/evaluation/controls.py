@@ -222,8 +222,8 @@ def all_controls(
     reinforced, and those of `other`, a policy by its name and checkpoint."""
     model, own = reference.model, checkpoints[reference.model]
     span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes, first_token))
-    gates = Threshold.dial(span)
-    controls = [ControlRule(rule.control, model, own, rule.dial(span)) for rule in CONTROLS]
+    gates = Threshold.sweep_curve(span)
+    controls = [ControlRule(rule.control, model, own, rule.sweep_curve(span)) for rule in CONTROLS]
     if model != "calibrated":
         controls.append(ControlRule("calibrated gates", "calibrated", checkpoints["calibrated"], gates))
     if other is not None:

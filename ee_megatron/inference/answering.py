@@ -28,7 +28,7 @@ def load(cfg: RunConfig, model: str | None, policy: str | None, base_unchecked: 
 
 
 def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
-    """The exit rule asked for, or the model's own; full depth, with a note, where that needs gates that it lacks."""
+    """The requested exit rule, or the model's own; full depth, with a note, where that needs gates that it lacks."""
     if rule is None:
         return answering.default_exits
     if not answering.has_gates and "gates" in rule.needs:
@@ -37,11 +37,11 @@ def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
     return rule
 
 
-def wants_chat(answering: EarlyExitModel, asked: bool | None) -> bool:
+def wants_chat(answering: EarlyExitModel, requested: bool | None) -> bool:
     """Whether a prompt on the command line goes through the chat template. Where nobody says: as the run's prompts did;
     without a run, if the model has a template and no gates, since nobody knows what gates were trained on."""
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if answering.settings is not None:
         return answering.settings.rollout.prompt_template == "chat" and answering.has_chat_template
     return answering.has_chat_template and not answering.has_gates
@@ -67,7 +67,7 @@ def serve(
     cfg: RunConfig, settings: ServerSettings, rule: ExitRule | None, model: str | None, policy: str | None,
     base_unchecked: bool = False,
 ) -> None:  # fmt: skip
-    """Answer over HTTP until told to stop; the key that clients need, if any, is EE_API_KEY's."""
+    """Answer over HTTP until a stop signal; the key that clients need, if any, is EE_API_KEY's."""
     from ..rollout.server.run import run
 
     # Before the model is read, which takes its time.

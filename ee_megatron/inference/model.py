@@ -42,7 +42,7 @@ class Answer:
     - prompt_tokens int64 [P]; tokens int64 [T], pieces: the text of each token alone
     - depths int32 [T]: layers of num_layers that ran for each token
     - logprobs, full_logprobs, exit_logprobs float32 [T]: natural logs, of the token under the distribution that was
-      sampled from, under the one without top_k and top_p, of a sampled exit at this depth (0: no gate was asked)
+      sampled from, under the one without top_k and top_p, of a sampled exit at this depth (0: no gate ran)
     - finished: "stop" (end of sequence or a stop string) or "length"
     """
 
@@ -99,13 +99,13 @@ class EarlyExitModel:
     - settings: those of the run that trained it (config/schema.py), or None
     """
 
-    def __init__(self, found: ResolvedModel, dtype: torch.dtype, device: str):
-        self.name, self.source, self.settings = found.name, found.path, found.settings
-        self.checkpoint, self.default_exits = found.checkpoint, found.default_exits
-        self.decoder = Decoder.of(found.source, found.spec, dtype, device)
-        if found.tensors is not None:
-            self.decoder.load_policy(found.tensors)
-        self.tokenizer = load_tokenizer(found.path)
+    def __init__(self, resolved: ResolvedModel, dtype: torch.dtype, device: str):
+        self.name, self.source, self.settings = resolved.name, resolved.path, resolved.settings
+        self.checkpoint, self.default_exits = resolved.checkpoint, resolved.default_exits
+        self.decoder = Decoder.of(resolved.source, resolved.spec, dtype, device)
+        if resolved.tensors is not None:
+            self.decoder.load_policy(resolved.tensors)
+        self.tokenizer = load_tokenizer(resolved.path)
 
     @classmethod
     def load(
@@ -136,18 +136,18 @@ class EarlyExitModel:
             raise ValueError(f"device={device}: expected auto, cpu or cuda")
         if threads < 0:
             raise ValueError(f"threads={threads}: expected 0 or more")
-        found = resolve(path, policy, base_unchecked)
+        resolved = resolve(path, policy, base_unchecked)
         cfg = RunConfig(device=device)
-        cfg.model.dtype = found.settings.model.dtype if name == "auto" and found.settings else name
-        return cls.of(cfg, found, threads)
+        cfg.model.dtype = resolved.settings.model.dtype if name == "auto" and resolved.settings else name
+        return cls.of(cfg, resolved, threads)
 
     @classmethod
-    def of(cls, cfg: RunConfig, found: ResolvedModel, threads: int = 0) -> EarlyExitModel:
-        """The model that was found, on the device and in the dtype of a configuration."""
+    def of(cls, cfg: RunConfig, resolved: ResolvedModel, threads: int = 0) -> EarlyExitModel:
+        """The resolved model, on the device and in the dtype of a configuration."""
         device = pick_device(cfg)
         if threads > 0 and device == "cpu":
             torch.set_num_threads(threads)
-        return cls(found, pick_dtype(cfg, device), device)
+        return cls(resolved, pick_dtype(cfg, device), device)
 
     def __repr__(self) -> str:
         dims, dtype = self.decoder.dims, str(self.decoder.dtype).removeprefix("torch.")
@@ -268,7 +268,7 @@ class EarlyExitModel:
         - at: depths to read out at, instead of the exits (for a plain model: every layer)
         - exits: the depths at which the text's tokens were predicted (an answer's `depths`), beyond which their
           positions don't go, as in generation. None: all positions run through all layers
-        - top_k: how many tokens are kept per position and depth; full: keep all logits, 4·N·T·V bytes
+        - top_k: how many tokens are stored per position and depth; full: keep all logits, 4·N·T·V bytes
         - chat: as in `generate`, for the prompt
         """
         before = [] if prompt is None else self.encode(prompt, chat)

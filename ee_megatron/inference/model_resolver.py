@@ -43,7 +43,7 @@ class ResolvedModel:
 
     @property
     def default_exits(self) -> ExitRule:
-        """The rule where none is asked for: what an export says of itself, else a threshold of 0.5; without gates full
+        """The rule where none is requested: what an export says of itself, else a threshold of 0.5; without gates full
         depth."""
         if self.tensors is None:
             return Off()

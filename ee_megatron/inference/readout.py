@@ -1,6 +1,6 @@
 """What every exit would have said: a given text read once in parallel, and read out at each depth (logit lens).
 
-Shapes: T positions, N depths (the last is L), M exits, V vocabulary, k kept tokens.
+Shapes: T positions, N depths (the last is L), M exits, V vocabulary, k top tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Readout:
     """Position t reads a token and predicts the next; row n is what depth n would have said. On the CPU; natural logs,
     temperature 1, entropies and divergences in nats.
 
-    - depths: N numbers of layers, increasing; the last is L. Those of the model's M exits, unless others were asked for
+    - depths: N numbers of layers, increasing; the last is L. Those of the model's M exits, unless others were requested
     - tokens int64 [T]: the token that each position reads; next_tokens int64 [T]: the one that follows, -1 at the end
-    - logits float32 [N, T, V], or None: only kept where `full` was asked for
+    - logits float32 [N, T, V], or None: only with `full`
     - top_ids int64 [N, T, k], top_logprobs float32 [N, T, k]: the k most probable next tokens, the best first
     - next_logprobs float32 [N, T]: log-probability of the token that follows; NaN at the end
     - entropies float32 [N, T]; divergences float32 [N, T]: KL(last layer ‖ this depth), 0 in the last row
@@ -52,9 +52,9 @@ class Readout:
 
     @property
     def logprobs(self) -> Tensor:
-        """Float32 [N, T, V]. Raises ValueError unless the logits were kept."""
+        """Float32 [N, T, V]. Raises ValueError unless the logits were stored."""
         if self.logits is None:
-            raise ValueError("the logits were not kept; ask for readout(..., full=True)")
+            raise ValueError("the logits were not stored; ask for readout(..., full=True)")
         return self.logits.log_softmax(dim=-1)
 
     @property
@@ -162,13 +162,13 @@ def _read_at(
     """Of some positions: logits [N, n, V] (or [N, n, 0]), ids and values [N, n, k], the next token's log-probabilities,
     entropies and divergences [N, n]."""
     targets, last = following[at], decoder.readout(streams[-1][at])
-    found: list[tuple[Tensor, ...]] = []
+    columns: list[tuple[Tensor, ...]] = []
     for stream in streams:
         logits = last if stream is streams[-1] else decoder.readout(stream[at])
         ours = logits.log_softmax(dim=-1)
         best = ours.topk(top_k, dim=-1)
         said = log_prob(logits, targets.clamp(min=0)).masked_fill(targets < 0, float("nan"))
         cost = torch.zeros_like(said) if stream is streams[-1] else compare(last, logits).divergence
-        kept = logits if full else logits[:, :0]
-        found.append((kept, best.indices, best.values, said, -(ours.exp() * ours).sum(-1), cost))
-    return tuple(torch.stack(column) for column in zip(*found, strict=True))
+        stored = logits if full else logits[:, :0]
+        columns.append((stored, best.indices, best.values, said, -(ours.exp() * ours).sum(-1), cost))
+    return tuple(torch.stack(column) for column in zip(*columns, strict=True))

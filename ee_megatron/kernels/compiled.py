@@ -166,10 +166,10 @@ class Panels:
 
 def panels(weight: Tensor, bias: Tensor | None = None, *, wide: bool) -> Panels | None:
     """A CPU's matrix in panels, or None where the processor or its compiler has no products for it."""
-    found = library(weight.dtype) if weight.device.type == "cpu" else None
-    if found is None or not found.columns or weight.shape[1] % PAIRS[weight.dtype]:
+    kernels = library(weight.dtype) if weight.device.type == "cpu" else None
+    if kernels is None or not kernels.columns or weight.shape[1] % PAIRS[weight.dtype]:
         return None
-    return Panels(found, weight, bias, wide)
+    return Panels(kernels, weight, bias, wide)
 
 
 def _compiled(compiler: str, defines: tuple[str, ...]) -> Path:
@@ -186,8 +186,8 @@ def _compiled(compiler: str, defines: tuple[str, ...]) -> Path:
                 objects.append(str(Path(scratch, source.stem + ".o")))
                 _run([compiler, *FLAGS, *defines, "-c", str(source), "-o", objects[-1]])
             # Linked apart from the flags above, and to the OpenMP that PyTorch runs: a second would spin against it.
-            found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
-            openmp = str(found[0]) if found else "-fopenmp"
+            bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+            openmp = str(bundled[0]) if bundled else "-fopenmp"
             _run([compiler, "-shared", *objects, openmp, "-lm", "-o", str(linked)])
             os.replace(linked, target)
     return target

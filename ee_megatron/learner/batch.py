@@ -22,15 +22,15 @@ class ReplayBatch(TensorRows):
 
     - tokens       int64 [B, S]
     - exit_depths  int32 [B, S]: prescribed; L where a position does not exit (prompt), 0 for padding
-    - counts       bool [B, S]: the position predicts a generated token
-    - asked        bool [B, S]: gates are asked at the position (`counts`, a sequence's first only where it may exit)
+    - loss_mask    bool [B, S]: the position predicts a generated token
+    - gate_mask    bool [B, S]: gates decide at the position (`loss_mask`, a sequence's first only where it may exit)
     - teacher_ids  int64 [B, S, k], teacher_logprobs float32 [B, S, k] or None: the stored teacher's distribution
     """
 
     tokens: Tensor
     exit_depths: Tensor
-    counts: Tensor
-    asked: Tensor
+    loss_mask: Tensor
+    gate_mask: Tensor
     teacher_ids: Tensor | None = None
     teacher_logprobs: Tensor | None = None
 
@@ -50,7 +50,7 @@ class ReplayBatch(TensorRows):
     def shareable(self) -> Tensor:
         """Positions of each sequence that another one with the same tokens there may run for it, int64 [B]: the prompt
         short of the last one. They run at full depth and predict nothing that counts."""
-        return torch.where(self.counts.any(1), self.counts.int().argmax(1), 0)
+        return torch.where(self.loss_mask.any(1), self.loss_mask.int().argmax(1), 0)
 
     def labels(self) -> Tensor:
         """The token that each position predicts, int64 [B, S]; the last column repeats and never counts."""
@@ -73,24 +73,24 @@ def pack(
     width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
     tokens = torch.zeros(rows, width, dtype=torch.int64)
     depths = torch.zeros(rows, width, dtype=torch.int32)
-    counts = torch.zeros(rows, width, dtype=torch.bool)
+    loss_mask = torch.zeros(rows, width, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         start, length = len(prompt) - 1, len(answer)
         depths[row, : start + length] = num_layers
         tokens[row, : start + 1] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
         tokens[row, start + 1 : start + 1 + length] = torch.as_tensor(np.asarray(answer, dtype=np.int64))
-        counts[row, start : start + length] = True
+        loss_mask[row, start : start + length] = True
         if exit_depths is not None:
             depths[row, start : start + length] = torch.as_tensor(np.asarray(exit_depths[row], dtype=np.int32))
             if length and not first_token and int(depths[row, start]) != num_layers:
                 raise ValueError(
                     "the first generated token comes from the prompt, which never exits: its depth must be L"
                 )
-    asked = counts.clone()
+    gate_mask = loss_mask.clone()
     if not first_token:
-        asked[:, 1:] &= counts[:, :-1]
-        asked[:, 0] = False
-    return ReplayBatch(tokens, depths, counts, asked)
+        gate_mask[:, 1:] &= loss_mask[:, :-1]
+        gate_mask[:, 0] = False
+    return ReplayBatch(tokens, depths, loss_mask, gate_mask)
 
 
 def spread(batch: ReplayBatch, values: Sequence[np.ndarray]) -> Tensor:
@@ -98,7 +98,7 @@ def spread(batch: ReplayBatch, values: Sequence[np.ndarray]) -> Tensor:
     first = torch.as_tensor(np.asarray(values[0]))
     out = torch.zeros(*batch.tokens.shape, *first.shape[1:], dtype=first.dtype)
     for row, value in enumerate(values):
-        out[row][batch.counts[row]] = torch.as_tensor(np.asarray(value)).to(out.dtype)
+        out[row][batch.loss_mask[row]] = torch.as_tensor(np.asarray(value)).to(out.dtype)
     return out
 
 

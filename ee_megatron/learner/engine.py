@@ -96,17 +96,17 @@ class Updater:
         """Norm of each group's gradient before clipping, and "all"; not finite where some element is not."""
         stage, zero = self.settings.zero_stage, self.engine.optimizer
         if stage == 0:
-            found = [self._norm(parameters) for parameters in self.groups.values()]
+            norms = [self._norm(parameters) for parameters in self.groups.values()]
         elif stage == 3:
-            found = [float(norm) for norm in zero._get_norm_groups()]
+            norms = [float(norm) for norm in zero._get_norm_groups()]
         else:
-            found = [
+            norms = [
                 float(zero.get_grad_norm_direct(zero.averaged_gradients[i], zero.params_in_partition[i]))
                 for i in range(len(GROUPS))
             ]
         # DeepSpeed says -1 for a norm that is not finite.
-        found = [norm if norm >= 0 else math.nan for norm in found]
-        return dict(zip(GROUPS, found, strict=True)) | {"all": math.sqrt(sum(norm**2 for norm in found))}
+        norms = [norm if norm >= 0 else math.nan for norm in norms]
+        return dict(zip(GROUPS, norms, strict=True)) | {"all": math.sqrt(sum(norm**2 for norm in norms))}
 
     def step(self, rates: dict[str, float]) -> None:
         """One update with a learning rate per group."""
@@ -143,7 +143,7 @@ class Updater:
 
 
 def import_deepspeed(on_cpu: bool) -> Any:
-    """The module, told that it is on a CPU where it is."""
+    """The module, marked as on a CPU if it is."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with lean_imports():
@@ -274,8 +274,8 @@ class WholeState(StateHolder):
     """ZeRO-0: every data-parallel rank has the state of whole parameters."""
 
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
-        found = self._optimizer.state[parameter].get(self._kind)
-        return torch.zeros(end - begin) if found is None else found.reshape(-1)[begin:end].float()
+        state = self._optimizer.state[parameter].get(self._kind)
+        return torch.zeros(end - begin) if state is None else state.reshape(-1)[begin:end].float()
 
     def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
         target = state_of(self._optimizer.state, parameter)[self._kind]
@@ -308,8 +308,8 @@ class FlatState(StateHolder):
 
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
         flat, at = self._place(parameter)
-        found = flat if self._kind == "master" else self._optimizer.optimizer.state[flat].get(self._kind)
-        return torch.zeros(end - begin) if found is None else found.detach()[at + begin : at + end]
+        state = flat if self._kind == "master" else self._optimizer.optimizer.state[flat].get(self._kind)
+        return torch.zeros(end - begin) if state is None else state.detach()[at + begin : at + end]
 
     def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
         flat, at = self._place(parameter)

@@ -46,9 +46,9 @@ class Scores(TensorRows):
     """Per position, fp32 [B, S] on the CPU, 0 where nothing was computed, the same on every rank.
 
     token_logprobs: log p(next token) at the prescribed exits; exit_logprobs: log q(prescribed exit); exit_entropy: of
-    the gates asked there, nats; token_entropy: of the next-token distribution, nats, in `score` only; kl: divergence
-    from the teacher, 0 without one; hazards: of every gate that a position came by, 0 elsewhere, [B, S, M] where
-    `score` was told to keep them, else [B, S, 0].
+    the gates deciding there, nats; token_entropy: of the next-token distribution, nats, in `score` only; kl: divergence
+    from the teacher, 0 without one; hazards: of every gate that a position reached, 0 elsewhere, [B, S, M] where
+    `score` stored them, else [B, S, 0].
     """
 
     token_logprobs: Tensor
@@ -112,7 +112,7 @@ class Learner:
 
     `policy`: whole tensors (policy.py) to start from, of which a rank reads what it holds. The reference is the base in
     `source`: under adapters the same weights with adapters off, under full fine-tuning a second, frozen model, built
-    when it is first asked for. `adapter_dropout`: of the adapters' inputs; `kl_direction`: of a divergence from the
+    on first use. `adapter_dropout`: of the adapters' inputs; `kl_direction`: of a divergence from the
     teacher, as calibrate.kl_direction; `temperature`: of the token distribution. Raises ValueError for stages that
     don't end at exits.
     """
@@ -241,7 +241,7 @@ class Learner:
         sum_tied_gradients(self.pieces)
 
     def check_copies(self) -> None:
-        """RuntimeError where what the tensor-parallel ranks hold in copies is no longer the same on all of them."""
+        """Raises RuntimeError if the tensor-parallel ranks' copies of a replicated parameter differ."""
         check_copies(self.pieces)
 
     def stream_policy(self, meet: Callable[[], None] | None = None) -> TensorStream:
@@ -292,7 +292,7 @@ class Learner:
                 head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
                 hazards_of=wanted.hazards_of, reads_out=wanted.reads_out, done=self._clock(wanted.what, own),
             )  # fmt: skip
-            # The reference's hidden states are kept for as many micro-batches as fill the pipeline.
+            # The reference's hidden states are stored for as many micro-batches as fill the pipeline.
             at_once = self.parallel.pipeline if wanted.teacher is Teacher.REFERENCE else len(own)
             for first in range(0, len(own), at_once):
                 part = slice(first, first + at_once)
@@ -371,8 +371,8 @@ class Learner:
             dist.all_gather(ranks, parts, group=parallel_state.get_data_parallel_group())
         sequence = batch.tokens.size(1)
         whole = torch.zeros(len(parts), batch.tokens.numel())
-        for found, part in zip(ranks, each, strict=True):
-            start, on_host = 0, found.cpu()
+        for columns, part in zip(ranks, each, strict=True):
+            start, on_host = 0, columns.cpu()
             for rows in part:
                 places = rows.places(sequence)
                 whole[:, places] = on_host[:, start : start + len(places)]

@@ -146,14 +146,14 @@ class _Sequences:
         apart = self.common - self.base <= WORTH_SHARING * self.lengths
         apart[0] = True
         starts = np.flatnonzero(apart).tolist()
-        found, waiting = list[Piece](), list(zip(starts, [*starts[1:], len(self.order)], strict=True))
+        pieces, waiting = list[Piece](), list(zip(starts, [*starts[1:], len(self.order)], strict=True))
         while waiting:
             piece = waiting.pop()
             if piece[1] - piece[0] > 1 and self.cost(*piece) > most:
                 waiting += halves(piece)
             else:
-                found.append(piece)
-        return found
+                pieces.append(piece)
+        return pieces
 
     def packed(self, pieces: list[Piece]) -> PackedRows:
         held = sorted(index for first, stop in pieces for index in range(first, stop))
@@ -171,16 +171,16 @@ def _balanced(sequences: _Sequences, count: int, total: int) -> list[Bin]:
     """Each of `count` micro-batches, such that the fullest holds little: what is in it is cut as long as it can be."""
     alone = count >= len(sequences.order)
     pieces = sequences.pieces(0 if alone else total / count)
-    best = found = _multifit(sequences, pieces, count)
+    best = bins = _multifit(sequences, pieces, count)
     for _ in range(CUTS):
-        size, held = max(found)
+        size, held = max(bins)
         divisible = [piece for piece in held if piece[1] - piece[0] > 1]
         if size <= BALANCE * total / count or not divisible:
             break
         largest = max(divisible, key=lambda piece: sequences.cost(*piece))
         pieces = [piece for piece in pieces if piece != largest] + halves(largest)
-        found = _multifit(sequences, pieces, count)
-        best = min(best, found, key=lambda bins: max(bins)[0])
+        bins = _multifit(sequences, pieces, count)
+        best = min(best, bins, key=lambda bins: max(bins)[0])
     return best
 
 
@@ -197,8 +197,8 @@ def _multifit(sequences: _Sequences, pieces: list[Piece], count: int) -> list[Bi
     assert best is not None
     while high - low > max(1, low // 500):
         middle = (low + high) // 2
-        found = _best_fit(sized, middle, count)
-        low, high, best = (middle, high, best) if found is None else (low, middle, found)
+        bins = _best_fit(sized, middle, count)
+        low, high, best = (middle, high, best) if bins is None else (low, middle, bins)
     return best
 
 

@@ -46,19 +46,19 @@ class MicroBatch:
     def of(batch: ReplayBatch, rows: PackedRows) -> MicroBatch:
         """Without weights; on the CPU, where it is known how many positions count."""
         places = rows.places(batch.tokens.size(1))
-        counted = batch.counts.flatten()[places].nonzero().squeeze(1)
+        counted = batch.loss_mask.flatten()[places].nonzero().squeeze(1)
 
         def at(value: Tensor | None) -> Tensor | None:
             """[B, S, ...] -> where a token counts [N, ...]."""
             return None if value is None else value.flatten(0, 1)[places[counted]]
 
-        tokens, depths, asked = (
-            _in_slots(x, places, rows.width) for x in (batch.tokens, batch.exit_depths, batch.asked)
+        tokens, depths, gate_mask = (
+            _in_slots(x, places, rows.width) for x in (batch.tokens, batch.exit_depths, batch.gate_mask)
         )
         labels = at(batch.labels())
         assert tokens is not None and depths is not None and labels is not None
         return MicroBatch(
-            tokens.unsqueeze(0), make_control(rows.packed(), depths, asked), counted, labels, None, None,
+            tokens.unsqueeze(0), make_control(rows.packed(), depths, gate_mask), counted, labels, None, None,
             at(batch.teacher_ids), at(batch.teacher_logprobs),
         )  # fmt: skip
 
@@ -143,25 +143,25 @@ class SchedulePass:
         self.kl: list[Tensor] = []
         self.exit_logprobs: list[Tensor] = []
         self.exit_entropy: list[Tensor] = []
-        # Gates at these depths leave their hazards, 0 where they were not asked.
+        # Gates at these depths leave their hazards, 0 where they did not run.
         self.hazards_of = hazards_of
         self.hazards: list[Tensor] = []
 
     def forward(self, stage: EarlyExitGPT, micro_batch: MicroBatch) -> Tensor:
         output = stage(micro_batch.tokens, micro_batch.control)
         channels = micro_batch.control.channels
-        exit_depths, asked = channels[..., EXIT_DEPTH], channels[..., ASKED] > 0
-        logprobs = torch.zeros(asked.shape, device=asked.device)
+        exit_depths, gate_mask = channels[..., EXIT_DEPTH], channels[..., ASKED] > 0
+        logprobs = torch.zeros(gate_mask.shape, device=gate_mask.device)
         entropy = torch.zeros_like(logprobs)
         hazards = logprobs.new_zeros(len(self.hazards_of), *logprobs.shape)
         for depth, logit in stage.take_gates().items() if self.exits else ():
             reached = exit_depths >= depth
             if self.hazards_of:
-                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (asked & reached)
+                hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (gate_mask & reached)
             logprobs += gate_log_term(logit, exit_depths, depth)
             entropy += torch.where(reached, gate_entropy(logit), 0.0)
-        self.exit_logprobs.append(torch.where(asked, logprobs, 0.0))
-        self.exit_entropy.append(torch.where(asked, entropy, 0.0))
+        self.exit_logprobs.append(torch.where(gate_mask, logprobs, 0.0))
+        self.exit_entropy.append(torch.where(gate_mask, entropy, 0.0))
         self.hazards.append(hazards)
         if self.done is not None:
             self.done()
@@ -179,8 +179,8 @@ class SchedulePass:
         token, divergence = (
             no_weight if weight is None else weight for weight in (micro_batch.token, micro_batch.divergence)
         )
-        loss, *found = self._read_out(micro_batch, hidden, token, divergence)
-        for store, value in zip((self.token_logprobs, self.token_entropy, self.kl), found, strict=True):
+        loss, *values = self._read_out(micro_batch, hidden, token, divergence)
+        for store, value in zip((self.token_logprobs, self.token_entropy, self.kl), values, strict=True):
             whole = value.new_zeros(micro_batch.tokens.size(1))
             store.append(whole.index_copy(0, micro_batch.counted, value))
         return loss

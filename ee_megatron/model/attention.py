@@ -62,15 +62,15 @@ class Spans:
     @cached_property
     def blocks(self) -> list[tuple[slice, slice, int]]:
         """(queries, keys up to those of the last of them, how many of these keys the first of them sees)."""
-        found = []
+        blocks = []
         for row in np.flatnonzero(np.diff(self.key_bounds) > self.short):
             first, stop = self.query_bounds[row : row + 2].tolist()
             start = int(self.key_bounds[row])
             for at in range(first, stop, QUERIES):
                 end = min(stop, at + QUERIES)
                 low, high = self.host_positions[[at, end - 1]].tolist()
-                found.append((slice(at, end), slice(start, start + high + 1), low + 1))
-        return found
+                blocks.append((slice(at, end), slice(start, start + high + 1), low + 1))
+        return blocks
 
     @cached_property
     def together(self) -> list[Together]:

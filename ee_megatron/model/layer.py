@@ -161,7 +161,7 @@ def gate_loss(gate_logit: Tensor, channels: Tensor, weights: Mapping[int, Tensor
 
 
 def gate_entropy(gate_logit: Tensor) -> Tensor:
-    """Entropy of firing or not, nats, of the gate logits' shape. Summed over the gates that a position is asked at, its
+    """Entropy of firing or not, nats, of the gate logits' shape. Summed over the gates that decide at a position, its
     expectation is the entropy of the exit distribution (chain rule)."""
     hazard = torch.sigmoid(gate_logit)
     return -(hazard * F.logsigmoid(gate_logit) + (1 - hazard) * F.logsigmoid(-gate_logit))
@@ -182,7 +182,7 @@ class EarlyExitLayer(TransformerLayer):
         if config.spec is not None and self.depth in config.spec.exit_depths:
             self.gate = ExitGate(config)
             self.gate_index = config.spec.exit_depths.index(self.depth)
-        # Gate logits of the last forward pass [w] (this rank's slots, 0 where not asked), if `record` is set.
+        # Gate logits of the last forward pass [w] (this rank's slots, 0 where it did not run), if `record` is set.
         self.record = False
         self.recorded: Tensor | None = None
 
@@ -220,17 +220,17 @@ class EarlyExitLayer(TransformerLayer):
         return self._forward_active(hidden_states, active, kwargs["rotary_pos_emb"])
 
     def _ask(self, gate: ExitGate, hidden_states: Tensor, control: Control) -> Tensor:
-        """Run the gate where it is asked and reached; its loss goes with the returned hidden states."""
+        """Run the gate where it decides and is reached; its loss goes with the returned hidden states."""
         active, flat = control.active(self.depth), hidden_states.flatten(0, 1)
-        mine = flat.new_empty(0, dtype=torch.int64) if active is None else active.asked_mine
+        mine = flat.new_empty(0, dtype=torch.int64) if active is None else active.local_gated
         logit = gate(flat.index_select(0, mine))
         if self.record:
             self.recorded = logit.new_zeros(len(flat)).index_copy(0, mine, logit.detach())
         if not logit.requires_grad or active is None or control.gates is None:
             return hidden_states
-        asked = control.gates[:, self.gate_index].index_select(0, active.asked)
-        weights = dict(zip(control.terms, asked.unbind(-1), strict=True))
-        loss = gate_loss(logit, control.channels.index_select(0, active.asked), weights, self.depth)
+        gates = control.gates[:, self.gate_index].index_select(0, active.gated)
+        weights = dict(zip(control.terms, gates.unbind(-1), strict=True))
+        loss = gate_loss(logit, control.channels.index_select(0, active.gated), weights, self.depth)
         return _AttachLoss.apply(hidden_states, loss)
 
     def _forward_active(self, hidden_states: Tensor, active: Active, rotary: Tensor) -> Tensor:

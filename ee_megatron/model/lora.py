@@ -76,11 +76,11 @@ class _Adapted:
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """The base tensors only: adapters are saved by name, without regard to the layout (policy.py)."""
-        kept, self.adapters = self.adapters, nn.ModuleDict()
+        adapters, self.adapters = self.adapters, nn.ModuleDict()
         try:
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         finally:
-            self.adapters = kept
+            self.adapters = adapters
 
 
 class _Column(_Adapted, ColumnParallelLinear):

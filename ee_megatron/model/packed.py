@@ -68,25 +68,25 @@ class PackedSequences:
 class Segment:
     """The N slots that run between two exits.
 
-    index int64 [N]; asked int64 [n]: those of them at which gates are asked. host_index, host_asked: the same, on the
+    index int64 [N]; gated int64 [n]: those of them at which gates decide. host_index, host_gated: the same, on the
     host.
     """
 
     host_index: np.ndarray
-    host_asked: np.ndarray
+    host_gated: np.ndarray
     index: Tensor
-    asked: Tensor
+    gated: Tensor
 
     @staticmethod
-    def of(running: Tensor, asked: Tensor) -> Segment:
-        """running, asked bool [W] on the CPU."""
-        index, asked_index = (x.nonzero().squeeze(1) for x in (running, running & asked))
-        return Segment(index.numpy(), asked_index.numpy(), index, asked_index)
+    def of(running: Tensor, gate_mask: Tensor) -> Segment:
+        """running, gate_mask bool [W] on the CPU."""
+        index, gated_index = (x.nonzero().squeeze(1) for x in (running, running & gate_mask))
+        return Segment(index.numpy(), gated_index.numpy(), index, gated_index)
 
 
 class Active:
     """The slots of a segment, as the layers in it need them; on every tensor-parallel rank the same but for `mine` and
-    `asked_mine`, which are this rank's part of the slots under sequence parallelism. One object serves all layers of a
+    `local_gated`, which are this rank's part of the slots under sequence parallelism. One object serves all layers of a
     segment, and their recomputation."""
 
     def __init__(self, segment: Segment, packed: PackedSequences, ranks: int = 1, rank: int = 0):
@@ -96,9 +96,9 @@ class Active:
         self._first, self._stop = (at * self.local_width for at in (rank, rank + 1))
         self.index = segment.index
         self.mine = self._local(segment.index, segment.host_index)
-        self.asked_mine = self._local(segment.asked, segment.host_asked)
+        self.local_gated = self._local(segment.gated, segment.host_gated)
         # The same places, counted in all slots.
-        self.asked = self.asked_mine if ranks == 1 else self.asked_mine + self._first
+        self.gated = self.local_gated if ranks == 1 else self.local_gated + self._first
         self._turns: tuple[Turn, Turn] | None = None
 
     def _local(self, index: Tensor, host: np.ndarray) -> Tensor:
@@ -172,7 +172,7 @@ class Control:
 
     `channels` fp32 [W, C]:
         channel 0      prescribed exit depth (layers that may change the position; L = no exit, 0 = padding)
-        channel 1      1 where gates are asked, else 0 (prompt, padding)
+        channel 1      1 where gates decide, else 0 (prompt, padding)
     `gates` fp32 [W, M, terms], what each gate's loss weighs there, by `terms`; None: gates have no loss
         LIKELIHOOD     -log-likelihood of what the gate did or, where there are targets, the cross-entropy to them
         TARGET         its target hazard, -1 for none
@@ -193,7 +193,7 @@ class Control:
     _active: dict[int, Active] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def on_rank(self, ranks: int, rank: int) -> Control:
-        """The same for a rank of the sequence-parallel group; what layers share is kept as long as this object is."""
+        """The same for a rank of the sequence-parallel group; layers share data as long as this object exists."""
         return replace(self, ranks=ranks, rank=rank)
 
     def with_gates(self, gates: dict[int, Tensor] | None) -> Control:
@@ -212,9 +212,9 @@ class Control:
         return self._active[at]
 
 
-def make_control(packed: PackedSequences, exit_depths: Tensor, asked: Tensor | None = None) -> Control:
-    """From one tensor [W] per channel, on the CPU, without a loss of the gates. `asked` None: no gate is asked."""
-    where = torch.zeros_like(exit_depths, dtype=torch.bool) if asked is None else asked.bool()
+def make_control(packed: PackedSequences, exit_depths: Tensor, gate_mask: Tensor | None = None) -> Control:
+    """From one tensor [W] per channel, on the CPU, without a loss of the gates. `gate_mask` None: no gate decides."""
+    where = torch.zeros_like(exit_depths, dtype=torch.bool) if gate_mask is None else gate_mask.bool()
     channels = torch.stack([exit_depths.float(), where.float()], dim=-1)
     depths = sorted(set(exit_depths.tolist()) - {0})
     segments = tuple(Segment.of(exit_depths >= depth, where) for depth in depths)

@@ -53,9 +53,9 @@ without a right answer are rewarded for being shallow."""
 
 def length_cost(batch: Positions, cost_length: int) -> Tensor:
     """What the answer's length costs, float32 [B]: generated tokens / cost_length."""
-    return batch.counts.sum(1).float() / cost_length
+    return batch.loss_mask.sum(1).float() / cost_length
 
 
 def mean_log_ratio(batch: Positions, policy: Tensor, reference: Tensor) -> Tensor:
     """k1 estimate of KL(policy ‖ reference): mean over generated tokens of log pi - log pi_ref, float32 [B]."""
-    return ((policy - reference) * batch.counts).sum(1) / batch.counts.sum(1).clamp(min=1)
+    return ((policy - reference) * batch.loss_mask).sum(1) / batch.loss_mask.sum(1).clamp(min=1)

@@ -31,7 +31,7 @@ class DepthCost:
         """float32 [B]."""
         fraction = batch.exit_depths.float() / num_layers
         if self.largest:
-            return (fraction * batch.asked).amax(1)
+            return (fraction * batch.gate_mask).amax(1)
         return self._parts(batch, fraction, cost_length).sum(1)
 
     def of_outcomes(self, batch: Positions, layout: ExitLayout, cost_length: int) -> Tensor:
@@ -40,8 +40,8 @@ class DepthCost:
         outcomes = batch.exit_depths.new_tensor(layout.outcomes).float() / layout.num_layers
         if not self.largest:
             each = outcomes / self.divisor(_lengths(batch), cost_length).unsqueeze(-1)
-            return each.expand(*batch.counts.shape, -1)
-        others = _largest_of_others(batch.exit_depths.float() / layout.num_layers * batch.asked)
+            return each.expand(*batch.loss_mask.shape, -1)
+        others = _largest_of_others(batch.exit_depths.float() / layout.num_layers * batch.gate_mask)
         return outcomes.maximum(others.unsqueeze(-1))
 
     def to_go(self, batch: Positions, num_layers: int, cost_length: int) -> Tensor:
@@ -50,7 +50,7 @@ class DepthCost:
         return self._parts(batch, fraction, cost_length).flip(1).cumsum(1).flip(1)
 
     def _parts(self, batch: Positions, fraction: Tensor, cost_length: int) -> Tensor:
-        return fraction * batch.counts / self.divisor(_lengths(batch), cost_length)
+        return fraction * batch.loss_mask / self.divisor(_lengths(batch), cost_length)
 
 
 DEPTH_COSTS = {
@@ -63,7 +63,7 @@ filler gains nothing."""
 
 
 def _lengths(batch: Positions) -> Tensor:
-    return batch.counts.sum(1, keepdim=True).clamp(min=1)
+    return batch.loss_mask.sum(1, keepdim=True).clamp(min=1)
 
 
 def _largest_of_others(values: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def token_advantage(batch: Positions, to_go: Tensor, charged: Tensor, group: int
     not depend on the token. Answers that are not charged, bool [B], and those with no other to compare with have none.
     `group` answers of a prompt are neighbours in the batch; to_go [B, S].
     """
-    counts = batch.counts & charged.unsqueeze(1)
+    counts = batch.loss_mask & charged.unsqueeze(1)
     if not counts.any():
         return to_go * 0
     # Answers begin at different positions: put token t of all of them into column t.
@@ -110,7 +110,7 @@ CREDITS = {"answer": Credit(), "token": Credit(to_go=True), "exit": Credit(local
 
 
 PARTS = 8
-"""Positions that come by a gate are told apart by its hazard there, into so many parts of equal size."""
+"""Positions that reach a gate are divided by its hazard there into this many parts of equal size."""
 PRIOR = 4.0
 """The whole gate's mean counts as so many positions of each part, for parts that have few of their own."""
 
@@ -118,11 +118,11 @@ PRIOR = 4.0
 def hazard_costs(
     batch: Positions, layout: ExitLayout, costs: Tensor, divergence: Tensor | None, hazards: Tensor | None
 ) -> Tensor:
-    """What firing costs more than going on, float32 [B, S, M]; 0 at gates that a position doesn't come by.
+    """What firing costs more than going on, float32 [B, S, M]; 0 at gates that a position doesn't reach.
 
     costs [B, S, M + 1]: of each outcome (`DepthCost.of_outcomes`); divergence: what an outcome costs beside that, of
     the one that was taken [B, S] or of all up to it [B, S, M + 1], None for nothing; hazards [B, S, M] of the gates
-    that were asked, None if nobody knows them.
+    that decided, None if unknown.
 
     With C_i the cost of exiting at gate i and V_i that of going on, the expected cost there is s_i C_i + (1 - s_i) V_i
     and its slope by the hazard s_i is C_i - V_i. A loss in which the hazard has this weight therefore has the expected
@@ -140,7 +140,7 @@ def hazard_costs(
     outcome = _outcomes(batch, layout)
     result = costs.new_zeros(*outcome.shape, exits)
     for gate in range(exits):
-        reached = batch.asked & (outcome >= gate)
+        reached = batch.gate_mask & (outcome >= gate)
         ends, here = outcome[reached], costs[reached]
         fired = ends == gate
         if not len(ends) or (divergence is not None and divergence.dim() == 2 and not fired.any()):

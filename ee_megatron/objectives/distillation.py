@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ..exits import ExitLayout
 
 # What gates learn: (batch, layout, target hazards of the traces [B, S, M], those of the student's own divergence at the
-# exits taken [B, S], computed when asked for) -> target hazards [B, S, M], -1 for none, or None: the prescribed exits.
+# exits taken [B, S], computed on demand) -> target hazards [B, S, M], -1 for none, or None: the prescribed exits.
 GateTargets = Callable[[Positions, "ExitLayout", "Tensor", Callable[[], "Tensor"]], "Tensor | None"]
 
 
 def current_targets(batch: Positions, layout: ExitLayout, traced: Tensor, own: Callable[[], Tensor]) -> Tensor:
     """The student's own target hazard at the gate of the exit that it was made to take, no target at all others."""
     taken = batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.depths)
-    return own().unsqueeze(-1).where(taken & batch.asked.unsqueeze(-1), -1.0)
+    return own().unsqueeze(-1).where(taken & batch.gate_mask.unsqueeze(-1), -1.0)
 
 
 GATE_TARGETS: dict[str, GateTargets] = {
@@ -53,14 +53,14 @@ class Distillation:
         divergence: Callable[[], Tensor],
         target: Callable[[Tensor], Tensor],
     ) -> Weights:
-        """`traced` [B, S, M]: as in `GateTargets`; `divergence`: the student's at the exits taken [B, S], nats, asked
-        for at most once; `target`: the hazards that divergences ask for."""
+        """`traced` [B, S, M]: as in `GateTargets`; `divergence`: the student's at the exits taken [B, S], nats, called
+        at most once; `target`: divergences -> target hazards."""
         student = cache(divergence)
         counts = (batch.exit_depths.clamp(min=1).float() / layout.num_layers) ** self.depth_power
         if self.kl_scale:
             counts = counts + (1 - counts) * (-student() / self.kl_scale).exp()
         return Weights(
-            divergence=mean_weights(batch, batch.counts) * counts,
-            exit=self.gate_weight * mean_weights(batch, batch.asked),
+            divergence=mean_weights(batch, batch.loss_mask) * counts,
+            exit=self.gate_weight * mean_weights(batch, batch.gate_mask),
             target_hazards=self.gate_targets(batch, layout, traced, lambda: target(student())),
         )

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 Shares = Mapping[str, float]
 """Style -> share of the answers."""
 TOLERANCE = 1e-12
-"""Of a reward: by so little a style may fall short of the share that is asked for."""
+"""Of a reward: by so little a style may fall short of the requested share."""
 
 
 def answer_costs(figures: Mapping[str, float], cost_length: int) -> dict[str, float]:
@@ -24,8 +24,8 @@ def answer_costs(figures: Mapping[str, float], cost_length: int) -> dict[str, fl
     square, depths as shares of L. Each cost is linear in these, so that it is the mean cost. NaN where one is missing.
     """
     of = {"mean": "mean_depth", "total": "total_depth", "max": "max_depth", "square": "square"}
-    found = {cost: figures.get(figure, math.nan) for cost, figure in of.items()}
-    return found | {"total": found["total"] / cost_length}
+    costs = {cost: figures.get(figure, math.nan) for cost, figure in of.items()}
+    return costs | {"total": costs["total"] / cost_length}
 
 
 def closed_form(reference: Shares, value: Shares, beta: float) -> dict[str, float]:

@@ -132,7 +132,7 @@ class PolicyGradient:
         taught = (experience.token_advantage, experience.exit_advantage)
         factors = [clipped(m.exp(), a, self.clip) for m, a in zip(moved, taught, strict=True)]
         per_token, per_exit = (
-            mean_weights(batch, where, self.average, self.constant) for where in (batch.counts, batch.asked)
+            mean_weights(batch, where, self.average, self.constant) for where in (batch.loss_mask, batch.gate_mask)
         )
         token = experience.token_advantage * experience.token_importance * factors[0] * per_token
         if self.kl.slope is not None and experience.reference_logprobs is not None:
@@ -146,5 +146,5 @@ class PolicyGradient:
         weights = Weights(
             token=token, exit=exit_weight, hazard=hazard, divergence=self.beta * per_token if self.kl.teacher else None
         )
-        flat = (factors[0] == 0) | ((factors[1] == 0) & batch.asked)
-        return weights, float(flat[batch.counts].float().mean())
+        flat = (factors[0] == 0) | ((factors[1] == 0) & batch.gate_mask)
+        return weights, float(flat[batch.loss_mask].float().mean())

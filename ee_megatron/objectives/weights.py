@@ -29,7 +29,7 @@ class Weights(TensorRows):
 
     - token       float32 [B, S]: of -log p(next token)
     - exit        float32 [B, S]: of -log q(prescribed exit), or [B, S, M]: of each gate's share of it
-    - hazard      float32 [B, S, M]: of the hazard of every gate that the position comes by
+    - hazard      float32 [B, S, M]: of the hazard of every gate that the position reaches
     - divergence  float32 [B, S]: of the divergence, nats, from the teacher
     - target_hazards float32 [B, S, M]: what the gates learn with weight `exit` instead of the prescribed exit, by
       cross-entropy; -1 where there is no target
@@ -48,9 +48,9 @@ class Positions(Protocol):
     @property
     def exit_depths(self) -> Tensor: ...
     @property
-    def counts(self) -> Tensor: ...
+    def loss_mask(self) -> Tensor: ...
     @property
-    def asked(self) -> Tensor: ...
+    def gate_mask(self) -> Tensor: ...
 
 
 def _per_answer(lengths: Tensor, constant: int) -> Tensor:
@@ -80,14 +80,14 @@ def mean_weights(batch: Positions, where: Tensor, average: str = "answer", const
 
     Lengths are those in generated tokens, also for exits, so that both means of the method run over the same positions.
     """
-    return where.float() / AVERAGES[average](batch.counts.sum(1, keepdim=True), constant)
+    return where.float() / AVERAGES[average](batch.loss_mask.sum(1, keepdim=True), constant)
 
 
 def answer_likelihood(batch: Positions) -> Weights:
     """Weights of - log p, its mean over an answer's tokens, then over answers (stage 0)."""
-    return Weights(token=mean_weights(batch, batch.counts))
+    return Weights(token=mean_weights(batch, batch.loss_mask))
 
 
 def text_likelihood(batch: Positions) -> Weights:
     """Weights of - log p, its mean over all predicted tokens alike (pretraining)."""
-    return Weights(token=batch.counts / batch.counts.sum())
+    return Weights(token=batch.loss_mask / batch.loss_mask.sum())

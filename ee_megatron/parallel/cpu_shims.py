@@ -54,8 +54,8 @@ def _patch_schedule_factories() -> None:
         """`torch` as the schedules see it: factory calls with device="cuda" land on the CPU."""
 
         def __getattr__(self, name: str):
-            found = getattr(torch, name)
-            return _factory_on_cpu(found) if name in ("zeros", "tensor") else found
+            value = getattr(torch, name)
+            return _factory_on_cpu(value) if name in ("zeros", "tensor") else value
 
     schedules.torch = _Torch()
 

@@ -65,7 +65,7 @@ def collate(groups: Sequence[Group], num_layers: int, first_token: bool = False,
     rollouts = rollouts_of(groups)
     prompts, answers = [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
     batch = pack(prompts, answers, [r.exit_depths for r in rollouts], num_layers, first_token)
-    return batch if gates else replace(batch, asked=batch.asked & False)
+    return batch if gates else replace(batch, gate_mask=batch.gate_mask & False)
 
 
 def rollouts_of(groups: Sequence[Group]) -> list[Rollout]:
@@ -91,7 +91,7 @@ def behavior_logprobs(batch: ReplayBatch, rollouts: Sequence[Rollout]) -> tuple[
     gate decided has log-probability 0."""
     tokens = spread(batch, [rollout.token_logprobs for rollout in rollouts])
     exits = spread(batch, [rollout.exit_logprobs for rollout in rollouts])
-    return tokens, exits.where(batch.asked, 0.0)
+    return tokens, exits.where(batch.gate_mask, 0.0)
 
 
 def firing_costs(
@@ -102,7 +102,7 @@ def firing_costs(
     credit, policy, penalty = rl.exit_credit, scores.policy, rl.depth_penalty
     assert credit is not None
     # The loss divides by an answer's tokens; costs are per answer.
-    lengths = batch.counts.sum(1).clamp(min=1)
+    lengths = batch.loss_mask.sum(1).clamp(min=1)
     outcomes = DEPTH_COSTS[penalty.cost].of_outcomes(batch, layout, penalty.cost_tokens)
     divergences = hazards = None
     weight = rl.kl_penalty.weight * credit.kl_weight
@@ -134,7 +134,7 @@ def compute_advantages(
     lambda_depth: float,
 ) -> Advantages:
     """Advantages of the rollouts in `batch` (`collate` of `groups`) under a depth penalty of weight `lambda_depth`."""
-    rollouts, counts = rollouts_of(groups), batch.counts
+    rollouts, counts = rollouts_of(groups), batch.loss_mask
     behavior = behavior_logprobs(batch, rollouts)
     # Log-probabilities under the policy at the start of the step.
     proximal = behavior

@@ -139,7 +139,7 @@ def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], layout
     """Hazards [T, M] of every gate for each item, at full depth."""
     batch = _pack([traces[item.trace] for item in items], None, layout)
     hazards = learner.hazards(batch)
-    return [hazards[row][batch.counts[row]] for row in range(batch.rows)]
+    return [hazards[row][batch.loss_mask[row]] for row in range(batch.rows)]
 
 
 def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> float:
@@ -207,9 +207,9 @@ def calibrate(cfg: RunConfig, model_path: Path, traces_path: Path) -> None:
                 update = learner.step(batch, weights, objective.teacher, adapter_lr=adapter_lr, gate_lr=gate_lr)
                 context.check_finite(update, batch, weights, step + 1)
                 scores = update.scores
-                kl = float((scores.kl * mean_weights(batch, batch.counts)).sum())
-                nll = -float((scores.exit_logprobs * mean_weights(batch, batch.asked)).sum())
-                depth = float((batch.exit_depths * batch.counts).sum() / batch.counts.sum()) / layout.num_layers
+                kl = float((scores.kl * mean_weights(batch, batch.loss_mask)).sum())
+                nll = -float((scores.exit_logprobs * mean_weights(batch, batch.gate_mask)).sum())
+                depth = float((batch.exit_depths * batch.loss_mask).sum() / batch.loss_mask.sum()) / layout.num_layers
                 values = {"kl": kl, "gate_nll": nll, "pattern_depth": depth, "target_depth": target}
                 values |= {"grad_norm": update.norms["all"], "learning_rate": adapter_lr}
                 context.log(step + 1, values)

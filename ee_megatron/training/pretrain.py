@@ -103,7 +103,7 @@ def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int
 def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
     """Every token but the first is predicted; no gate decides."""
     batch = pack([text[:1] for text in texts], [text[1:] for text in texts], None, num_layers)
-    return replace(batch, asked=torch.zeros_like(batch.asked))
+    return replace(batch, gate_mask=torch.zeros_like(batch.gate_mask))
 
 
 def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
@@ -115,11 +115,11 @@ def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         batch = make_batch([text for text, _ in part], context.spec.num_layers)
-        losses = -learner.score(batch).token_logprobs.double() * batch.counts
+        losses = -learner.score(batch).token_logprobs.double() * batch.loss_mask
         # Position p predicts token p + 1: the answer's first token is predicted by the question's last.
         first = torch.tensor([length - 1 for _, length in part]).unsqueeze(1)
-        answer = batch.counts & (torch.arange(batch.tokens.size(1)) >= first)
-        sums += torch.stack([losses.sum(), batch.counts.sum(), (losses * answer).sum(), answer.sum()])
+        answer = batch.loss_mask & (torch.arange(batch.tokens.size(1)) >= first)
+        sums += torch.stack([losses.sum(), batch.loss_mask.sum(), (losses * answer).sum(), answer.sum()])
     return {"loss": float(sums[0] / sums[1]), "answer_loss": float(sums[2] / sums[3])}
 
 

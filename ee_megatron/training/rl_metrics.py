@@ -56,8 +56,8 @@ def step_metrics(
     if policy is not None:
         seen = LogprobDiff.of(batch, rollouts_of(groups), policy)
         values |= {"token_mismatch": seen.token, "exit_mismatch": seen.exit}
-        values["token_entropy"] = float(policy.token_entropy[batch.counts].mean())
-        values["exit_entropy"] = float(policy.exit_entropy[batch.counts].mean())
+        values["token_entropy"] = float(policy.token_entropy[batch.loss_mask].mean())
+        values["exit_entropy"] = float(policy.exit_entropy[batch.loss_mask].mean())
     values |= rollout_metrics(batch, groups, num_layers)
     if target is not None:
         values |= {"accuracy_running": target.running, "accuracy_goal": target.goal}
@@ -77,7 +77,7 @@ def step_metrics(
 
 
 def advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) -> dict[str, float]:
-    ratio, counts = x.log_importance.exp()[batch.counts], batch.counts
+    ratio, counts = x.log_importance.exp()[batch.loss_mask], batch.loss_mask
     left_out = (x.experience.token_importance == 0) | (x.experience.exit_importance == 0)
     values = {
         "reward": float(x.reward.mean()),
@@ -96,7 +96,7 @@ def advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) ->
 
 def rollout_metrics(batch: ReplayBatch, groups: Sequence[Group], num_layers: int) -> dict[str, float]:
     """Metrics of the rollouts alone."""
-    counts, lengths = batch.counts, batch.counts.sum(1).float()
+    counts, lengths = batch.loss_mask, batch.loss_mask.sum(1).float()
     fraction = batch.exit_depths.float()[counts] / num_layers
     depths, hits = torch.unique(batch.exit_depths[counts], return_counts=True)
     low, middle, high = torch.quantile(fraction, torch.tensor([0.1, 0.5, 0.9])).tolist()

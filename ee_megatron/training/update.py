@@ -46,7 +46,7 @@ class LogprobDiff:
     def of(batch: ReplayBatch, rollouts: Sequence[Rollout], scores: Scores) -> LogprobDiff:
         tokens, exits = behavior_logprobs(batch, rollouts)
         differences = scores.token_logprobs - tokens, scores.exit_logprobs - exits
-        return LogprobDiff(*(float(difference[batch.counts].abs().mean()) for difference in differences))
+        return LogprobDiff(*(float(difference[batch.loss_mask].abs().mean()) for difference in differences))
 
 
 def objective_of(rl: RLConfig, max_new_tokens: int) -> PolicyGradient:
@@ -110,5 +110,5 @@ def update(
             # The only update saw the policy that sampled the rollouts.
             result.logprob_diff = LogprobDiff.of(part, [rollouts[row] for row in rows], done.scores)
         if objective.kl.teacher is not None:
-            result.kl.append(float(done.scores.kl[part.counts].mean()))
+            result.kl.append(float(done.scores.kl[part.loss_mask].mean()))
     return result

@@ -152,7 +152,7 @@ def make_lesson(objective: str = "likelihood", seed: int = 0, rows: int = LESSON
     depths = [np.concatenate([[LAYERS], numbers.choice(OUTCOMES, len(a) - 1)]) for a in answers]
     batch = pack(prompts, answers, depths, LAYERS)
     scale = torch.linspace(0.5, 1.5, rows)[:, None]
-    token, gates = scale * mean_weights(batch, batch.counts), scale * mean_weights(batch, batch.asked)
+    token, gates = scale * mean_weights(batch, batch.loss_mask), scale * mean_weights(batch, batch.gate_mask)
     targets = torch.rand(*batch.tokens.shape, 3, generator=generator)
     if objective == "distill":
         logits = torch.randn(*batch.tokens.shape, 130, generator=generator).mul(2)

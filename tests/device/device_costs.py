@@ -197,7 +197,7 @@ def semantics() -> dict[str, Any]:
         }  # fmt: skip
         found: dict[str, Any] = {name: _tried(operation) for name, operation in tries.items()}
         with pretend_gpu.counting() as counts:
-            mean_weights(SimpleNamespace(counts=there[None] > 0), there[None] > 0)
+            mean_weights(SimpleNamespace(loss_mask=there[None] > 0), there[None] > 0)
         found["site"] = counts.top("syncs")[0][0]
         with pretend_gpu.counting() as counts:
             places = torch.tensor([0, 1, 1, 1], device=there.device)

@@ -135,8 +135,8 @@ def test_the_learner_scores_what_the_engine_sampled(first_token, tmp_path):
             )  # fmt: skip
             found = ranks.call("parallel_cases:score", batch=batch, teacher=Teacher.REFERENCE, hazards=True)[0]
             for row, (rollout, ours, kl, said) in enumerate(zip(answers, read, diverged, exits, strict=True)):
-                at = batch.counts[row]
-                asked = batch.asked[row][at]
+                at = batch.loss_mask[row]
+                asked = batch.gate_mask[row][at]
                 np.testing.assert_allclose(found.kl[row][at][asked], kl[asked], atol=1e-4)
                 np.testing.assert_allclose(found.hazards[row][at], np.nan_to_num(said.hazards), atol=1e-4)
                 assert np.isnan(kl[~asked]).all()

@@ -114,8 +114,8 @@ def last_stage(results, read):
 
 def likelihood_loss(reference: Reference, batch, weights):
     log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.exit_depths), -1)
-    tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
+    tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.loss_mask
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.gate_mask
     return -(tokens * weights.token).sum() - (exits * weights.exit).sum()
 
 
@@ -125,7 +125,7 @@ def gates_loss(reference: Reference, batch, weights):
     hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.exit_depths).double())
     ends = batch.exit_depths.unsqueeze(-1)
     depths = torch.tensor(SPEC.exit_depths)
-    reached = batch.asked.unsqueeze(-1) & (ends >= depths)
+    reached = batch.gate_mask.unsqueeze(-1) & (ends >= depths)
     wanted = (ends == depths).double() if weights.target_hazards is None else weights.target_hazards
     did = wanted * hazards.log() + (1 - wanted) * (1 - hazards).log()
     return ((weights.hazard * hazards - weights.exit * did) * reached).sum()

@@ -49,8 +49,8 @@ def make_batch(seed: int = 0, rows: int = 5, first_token: bool = False):
             taken[0] = OUTCOMES[row % len(OUTCOMES)]
     batch = pack(prompts, answers, depths, 6, first_token)
     scale = torch.linspace(-1, 1.5, rows)[:, None]
-    token, exit_weight = scale * mean_weights(batch, batch.counts), 0.7 * scale * mean_weights(batch, batch.asked)
-    return batch, Weights(token, exit_weight)
+    token = scale * mean_weights(batch, batch.loss_mask)
+    return batch, Weights(token, 0.7 * scale * mean_weights(batch, batch.gate_mask))
 
 
 def learn_on(ranks, path, policy, degrees=(1, 1, 1), stages=None, spec=SPEC, tokens=36, **options) -> None:
@@ -64,8 +64,8 @@ def learn_on(ranks, path, policy, degrees=(1, 1, 1), stages=None, spec=SPEC, tok
 def reference_scores(path, policy, batch):
     reference = Reference(path, SPEC, policy)
     log_probs = torch.log_softmax(reference.logits(batch.tokens, batch.exit_depths), -1)
-    tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
+    tokens = log_probs.gather(-1, batch.labels()[..., None])[..., 0] * batch.loss_mask
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.gate_mask
     return tokens, exits
 
 
@@ -96,7 +96,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
     tokens, exits = reference_scores(path, policy, batch)
     logits = Reference(path, SPEC, policy).gate_logits(batch.tokens, batch.exit_depths).detach()
     reached = batch.exit_depths.unsqueeze(-1) >= torch.tensor(SPEC.exit_depths)
-    hazards = torch.sigmoid(logits) * (reached & batch.asked.unsqueeze(-1))
+    hazards = torch.sigmoid(logits) * (reached & batch.gate_mask.unsqueeze(-1))
     for found in (*(scores.hazards for scores in with_hazards), *alone):
         torch.testing.assert_close(found, hazards, rtol=1e-5, atol=1e-5)
     assert all(found.hazards.size(-1) == 0 for found in scores) and 0 < float((hazards > 0).float().mean()) < 1
@@ -104,7 +104,7 @@ def test_scores_and_updates_equal_the_reference(family, degrees, stages, options
         torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.exit_logprobs, exits.detach(), rtol=1e-5, atol=1e-5)
     plain = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6)).log_softmax(-1)
-    plain = plain.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
+    plain = plain.gather(-1, batch.labels()[..., None])[..., 0] * batch.loss_mask
     torch.testing.assert_close(teacher[0].token_logprobs, plain, rtol=1e-5, atol=1e-5)
 
     optimizer = adamw(policy)
@@ -197,7 +197,7 @@ def test_gradients_of_distillation_equal_the_reference(tmp_path):
     student = reference.logits(batch.tokens, batch.exit_depths).log_softmax(-1).gather(-1, batch.teacher_ids)
     p, q = (torch.cat([x, (1 - x.exp().sum(-1, keepdim=True)).log()], -1) for x in (student, batch.teacher_logprobs))
     kl = (p.exp() * (p - q)).sum(-1)
-    torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(update.scores.kl, (kl * batch.loss_mask).detach(), rtol=1e-4, atol=1e-4)
     hazards = torch.sigmoid(reference.gate_logits(batch.tokens, batch.exit_depths))
     entropy = torch.nn.functional.binary_cross_entropy(hazards, targets, reduction="none")
     reached = batch.exit_depths[..., None] >= torch.tensor(SPEC.exit_depths)
@@ -264,9 +264,9 @@ def test_gradients_of_distillation_over_the_whole_vocabulary(mode, direction, tm
     else:
         p, q = (student, teacher) if direction == "student_teacher" else (teacher, student)
         kl = (p.exp() * (p - q)).sum(-1)
-    torch.testing.assert_close(update.scores.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
-    ((kl * batch.counts * weights.divergence).sum() - (exits * weights.exit).sum()).backward()
+    torch.testing.assert_close(update.scores.kl, (kl * batch.loss_mask).detach(), rtol=1e-4, atol=1e-5)
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.gate_mask
+    ((kl * batch.loss_mask * weights.divergence).sum() - (exits * weights.exit).sum()).backward()
     assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)
 
 
@@ -292,13 +292,13 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, degrees, 
     teacher = Reference(path).logits(batch.tokens, torch.full_like(batch.exit_depths, 6))
     teacher = (teacher / temperature).log_softmax(-1)
     kl = (student.exp() * (student - teacher)).sum(-1)
-    tokens = student.gather(-1, batch.labels()[..., None])[..., 0] * batch.counts
+    tokens = student.gather(-1, batch.labels()[..., None])[..., 0] * batch.loss_mask
     for found in (scores, update.scores):
-        torch.testing.assert_close(found.kl, (kl * batch.counts).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.kl, (kl * batch.loss_mask).detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.token_logprobs, tokens.detach(), rtol=1e-4, atol=1e-4)
-    entropy = -(student.exp() * student).sum(-1) * batch.counts
+    entropy = -(student.exp() * student).sum(-1) * batch.loss_mask
     torch.testing.assert_close(scores.token_entropy, entropy.detach(), rtol=1e-4, atol=1e-5)
-    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.asked
-    loss = (kl * batch.counts * weights.divergence).sum() - (tokens * weights.token).sum()
+    exits = reference.log_q(reference.gate_logits(batch.tokens, batch.exit_depths), batch.exit_depths) * batch.gate_mask
+    loss = (kl * batch.loss_mask * weights.divergence).sum() - (tokens * weights.token).sum()
     (loss - (exits * weights.exit).sum()).backward()
     assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)

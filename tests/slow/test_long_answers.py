@@ -71,9 +71,9 @@ def test_gradients_of_a_step_on_long_answers_are_the_references(degrees, stages,
         n = int(batch.lengths()[row])
         tokens, depths = batch.tokens[row : row + 1, :n], batch.exit_depths[row : row + 1, :n]
         streams = reference.stream(tokens, depths)
-        log_q = reference.log_q(reference.ask(streams), depths) * batch.asked[row, :n]
+        log_q = reference.log_q(reference.ask(streams), depths) * batch.gate_mask[row, :n]
         labels = batch.labels()[row, :n].view(1, -1, 1)
-        log_p = reference.read_out(streams).log_softmax(-1).gather(-1, labels)[..., 0] * batch.counts[row, :n]
+        log_p = reference.read_out(streams).log_softmax(-1).gather(-1, labels)[..., 0] * batch.loss_mask[row, :n]
         (-(log_p * weights.token[row, :n]).sum() - (log_q * weights.exit[row, :n]).sum()).backward()
         for score, wanted in (("token_logprobs", log_p), ("exit_logprobs", log_q)):
             torch.testing.assert_close(found[0][score][row, :n], wanted[0].detach(), rtol=1e-4, atol=1e-4)

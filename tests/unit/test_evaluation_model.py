@@ -178,7 +178,7 @@ def test_every_control_has_the_mean_depth_it_claims(pool, verifier, rule) -> Non
     if rule is Threshold:
         # Another policy's gates, as those of the calibrated model are for the reinforced one.
         pool.load(policy(pool, 2))
-    dial = rule.dial(span(marginal=marginal_exits(answers, OUTCOMES)))
+    dial = rule.sweep_curve(span(marginal=marginal_exits(answers, OUTCOMES)))
     found = match_depth(lambda e: measured(pool, verifier, e)[0], dial, row.mean_depth)
     assert found.within and found.target == row.mean_depth
     again = pool.generate(GenerationRequest(TASK.prompts("validation"), 1, SAMPLED, found.policy, 0))
@@ -189,11 +189,11 @@ def test_every_control_has_the_mean_depth_it_claims(pool, verifier, rule) -> Non
 
 
 def test_a_depth_out_of_reach_is_reported_as_not_matched(pool, verifier) -> None:
-    found = match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0.2, trials=6)
+    found = match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.sweep_curve(span()), 0.2, trials=6)
     # Every token but the first at depth 2 of 6 is the least there is.
     assert not found.within and found.row.mean_depth > 0.33 and found.trials == 3
     with pytest.raises(ValueError):
-        match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.dial(span()), 0)
+        match_depth(lambda e: measured(pool, verifier, e)[0], Fixed.sweep_curve(span()), 0)
 
 
 def expected_depth(policy: ExitRule) -> float:
@@ -202,16 +202,16 @@ def expected_depth(policy: ExitRule) -> float:
 
 def test_dials_rise_and_know_their_ends() -> None:
     marginal = (0.5, 0.2, 0.3)
-    for dial in (Fixed.dial(span()), Random.dial(span(marginal=marginal))):
+    for dial in (Fixed.sweep_curve(span()), Random.sweep_curve(span(marginal=marginal))):
         depths = [expected_depth(dial(p)) for p in np.linspace(0, 1, 21)]
         assert depths == sorted(depths)
         assert depths[0] == pytest.approx(2, abs=0.01) and depths[-1] == pytest.approx(6, abs=0.01)
-    assert Random.dial(span(marginal=marginal))(0.5).shares == pytest.approx(marginal)
-    assert Fixed.dial(span())(0.25).shares == pytest.approx((0.5, 0.5, 0.0))
-    assert Fixed.dial(span())(1.0).shares == (0.0, 0.0, 1.0)
-    assert sum(share > 0 for share in Fixed.dial(span())(0.8).shares) == 2, "neighbours only"
-    assert tuple(Confidence.dial(span())(place).value for place in (0.0, 1.0)) == (0.0, 1.0)
-    assert Entropy.dial(span())(0.0).value > math.log(130) and Entropy.dial(span())(1.0).value == 0.0
+    assert Random.sweep_curve(span(marginal=marginal))(0.5).shares == pytest.approx(marginal)
+    assert Fixed.sweep_curve(span())(0.25).shares == pytest.approx((0.5, 0.5, 0.0))
+    assert Fixed.sweep_curve(span())(1.0).shares == (0.0, 0.0, 1.0)
+    assert sum(share > 0 for share in Fixed.sweep_curve(span())(0.8).shares) == 2, "neighbours only"
+    assert tuple(Confidence.sweep_curve(span())(place).value for place in (0.0, 1.0)) == (0.0, 1.0)
+    assert Entropy.sweep_curve(span())(0.0).value > math.log(130) and Entropy.sweep_curve(span())(1.0).value == 0.0
 
 
 def planted_measure(policy: ExitRule) -> EvaluationRow:
@@ -221,7 +221,7 @@ def planted_measure(policy: ExitRule) -> EvaluationRow:
 
 
 def test_the_least_depth_of_equal_accuracy_is_found() -> None:
-    dial = Fixed.dial(span())
+    dial = Fixed.sweep_curve(span())
     found = match_accuracy(planted_measure, dial, 0.8, trials=12)
     assert found.within and found.row.accuracy == 0.8
     assert 5 / 6 <= found.row.mean_depth < 5 / 6 + 0.01

@@ -30,16 +30,16 @@ def batch_of(answers: list[list[int]], prompts: list[int] | None = None) -> Repl
     return pack([np.arange(n) for n in lengths], [np.arange(len(d)) for d in depths], depths, LAYOUT.num_layers)
 
 
-def at_asked(batch: ReplayBatch, values: Tensor) -> Tensor:
-    """One value per token that was asked, in order, put where its position is; 0 elsewhere."""
-    placed = values.new_zeros(*batch.asked.shape, *values.shape[1:])
-    placed[batch.asked] = values
+def at_gates(batch: ReplayBatch, values: Tensor) -> Tensor:
+    """One value per token at which gates decide, in order, put where its position is; 0 elsewhere."""
+    placed = values.new_zeros(*batch.gate_mask.shape, *values.shape[1:])
+    placed[batch.gate_mask] = values
     return placed
 
 
 def outcomes_of(batch: ReplayBatch) -> Tensor:
-    """Of every asked position, in order."""
-    depths = batch.exit_depths[batch.asked]
+    """Of every position at which gates decide, in order."""
+    depths = batch.exit_depths[batch.gate_mask]
     return (depths.unsqueeze(-1) == depths.new_tensor(LAYOUT.outcomes)).int().argmax(-1)
 
 
@@ -57,9 +57,9 @@ drawn_costs = st.sampled_from(sorted(DEPTH_COSTS))
 
 
 def of_outcomes(batch: ReplayBatch, costs: Tensor) -> Tensor:
-    """Costs [asked, M + 1] as far as a position came, NaN behind its outcome and where nothing was asked."""
+    """Costs [gated, M + 1] as far as a position came, NaN behind its outcome and where no gate decides."""
     behind = torch.arange(EXITS + 1) > outcomes_of(batch).unsqueeze(-1)
-    return at_asked(batch, costs.masked_fill(behind, torch.nan)).where(batch.asked.unsqueeze(-1), torch.nan)
+    return at_gates(batch, costs.masked_fill(behind, torch.nan)).where(batch.gate_mask.unsqueeze(-1), torch.nan)
 
 
 def priced(batch: ReplayBatch, kind: str) -> Tensor:
@@ -85,10 +85,10 @@ def test_with_outcomes_in_proportion_the_weights_add_up_to_the_slope_of_the_expe
     batch = batch_of(EXACT_OUTCOMES)
     price = torch.tensor([0.1, 0.7, 0.4, 1.0])
     by_outcome = torch.tensor(divergences or [0.0] * 4)
-    own = None if divergences is None else at_asked(batch, by_outcome[outcomes_of(batch)])
+    own = None if divergences is None else at_gates(batch, by_outcome[outcomes_of(batch)])
     if of_all and own is not None:
         own = of_outcomes(batch, by_outcome.expand(8, -1))
-    hazards = at_asked(batch, EXACT_HAZARDS.expand(8, -1)) if hazards_known else None
+    hazards = at_gates(batch, EXACT_HAZARDS.expand(8, -1)) if hazards_known else None
     found = hazard_costs(batch, LAYOUT, price.expand(*batch.tokens.shape, -1), own, hazards)
     expected = slope_of_expected_cost(EXACT_HAZARDS, price + by_outcome)
     torch.testing.assert_close(found.sum((0, 1)) / 8, expected, rtol=1e-5, atol=1e-6)
@@ -100,8 +100,8 @@ def test_positions_are_compared_with_those_of_about_the_same_hazard():
     hazards = torch.tensor([[0.2, 0.5, 0.5]] * 400 + [[0.8, 0.5, 0.5]] * 400)
     batch = batch_of(outcomes.view(20, 40).tolist())
     costs = torch.tensor([0.0, 0.5, 0.75, 1.0]).expand(*batch.tokens.shape, -1)
-    apart = hazard_costs(batch, LAYOUT, costs, None, at_asked(batch, hazards))[batch.asked][:, 0]
-    alike = hazard_costs(batch, LAYOUT, costs, None, None)[batch.asked][:, 0]
+    apart = hazard_costs(batch, LAYOUT, costs, None, at_gates(batch, hazards))[batch.gate_mask][:, 0]
+    alike = hazard_costs(batch, LAYOUT, costs, None, None)[batch.gate_mask][:, 0]
     first, second = apart[:400][outcomes[:400] == 0], apart[400:][outcomes[400:] == 0]
     assert first.mean().item() == pytest.approx(-0.5, abs=0.02) and second.mean().item() == pytest.approx(-1, abs=0.02)
     torch.testing.assert_close(alike[outcomes == 0], torch.full((400,), -0.75))
@@ -115,9 +115,9 @@ def test_hazards_of_a_policy_that_has_diverged_are_no_error_here(broken):
     hazards = torch.linspace(0.1, 0.9, 40).unsqueeze(-1).repeat(1, EXITS)
     hazards[broken] = torch.nan
     costs = torch.tensor([0.0, 0.5, 0.75, 1.0]).expand(*batch.tokens.shape, -1)
-    found = hazard_costs(batch, LAYOUT, costs, None, at_asked(batch, hazards))
+    found = hazard_costs(batch, LAYOUT, costs, None, at_gates(batch, hazards))
     assert found.isfinite().all()
-    assert (found[batch.asked][:, 0] < 0).all()
+    assert (found[batch.gate_mask][:, 0] < 0).all()
 
 
 @QUICK
@@ -126,8 +126,8 @@ def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with
     batch = batch_of(answers, prompts=[2 + i for i in range(len(answers))])
     own = drawn_numbers(batch, seed) if with_divergence else None
     hazards = drawn_numbers(batch, seed + 1, EXITS) if known else None
-    of_all = of_outcomes(batch, drawn_numbers(batch, seed, EXITS + 1)[batch.asked])
-    reached = batch.asked.unsqueeze(-1) & (batch.exit_depths.unsqueeze(-1) >= torch.tensor(LAYOUT.depths))
+    of_all = of_outcomes(batch, drawn_numbers(batch, seed, EXITS + 1)[batch.gate_mask])
+    reached = batch.gate_mask.unsqueeze(-1) & (batch.exit_depths.unsqueeze(-1) >= torch.tensor(LAYOUT.depths))
     for divergence in (own, of_all):
         found = hazard_costs(batch, LAYOUT, priced(batch, kind), divergence, hazards)
         assert not found[~reached].any() and found.isfinite().all()
@@ -136,12 +136,12 @@ def test_gates_that_a_position_does_not_come_by_cost_nothing(answers, kind, with
 def test_a_gate_that_never_fired_is_taught_by_the_price_but_not_beside_a_divergence():
     """Nothing is known of what its exit does to the next token."""
     batch = batch_of([[1, 3], [3, 1, 3]])
-    own = at_asked(batch, torch.tensor([0.3, 0.1, 0.2, 0.6, 0.0]))
+    own = at_gates(batch, torch.tensor([0.3, 0.1, 0.2, 0.6, 0.0]))
     costs = priced(batch, "mean")
-    price_only, both = (hazard_costs(batch, LAYOUT, costs, d, None)[batch.asked] for d in (None, own))
+    price_only, both = (hazard_costs(batch, LAYOUT, costs, d, None)[batch.gate_mask] for d in (None, own))
     assert (price_only[:, 0] < 0).all() and not both[:, 0].any()
     # Unless it is read: 1 nat at every exit, and going on costs what it did.
-    read = hazard_costs(batch, LAYOUT, costs, of_outcomes(batch, torch.ones(5, EXITS + 1)), None)[batch.asked]
+    read = hazard_costs(batch, LAYOUT, costs, of_outcomes(batch, torch.ones(5, EXITS + 1)), None)[batch.gate_mask]
     torch.testing.assert_close(read, price_only)
     went_on = outcomes_of(batch) == 3
     assert (price_only[went_on, 2] < 0).all() and not both[:, 2].any()
@@ -156,7 +156,7 @@ def test_the_cost_of_an_outcome_is_the_answer_s_with_the_position_s_depth_replac
     batch, cost = batch_of(answers), DEPTH_COSTS[kind]
     found, before = priced(batch, kind), cost.of_answers(batch, LAYOUT.num_layers, COST_LENGTH)
     taken = outcomes_of(batch)
-    for (row, position), now in zip(batch.asked.nonzero().tolist(), taken.tolist(), strict=True):
+    for (row, position), now in zip(batch.gate_mask.nonzero().tolist(), taken.tolist(), strict=True):
         for outcome, depth in enumerate(LAYOUT.outcomes):
             depths = batch.exit_depths.clone()
             depths[row, position] = depth
@@ -171,10 +171,10 @@ def test_the_cost_of_an_outcome_is_the_answer_s_with_the_position_s_depth_replac
 def test_the_first_token_bears_the_whole_cost_and_each_of_the_others_what_is_left(kind, answers):
     batch, cost = batch_of(answers, prompts=[2 + i for i in range(len(answers))]), DEPTH_COSTS[kind]
     to_go = cost.to_go(batch, LAYOUT.num_layers, COST_LENGTH)
-    first = batch.counts.int().argmax(1, keepdim=True)
+    first = batch.loss_mask.int().argmax(1, keepdim=True)
     whole = cost.of_answers(batch, LAYOUT.num_layers, COST_LENGTH)
     torch.testing.assert_close(to_go.gather(1, first).squeeze(1), whole)
-    for row, counted in enumerate(batch.counts):
+    for row, counted in enumerate(batch.loss_mask):
         mine = to_go[row][counted].tolist()
         share = [d / LAYOUT.num_layers for d in batch.exit_depths[row][counted]]
         divisor = COST_LENGTH if kind == "total" else len(mine)

@@ -74,7 +74,7 @@ def at_exit(rule: ExitRule, index: int = 0, asked: set[str] | None = None) -> At
         readout=lambda: seen.add("readout") or readout,
         uniform=lambda i: seen.add("random") or uniforms[:, i],
         tokens=lambda: [("p", 0, 1), ("p", 1, 1)],
-        notes=torch.zeros(2, rule.notes, dtype=torch.float64),
+        state=torch.zeros(2, rule.state_size, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def test_every_rule_has_an_example_here() -> None:
 def test_a_rule_looks_at_what_it_says_it_needs_and_no_more(rule: ExitRule) -> None:
     asked: set[str] = set()
     for index in range(2):
-        fired = rule.fires(at_exit(rule, index, asked))
+        fired = rule.should_exit(at_exit(rule, index, asked))
         assert fired.dtype == torch.bool and fired.shape == (2,)
     # Rules with a bound draw only if they are mixed.
     assert asked == rule.needs - ({"random"} if hasattr(rule, "mix") and not rule.mix else set())
@@ -103,15 +103,15 @@ def test_sampling_fires_with_the_gate_s_hazard_however_small(hazard: float) -> N
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     logits = torch.full((1000,), hazard).logit()
     at = AtExit(0, 2, logits, lambda: logits, lambda _: uniform, list, torch.zeros(1000, 0))
-    assert Sample().fires(at).sum() == round(1000 * hazard)
-    bounds = Sample().ahead(np.stack([uniform.numpy()] * 3, axis=1), LAYOUT.depths, [("p", 0, 1)] * 1000)
+    assert Sample().should_exit(at).sum() == round(1000 * hazard)
+    bounds = Sample().hazard_bounds(np.stack([uniform.numpy()] * 3, axis=1), LAYOUT.depths, [("p", 0, 1)] * 1000)
     assert (torch.from_numpy(bounds[:, 0]) < hazard).sum() == round(1000 * hazard)
 
 
 def test_a_replay_decides_row_by_row() -> None:
     rule = Prescribed(DEPTHS)
-    assert rule.fires(at_exit(rule, 0)).tolist() == [True, False]
-    assert rule.fires(at_exit(rule, 1)).tolist() == [False, True]
+    assert rule.should_exit(at_exit(rule, 0)).tolist() == [True, False]
+    assert rule.should_exit(at_exit(rule, 1)).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("rule", EXAMPLES, ids=str)
@@ -172,7 +172,7 @@ def test_results_keep_the_fields_that_they_have_always_had() -> None:
 
 @pytest.mark.parametrize("rule", [*CONTROLS, Threshold], ids=lambda rule: rule.kind)
 def test_two_places_on_a_dial_can_be_mixed(rule: type[ExitRule]) -> None:
-    dial = rule.dial(DialRange((2, 4, 6), 9, (0.2, 0.3, 0.5)))
+    dial = rule.sweep_curve(DialRange((2, 4, 6), 9, (0.2, 0.3, 0.5)))
     shallow, deep = dial(0.25), dial(0.75)
     mixed = shallow.mixed(deep, 0.5)
     mixed.check(LAYOUT, True)
@@ -181,7 +181,7 @@ def test_two_places_on_a_dial_can_be_mixed(rule: type[ExitRule]) -> None:
         assert isinstance(mixed, Random) and isinstance(deep, Random)
         np.testing.assert_allclose(mixed.shares, (np.array(shallow.shares) + np.array(deep.shares)) / 2)
     with pytest.raises(NotImplementedError, match=r"\boff\b"):
-        Off.dial(DialRange((2, 6), 9, (0.5, 0.5)))
+        Off.sweep_curve(DialRange((2, 6), 9, (0.5, 0.5)))
 
 
 def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it() -> None:
@@ -190,7 +190,7 @@ def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it() -> None:
     for index in range(2):
         at = replace(at_exit(rule), index=index, uniform=lambda i: drawn[:, i])
         # Once for all exits: the first exit's number decides at the second, too.
-        assert rule.fires(at).tolist() == [False, True]
+        assert rule.should_exit(at).tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it() -> None:
         (lambda: Fixed(3).check(LAYOUT, True), "fixed.*3"),
         (lambda: Prescribed({("p", 0): [6, 3]}).check(LAYOUT, True), r"'p', 0.*\[3\]"),
         (lambda: Prescribed({("p", 0): [2, 2]}).check(LAYOUT, True), r"'p', 0.*\b2\b"),
-        (lambda: Prescribed().fires(at_exit(Prescribed())), "'p', 0"),
+        (lambda: Prescribed().should_exit(at_exit(Prescribed())), "'p', 0"),
         *((lambda wrong=wrong: Patience(wrong), f"{wrong:g}") for wrong in (0, -1, 1.5, float("inf"), float("nan"))),
         (lambda: Patience(2, other=2.5, mix=0.5), r"2\.5"),
     ],
@@ -295,12 +295,12 @@ def test_a_choice_counts_as_long_as_it_stands(choices: list[int], depths: list[i
     """For n = 1 to 6; token 0 is one like any other, although the memory begins with zeros."""
     for patience, depth in enumerate(depths, 1):
         rule, left = Patience(patience), 6
-        notes = torch.zeros(2, rule.notes, dtype=torch.float64)
+        state = torch.zeros(2, rule.state_size, dtype=torch.float64)
         for i, choice in enumerate(choices):
             # The second row's first choice is another at every exit.
             logits = torch.eye(10)[[choice, i]]
-            at = AtExit(i, i + 1, torch.zeros(2), lambda logits=logits: logits, lambda _: torch.zeros(2), list, notes)
-            fired = rule.fires(at).tolist()
+            at = AtExit(i, i + 1, torch.zeros(2), lambda logits=logits: logits, lambda _: torch.zeros(2), list, state)
+            fired = rule.should_exit(at).tolist()
             assert fired[1] == (patience == 1)
             left = i + 1 if fired[0] and left == 6 else left
         assert left == depth == by_hand(choices, patience)
@@ -342,7 +342,7 @@ def test_with_patience_tokens_leave_everywhere_and_later_with_more(decoder) -> N
 
 
 def test_the_dial_runs_through_all_patiences_and_the_mixtures_between() -> None:
-    dial = Patience.dial(DialRange((1, 2, 3, 4, 5, 6), 130, (1 / 6,) * 6))
+    dial = Patience.sweep_curve(DialRange((1, 2, 3, 4, 5, 6), 130, (1 / 6,) * 6))
     assert [dial(n / M) for n in range(M + 1)] == [Patience(n + 1) for n in range(M + 1)]
     assert dial(0.5) == Patience(3, other=4, mix=0.5) and dial(0.5).label == "patience 3 (or 4: 50%)"
     means = [dial(p).mean for p in np.linspace(0, 1, 41)]

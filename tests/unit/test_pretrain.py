@@ -124,9 +124,9 @@ def test_every_text_comes_before_any_comes_again() -> None:
 
 def test_every_token_but_the_first_counts_alike() -> None:
     batch = make_batch([np.arange(1, 6), np.arange(1, 4)], num_layers=8)
-    assert batch.counts.sum() == 6 and not batch.asked.any()
+    assert batch.loss_mask.sum() == 6 and not batch.gate_mask.any()
     weights = text_likelihood(batch)
-    assert torch.equal(weights.token[batch.counts], torch.full((6,), 1 / 6))
+    assert torch.equal(weights.token[batch.loss_mask], torch.full((6,), 1 / 6))
 
 
 def test_a_model_that_is_trained_on_is_the_one_at_its_path(tmp_path: Path, drawn: Path) -> None:

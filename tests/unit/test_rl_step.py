@@ -62,7 +62,7 @@ def but(rl: RLConfig, **changed) -> RLConfig:
 
 def scores(batch, tokens=None, exits=None) -> Scores:
     zero = torch.zeros(batch.tokens.shape)
-    tokens = torch.where(batch.counts, -1.0, 0.0) if tokens is None else tokens
+    tokens = torch.where(batch.loss_mask, -1.0, 0.0) if tokens is None else tokens
     return Scores(tokens, zero if exits is None else exits, zero, zero, zero, torch.zeros(*tokens.shape, 2))
 
 
@@ -117,7 +117,7 @@ def test_the_paper_s_reward_by_hand(of_sums):
 def test_where_all_are_told_where_to_leave_no_gate_learns():
     groups = [a_group([6, 2, 2], [6, 2], rewards=[1, 0])]
     batch = collate(groups, 6, gates=False)
-    assert not batch.asked.any() and batch.exit_depths.equal(collate(groups, 6).exit_depths)
+    assert not batch.gate_mask.any() and batch.exit_depths.equal(collate(groups, 6).exit_depths)
     rl = rl_of(fixed_depth=2, depth=0.5)
     # What the gates would have said of the exits that were taken plays no part.
     for rollout in groups[0].rollouts:
@@ -138,7 +138,7 @@ def test_the_exact_kl_is_weighed_once_and_not_charged_twice():
     batch, weights, experience, _, _ = weights_of(groups, rl, reference=far)
     assert objective_of(rl, LONGEST).kl.teacher is Teacher.REFERENCE
     assert weights.divergence is not None and weights.divergence.sum(1).tolist() == pytest.approx([0.4, 0.4])
-    assert (weights.divergence > 0).equal(batch.counts) and not experience.token_advantage.any()
+    assert (weights.divergence > 0).equal(batch.loss_mask) and not experience.token_advantage.any()
     assert weights_of(groups, rl_of(kl=dict(weight=0.8, kind="reward")), reference=far)[1].divergence is None
 
 
@@ -158,24 +158,24 @@ def test_a_token_answers_for_the_depth_from_it_on():
 
 def test_kl_in_the_loss_pulls_towards_the_reference_and_leaves_the_reward_alone():
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
-    higher = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
+    higher = lambda batch: scores(batch, torch.where(batch.loss_mask, -0.5, 0.0))  # noqa: E731
     rl = rl_of(kl=dict(weight=0.3, kind="loss"), loss=dict(clip=0.0))
     batch, plain, _, _, _ = weights_of(groups, but(rl, kl_penalty=dict(weight=0.0)), now=higher)
     _, pulled, _, values, _ = weights_of(groups, rl, now=higher)
     slope = 0.3 * (1 - np.exp(-0.5)) / 4
     assert values["reward"] == pytest.approx(0.5)
-    assert (plain.token - pulled.token)[batch.counts].tolist() == pytest.approx([slope] * 4)
+    assert (plain.token - pulled.token)[batch.loss_mask].tolist() == pytest.approx([slope] * 4)
 
 
 def test_positions_far_from_the_step_s_start_no_longer_count():
     groups = [a_group([6, 2], [6, 2], rewards=[1, 0])]
-    moved = lambda batch: scores(batch, torch.where(batch.counts, -0.5, 0.0))  # noqa: E731
+    moved = lambda batch: scores(batch, torch.where(batch.loss_mask, -0.5, 0.0))  # noqa: E731
     batch, weights, _, _, share = weights_of(
         groups,
         rl_of(loss=dict(clip=0.2)),
         now=moved,
     )
-    assert not weights.token[0].any() and weights.token[1][batch.counts[1]].abs().min() > 0
+    assert not weights.token[0].any() and weights.token[1][batch.loss_mask[1]].abs().min() > 0
     assert share == pytest.approx(0.5)
 
 
@@ -190,7 +190,7 @@ def learned(groups, rl, first=True, **changed):
 
 def per_answer(batch, advantage) -> list[float]:
     """The advantage that all tokens of an answer share."""
-    rows = [row[counted] for row, counted in zip(advantage, batch.counts, strict=True)]
+    rows = [row[counted] for row, counted in zip(advantage, batch.loss_mask, strict=True)]
     assert all((row == row[0]).all() for row in rows)
     return [float(row[0]) for row in rows]
 
@@ -227,7 +227,7 @@ def test_with_charge_right_nobody_s_advantage_depends_on_how_deep_wrong_answers_
             exit_credit=ExitCredit() if credit_kind == "exit" else None,
         )
         batch, experience, _ = learned([group], rl)
-        rows = zip(experience.token_advantage, batch.counts, strict=True)
+        rows = zip(experience.token_advantage, batch.loss_mask, strict=True)
         return [row[counted].tolist() for row, counted in rows]
 
     full = [[6] * len(depths) for depths in wrong]
@@ -302,11 +302,11 @@ def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
     rl = rl_of(depth=0.6, exit_credit=ExitCredit())
     batch, experience, _ = learned([a_group(*TWO)], rl, first=not skip)
     expected = 0.6 / 6 * torch.tensor(LAYERS_SAVED)
-    torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
-    assert not experience.hazard[~batch.asked].any()
+    torch.testing.assert_close(experience.hazard[batch.gate_mask], expected, rtol=1e-5, atol=1e-6)
+    assert not experience.hazard[~batch.gate_mask].any()
     objective = objective_of(rl, LONGEST)
     weights, _ = objective.weights(batch, experience, experience.old_tokens, experience.old_exits)
-    torch.testing.assert_close(weights.hazard[batch.asked], expected / 6, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights.hazard[batch.gate_mask], expected / 6, rtol=1e-5, atol=1e-6)
 
 
 def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
@@ -318,25 +318,25 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     group = a_group(*TWO, right=[1, 0])
     batch = collate([group], 6)
     kl = torch.zeros(batch.tokens.shape)
-    kl[batch.asked] = torch.tensor([0.8, 0.1, 0.0, 0.4])
+    kl[batch.gate_mask] = torch.tensor([0.8, 0.1, 0.0, 0.4])
     hazards = torch.full((*kl.shape, 2), 0.5)
     _, experience, _ = learned([group], rl, kl=kl, hazards=hazards)
     # Gate 2 fired at 0.8 and 0.4, 0.6 on average, and went on at 0.1 and 0, 0.05; gate 4 fired at 0.1 and went on at 0.
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
     price = 0.6 / 6 * torch.tensor(LAYERS_SAVED) * torch.tensor([[1], [1], [0], [0]])
-    torch.testing.assert_close(experience.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(experience.hazard[batch.gate_mask], price + caused, rtol=1e-5, atol=1e-6)
     # Read at every exit that was come by, gate 2 diverges by .5 more than what was taken, gate 4 by .2 more.
     for rollout, row in zip(group.rollouts, range(2), strict=True):
-        taken = kl[row][batch.counts[row]].numpy()[:, None]
+        taken = kl[row][batch.loss_mask[row]].numpy()[:, None]
         behind = np.array([2, 4, 6]) > rollout.exit_depths[:, None]
         more = np.array([0.5, 0.2, 0.0]) * (np.array([2, 4, 6]) < rollout.exit_depths[:, None])
         divergences = np.where(behind, np.nan, taken + more).astype(np.float32)
         rollout.exits = ExitReading(divergences, np.full((rollout.length, 2), 0.5, np.float32))
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
     _, read, _ = learned([group], but(rl, exit_credit=dict(divergence="all")), kl=kl, hazards=hazards)
-    torch.testing.assert_close(read.hazard[batch.asked], price + caused, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read.hazard[batch.gate_mask], price + caused, rtol=1e-5, atol=1e-6)
     _, free, _ = learned([group], but(rl, exit_credit=dict(kl_weight=0.0)), kl=kl, hazards=hazards)
-    torch.testing.assert_close(free.hazard[batch.asked], price, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(free.hazard[batch.gate_mask], price, rtol=1e-5, atol=1e-6)
 
 
 def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scored_or_not():
@@ -363,7 +363,7 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
         for hazards in (spread(batch, [r.exits.hazards for r in group.rollouts]), None)
     )
     torch.testing.assert_close(skipped.hazard, apart, rtol=1e-5, atol=1e-6)
-    assert (apart - alike)[batch.asked].abs().max() > 0.1
+    assert (apart - alike)[batch.gate_mask].abs().max() > 0.1
     group.rollouts[1].exits = None
     with pytest.raises(ValueError, match="exits the pool has not read"):
         learned([group], rl)
@@ -375,21 +375,21 @@ def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl
     group = a_group(*TWO)
     batch = collate([group], 6)
     ratio = torch.zeros(batch.tokens.shape)
-    ratio[batch.asked] = torch.tensor([1.6, 0.2, 0.0, 0.8])
+    ratio[batch.gate_mask] = torch.tensor([1.6, 0.2, 0.0, 0.8])
     first = scores(batch)
     experience, values = credit(batch, [group], first, first.token_logprobs - ratio, rl, 0.0)
     expected = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
-    torch.testing.assert_close(experience.hazard[batch.asked], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(experience.hazard[batch.gate_mask], expected, rtol=1e-5, atol=1e-6)
     assert values["kl_to_reference"] == pytest.approx((1.8 / 3 + 0.8 / 3) / 2)
 
 
 def test_without_scores_what_the_rollouts_brought_along_is_where_the_step_starts():
     groups = [a_group([6, 2, 2], [6, 6], rewards=[1, 0], logprob=-0.7)]
     batch, experience, values = learned(groups, rl_of(skip_scoring=True, loss=dict(importance=None)), first=False)
-    assert experience.old_tokens[batch.counts].tolist() == pytest.approx([-0.7] * 5)
+    assert experience.old_tokens[batch.loss_mask].tolist() == pytest.approx([-0.7] * 5)
     assert not experience.old_exits.any() and values["importance_ratio_max"] == 1.0
     scored = learned(groups, rl_of())[1]
-    assert scored.old_tokens[batch.counts].tolist() == [-1.0] * 5
+    assert scored.old_tokens[batch.loss_mask].tolist() == [-1.0] * 5
 
 
 @pytest.mark.parametrize("ratios", ["together", "apart"])
@@ -397,11 +397,11 @@ def test_importance_masks_by_the_ratio_of_token_and_exit_together_or_of_each_apa
     groups = [a_group([6, 2, 2], [6, 6, 6], rewards=[1, 0], logprob=0.0)]
     batch = collate(groups, 6)
     tokens, exits = torch.zeros(batch.tokens.shape), torch.zeros(batch.tokens.shape)
-    tokens[batch.counts] = torch.tensor([0.0, 1.5, 0.4, 0.4, 0.0, 0.0])
-    exits[batch.counts] = torch.tensor([0.0, 0.0, 0.6, 0.0, -1.0, -0.5])
+    tokens[batch.loss_mask] = torch.tensor([0.0, 1.5, 0.4, 0.4, 0.0, 0.0])
+    exits[batch.loss_mask] = torch.tensor([0.0, 0.0, 0.6, 0.0, -1.0, -0.5])
     rl = rl_of(loss=dict(ratios=ratios, importance=Importance(kind="mask", low=0.5, high=2.0)))
     _, experience, values = learned(groups, rl, token_logprobs=tokens, exit_logprobs=exits)
-    token, exit_ = experience.token_importance[batch.counts], experience.exit_importance[batch.counts]
+    token, exit_ = experience.token_importance[batch.loss_mask], experience.exit_importance[batch.loss_mask]
     e = math.exp
     if ratios == "together":
         expected = [1, 0, 0, e(0.4), 0, e(-0.5)]

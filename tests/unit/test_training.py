@@ -114,10 +114,10 @@ def test_importance_ratios_are_cut_or_masked():
 def test_pack_puts_each_exit_where_its_token_is_predicted():
     batch = pack([np.array([7, 8, 9])], [np.array([20, 21, 22])], [np.array([6, 2, 4])], 6)
     assert batch.tokens[0, :6].tolist() == [7, 8, 9, 20, 21, 22]
-    assert batch.labels()[0][batch.counts[0]].tolist() == [20, 21, 22]
-    assert batch.exit_depths[0][batch.counts[0]].tolist() == [6, 2, 4]
-    assert batch.asked[0].nonzero().flatten().tolist() == [3, 4]
-    assert mean_weights(batch, batch.counts).sum().item() == pytest.approx(1.0)
+    assert batch.labels()[0][batch.loss_mask[0]].tolist() == [20, 21, 22]
+    assert batch.exit_depths[0][batch.loss_mask[0]].tolist() == [6, 2, 4]
+    assert batch.gate_mask[0].nonzero().flatten().tolist() == [3, 4]
+    assert mean_weights(batch, batch.loss_mask).sum().item() == pytest.approx(1.0)
     placed = spread(batch, [np.array([0.5, 0.25, 0.125], dtype=np.float32)])
     assert placed[0, 2:5].tolist() == [0.5, 0.25, 0.125]
     with pytest.raises(ValueError, match="first generated token"):
@@ -127,7 +127,7 @@ def test_pack_puts_each_exit_where_its_token_is_predicted():
 def test_where_first_tokens_may_exit_the_prompts_last_position_is_asked():
     batch = pack([np.array([7, 8, 9]), np.array([7])], [np.array([20, 21]), np.array([20])], [[2, 4], [4]], 6, True)
     assert batch.exit_depths.tolist() == [[6, 6, 2, 4, 0], [4, 0, 0, 0, 0]]
-    assert torch.equal(batch.asked, batch.counts) and batch.shareable().tolist() == [2, 0]
+    assert torch.equal(batch.gate_mask, batch.loss_mask) and batch.shareable().tolist() == [2, 0]
     # The largest depth of an answer counts it.
     assert DEPTH_COSTS["max"].of_answers(batch, 6, 10).tolist() == pytest.approx([4 / 6, 4 / 6])
 
@@ -195,7 +195,7 @@ def test_patterns_follow_the_targets_and_repeat():
         assert (free == depth).mean(0) == pytest.approx(q[:, outcome].numpy(), abs=0.05)
     assert target_depth([trace], early, c.kl_factor) == pytest.approx(free.mean() / 6, abs=0.01)
     batch = make_batch([trace], [Item(0, 7)], early, c)
-    assert batch.exit_depths[batch.asked].tolist() == free[7].tolist()
+    assert batch.exit_depths[batch.gate_mask].tolist() == free[7].tolist()
     assert (draw_exits(trace, Item(0, 7), LAYOUT, c) == draws[7]).all()
     mean = (draws[:, 1:].mean() * 39 + 6) / 40 / 6
     assert target_depth([trace], LAYOUT, c.kl_factor) == pytest.approx(mean, abs=0.01)
@@ -219,13 +219,13 @@ def test_patterns_of_the_student_end_at_its_first_gate_above_a_threshold_that_va
         full = [(draw_exits(trace, Item(0, i), LAYOUT, held, own) == 6).all() for i in range(400)]
         assert np.mean(full) == pytest.approx(held.full_patterns, abs=0.08)
     batch = make_batch([trace], [Item(0, 7)], LAYOUT, c, hazards=[hazards])
-    assert batch.exit_depths[batch.counts].tolist() == draws[7].tolist()
+    assert batch.exit_depths[batch.loss_mask].tolist() == draws[7].tolist()
 
 
 def test_calibration_batch_carries_the_teacher():
     traces = [a_trace("a", 5), a_trace("b", 3, seed=1)]
     batch = make_batch(traces, [Item(1, 0), Item(0, 2)], LAYOUT, CalibrateConfig())
-    assert batch.teacher_ids[0][batch.counts[0]].tolist() == traces[1].topk_ids.tolist()
+    assert batch.teacher_ids[0][batch.loss_mask[0]].tolist() == traces[1].topk_ids.tolist()
     objective = Distillation(Teacher.STORED, GATE_TARGETS["soft"], gate_weight=1.0, depth_power=0.0, kl_scale=0.0)
     traced = torch.rand(*batch.tokens.shape, 2)
 
@@ -252,8 +252,8 @@ def test_within_reach_a_shallow_exit_counts_like_a_deep_one_and_the_student_is_s
         objective = objective_of(CalibrateConfig(gate_targets="current", **made))
         weights = objective.weights(batch, LAYOUT, torch.zeros(()), divergence, lambda d: (-d).exp())
         # Gates learn from the same divergences, at the exit taken.
-        assert weights.target_hazards[batch.counts][:, 0].tolist() == pytest.approx([1.0, np.exp(-0.5), 0.0, -1.0])
-        return weights.divergence[batch.counts] * 4
+        assert weights.target_hazards[batch.loss_mask][:, 0].tolist() == pytest.approx([1.0, np.exp(-0.5), 0.0, -1.0])
+        return weights.divergence[batch.loss_mask] * 4
 
     f = 1 / 9
     assert weighed().tolist() == pytest.approx([1.0, f + (1 - f) * np.exp(-1.0), f, 1.0], abs=1e-6)
@@ -264,7 +264,7 @@ def test_within_reach_a_shallow_exit_counts_like_a_deep_one_and_the_student_is_s
 
 def test_sequences_and_their_weights_are_cut_alike():
     batch = pack([np.arange(3)] * 3, [np.arange(n) for n in (4, 2, 3)], None, 6)
-    weights = Weights(mean_weights(batch, batch.counts), target_hazards=torch.rand(*batch.tokens.shape, 2))
+    weights = Weights(mean_weights(batch, batch.loss_mask), target_hazards=torch.rand(*batch.tokens.shape, 2))
     cut = [part.select(slice(1, 3)) for part in (batch, weights)]
     assert torch.equal(cut[0].tokens, batch.tokens[1:]) and torch.equal(cut[1].token, weights.token[1:])
     assert cut[1].target_hazards.shape == (2, *batch.tokens.shape[1:], 2) and cut[1].exit is None
@@ -459,8 +459,8 @@ def sha256_in_name_order(tensors):
 
 def test_current_targets_stand_at_the_exit_that_was_taken():
     batch = pack([np.arange(3)], [np.arange(4)], [np.array([6, 2, 4, 6])], 6)
-    kl = torch.where(batch.counts, 0.7, 0.0)
+    kl = torch.where(batch.loss_mask, 0.7, 0.0)
     none = torch.zeros(*batch.tokens.shape, 2)
-    targets = current_targets(batch, LAYOUT, none, lambda: target_hazards(kl, 2.0))[0][batch.counts[0]]
+    targets = current_targets(batch, LAYOUT, none, lambda: target_hazards(kl, 2.0))[0][batch.loss_mask[0]]
     s = 1 - np.tanh(0.7)
     assert targets.flatten().tolist() == pytest.approx([-1, -1, s, -1, -1, s, -1, -1])

@@ -139,8 +139,8 @@ def learn(bench: Bench, rollouts: Sequence[Rollout], dtype: torch.dtype) -> dict
         if not found:
             scores = learner.score(batch)
             found = {
-                "token_logprobs": scores.token_logprobs[batch.counts].view(len(rollouts), -1),
-                "exit_logprobs": scores.exit_logprobs[batch.asked],
+                "token_logprobs": scores.token_logprobs[batch.loss_mask].view(len(rollouts), -1),
+                "exit_logprobs": scores.exit_logprobs[batch.gate_mask],
             }
         both = make_weights(batch)
         weights = Weights(token=both.token) if term == "tokens" else Weights(exit=both.exit)

@@ -50,7 +50,7 @@ class KVCache:
     row in the order of its positions, of which the first held[r] count.
 
     Entries past a row's length are finite leftovers (zeros or an earlier row's) that attention never reads or masks.
-    `limit`: pages that the pool may have at most; None: as many as are asked for.
+    `limit`: pages that the pool may have at most; None: no limit.
     """
 
     def __init__(self, dims: ModelDims, rows: int, dtype: torch.dtype, device: torch.device, limit: int | None = None):
@@ -95,7 +95,7 @@ class KVCache:
         needed = self.used + sum(n - int(self.held[row]) for row, n in wanted)
         if needed > self.pages:
             if self.limit is not None and needed > self.limit:
-                raise ValueError(f"{needed} pages of {PAGE} positions asked of a cache of {self.limit}; enlarge it")
+                raise ValueError(f"{needed} pages of {PAGE} positions requested of a cache of {self.limit}; enlarge it")
             self._resize(min(pool_pages(needed), self.limit or sys.maxsize))
         most, width = max(n for _, n in wanted), self.table.shape[1]
         if most > width:
@@ -150,10 +150,10 @@ class KVCache:
         lacking = blocks >= self.held[slots]
         if lacking.any():
             raise ValueError(f"position {int(at[lacking][0])} has no page in the cache; hold it first")
-        found = np.empty((len(slots), TABLE + 1 + int(blocks.max())), dtype=np.int64)
-        found[:, 0], found[:, 1], found[:, 2], found[:, 3] = slots, at, self.table[slots, blocks], at % PAGE
-        found[:, TABLE:] = self.table[slots, : found.shape[1] - TABLE]
-        return torch.from_numpy(found).to(self.device)
+        places = np.empty((len(slots), TABLE + 1 + int(blocks.max())), dtype=np.int64)
+        places[:, 0], places[:, 1], places[:, 2], places[:, 3] = slots, at, self.table[slots, blocks], at % PAGE
+        places[:, TABLE:] = self.table[slots, : places.shape[1] - TABLE]
+        return torch.from_numpy(places).to(self.device)
 
     @torch.inference_mode()
     def fill(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
@@ -167,7 +167,7 @@ class KVCache:
     def _resize(self, pages: int) -> None:
         """Make the pool's size `pages`; the first ones stay as they are, new ones are zeros. Where there is no memory
         for all layers it raises; some have grown then, and nothing else has changed."""
-        shape, kept = (pages, *self._shape), min(self.pages, pages)
+        shape, retained = (pages, *self._shape), min(self.pages, pages)
         count = math.prod(shape)
         for i, old in enumerate(self.layers):
             if self._maps:
@@ -176,12 +176,12 @@ class KVCache:
                 self.layers[i] = torch.frombuffer(self._maps[i], dtype=self.dtype, count=count).view(shape)
             else:
                 self.layers[i] = torch.zeros(shape, dtype=self.dtype, device=self.device)
-                self.layers[i][:kept] = old[:kept]
+                self.layers[i][:retained] = old[:retained]
             if self.device.type == "cpu":
                 self.addresses[i] = self.layers[i].data_ptr()
         # Ascending after the others, all of which are lower: still a heap.
         self._free.extend(range(self.pages, pages))
-        self._holders = np.pad(self._holders[:kept], (0, pages - kept))
+        self._holders = np.pad(self._holders[:retained], (0, pages - retained))
         self.pages = pages
 
 

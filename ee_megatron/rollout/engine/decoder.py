@@ -106,7 +106,7 @@ class Decoder:
         if self._loading is None:
             raise ValueError("finish_load without tensors; send them by load_chunk first")
         self._loading.check_whole()
-        tensors = self._loading.kept
+        tensors = self._loading.retained
         self._skipped = self.weights.merge(tensors, self.spec, self.layout.depths)
         self.ops.take(self.weights.blocks)
         self.gates = gates_from(tensors, self.layout.depths, self.dtype, self.device)
@@ -250,8 +250,8 @@ class Decoder:
         return stream.view(B, T, -1), residuals, keys, values
 
     def _running(self, width: int, ends: Sequence[int], exit_depths: Tensor | None) -> Iterator[Tensor | None]:
-        """Layer by layer the places among the B * `width` positions that change there: int64 [N] on the device, None
-        for all of them. The others owe a layer their keys and values, padding not even these."""
+        """Yield, per layer, which of the B * `width` positions run it: int64 [N] on the device, None for all. A layer
+        still computes keys and values for positions that skip it, except for padding."""
         depths = torch.full((len(ends), width), self.dims.num_layers)
         if exit_depths is not None:
             depths.copy_(exit_depths)

@@ -70,7 +70,7 @@ def lens(
             teacher.append(_top(decoder, stream[0, start:end], top_k))
     finally:
         decoder.load_policy(policy)
-    found = []
+    lenses = []
     for rollout, (start, last, end), theirs in zip(rollouts, windows, teacher, strict=True):
         streams = [_of_answer(decoder, rollout, end - last)]
         if start < last:
@@ -79,8 +79,8 @@ def lens(
             streams.insert(0, torch.stack([s[0, start:last] for s in (*exits, final)], dim=1))
         taken = np.concatenate([np.full(last - start, decoder.dims.num_layers), rollout.exit_depths[: end - last]])
         ours = _top(decoder, torch.cat(streams), top_k)
-        found.append(Lens(_whole(rollout)[start + 1 : end + 1], taken.astype(np.int32), *ours, *theirs, last - start))
-    return found
+        lenses.append(Lens(_whole(rollout)[start + 1 : end + 1], taken.astype(np.int32), *ours, *theirs, last - start))
+    return lenses
 
 
 def _of_answer(decoder: Decoder, rollout: Rollout, count: int) -> Tensor:
@@ -91,7 +91,7 @@ def _of_answer(decoder: Decoder, rollout: Rollout, count: int) -> Tensor:
     if len(context):
         (prefix,) = decoder.prefill(_tensor(decoder, context)[None], torch.tensor([len(context)]))
     begun = np.concatenate([rollout.prompt_tokens[-1:], rollout.tokens])
-    size, found = max(1, FORWARD_POSITIONS // (count + len(context))), []
+    size, streams = max(1, FORWARD_POSITIONS // (count + len(context))), []
     for first in range(0, count, size):
         chosen = range(first, min(first + size, count))
         tokens, lengths = pad([begun[: t + 1] for t in chosen], decoder.device)
@@ -100,8 +100,8 @@ def _of_answer(decoder: Decoder, rollout: Rollout, count: int) -> Tensor:
             depths[row, :t] = torch.as_tensor(rollout.exit_depths[:t], dtype=torch.int64)
         final, exits = decoder.forward_with_residuals(tokens, lengths, depths, prefix)
         rows, ends = torch.arange(len(chosen), device=decoder.device), (lengths - 1).to(decoder.device)
-        found.append(torch.stack([stream[rows, ends] for stream in (*exits, final)], dim=1))
-    return torch.cat(found)
+        streams.append(torch.stack([stream[rows, ends] for stream in (*exits, final)], dim=1))
+    return torch.cat(streams)
 
 
 def _top(decoder: Decoder, streams: Tensor, top_k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels import Panels, panels
 from ...products import linear
 
-# The number of rows that oneDNN's packing is told to expect; any number works.
+# The number of rows that oneDNN packs for; any number works.
 PACKED_ROWS = 16
 # oneDNN's kernels for one and two rows read the matrix more slowly than that for four (by 1.2 to 2.3, in float32 and
 # bfloat16, on one and two threads): fewer rows are filled up.

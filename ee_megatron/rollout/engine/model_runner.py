@@ -90,7 +90,7 @@ class Prefiller:
 
 class ModelRunner:
     """The work on rows that have slots, and what each slot keeps of the token being made: stream [D], random numbers
-    float64 [M+1], log q of its exits so far, the exit rules' notes."""
+    float64 [M+1], log q of its exits so far, the exit rules' state."""
 
     def __init__(self, decoder: Decoder, slots: Slots, count: int):
         self.decoder, self.slots = decoder, slots
@@ -98,8 +98,8 @@ class ModelRunner:
         self._hidden = torch.zeros(count, decoder.dims.hidden, dtype=decoder.dtype, device=device)
         self._uniform = torch.zeros(count, M + 1, dtype=torch.float64, device=device)
         self._exit_logprob = torch.zeros(count, device=device)
-        most = max(rule.notes for rule in RULES.values())
-        self._notes = torch.zeros(count, most, dtype=torch.float64, device=device)
+        most = max(rule.state_size for rule in RULES.values())
+        self._state = torch.zeros(count, most, dtype=torch.float64, device=device)
 
     def segment(self, index: int, rows: list[Row]) -> list[bool]:
         """Run the layers up to exit `index` and ask its gate: which rows leave there. Where it raises, the rows may
@@ -113,7 +113,7 @@ class ModelRunner:
             hidden = decoder.weights.embedding[torch.tensor([row.last for row in rows], device=device)]
             self._uniform[slots] = self.draw(rows)
             self._exit_logprob[slots] = 0.0
-            self._notes[slots] = 0.0
+            self._state[slots] = 0.0
         else:
             hidden = self._hidden[slots]
         hidden = decoder.run_segment(index, hidden, self.slots.cache, at)
@@ -143,14 +143,14 @@ class ModelRunner:
                 readout=partial(decoder.readout, streams),
                 uniform=partial(self._drawn, places),
                 tokens=partial(_named, [rows[i] for i in members]),
-                notes=self._notes[places, : rule.notes],
+                state=self._state[places, : rule.state_size],
             )
-            for i, gone in zip(members, rule.fires(at).tolist(), strict=True):
+            for i, gone in zip(members, rule.should_exit(at).tolist(), strict=True):
                 leave[i] = gone
-            noted.append((places, at.notes))
+            noted.append((places, at.state))
         # Once all rules have answered: where one can't, the rows come here again.
-        for places, notes in noted:
-            self._notes[places, : notes.shape[1]] = notes
+        for places, state in noted:
+            self._state[places, : state.shape[1]] = state
         if gated:
             taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
             self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
@@ -180,7 +180,7 @@ class ModelRunner:
         self, rows: list[Row], logits: Tensor, uniform: Tensor, depths: list[int], exits: list[float]
     ) -> list[Event]:
         """Tokens from logits [R, V] by each row's own sampling parameters. Raises ValueError for NaN among them."""
-        found: list[tuple] = [()] * len(rows)
+        sampled: list[tuple] = [()] * len(rows)
         for params, members, which in _alike([row.request.sampling.distribution for row in rows], logits.device):
             drawn = sample_tokens(logits[which], params, uniform[which])
             given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
@@ -190,10 +190,10 @@ class ModelRunner:
             check_logits(full)
             best = most_probable(logits[which], params, [rows[i].request.top_logprobs for i in members])
             for i, *made in zip(members, tokens, logprobs, full, best, strict=True):
-                found[i] = tuple(made)
+                sampled[i] = tuple(made)
         return [
             Event(row.id, token, depth, logprob, full, exit_logprob, row.ending(token), top)
-            for row, depth, exit_logprob, (token, logprob, full, top) in zip(rows, depths, exits, found, strict=True)
+            for row, depth, exit_logprob, (token, logprob, full, top) in zip(rows, depths, exits, sampled, strict=True)
         ]
 
     def draw(self, rows: list[Row]) -> Tensor:

@@ -183,7 +183,7 @@ class TorchOps:
 class KernelOps(TorchOps):
     """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache's pages are read
     in place, each row's up to its own length. Where all matrices are in panels, layers run without a way back to
-    Python. Not thread-safe: scratch memory is kept between calls."""
+    Python. Not thread-safe: scratch memory is reused between calls."""
 
     def __init__(self, dims: ModelDims, library: compiled.Library):
         super().__init__(dims)
@@ -214,8 +214,8 @@ class KernelOps(TorchOps):
         return hidden
 
     def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
-        """A prompt's positions in parts: what is between the products stays in the cache, and its memory is had again
-        instead of anew from the machine."""
+        """Run a prompt's positions in parts, so that intermediates stay in the CPU's cache and their memory is reused
+        instead of allocated again."""
         return torch.cat([super(KernelOps, self).mlp(part, linears) for part in normed.split(POSITIONS)])
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:

@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a pool is asked for: `samples` answers to each prompt by each of the `rules`, `exits` and `others`, those by
+    """A generation request: `samples` answers to each prompt by each of the `rules`, `exits` and `others`, those by
     one rule next to each other. With the weights it decides the answers; a rule's don't depend on the other rules."""
 
     prompts: Sequence[Prompt]

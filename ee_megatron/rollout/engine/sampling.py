@@ -81,9 +81,9 @@ def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tu
         return best, logprobs, logprobs
     if params.temperature != 1:
         logits = logits / params.temperature
-    kept = truncate(logits, params.top_k, params.top_p)
-    tokens, logprobs = inverse_cdf(kept, uniform)
-    return tokens, logprobs, logprobs if kept is logits else log_prob(logits, tokens)
+    truncated = truncate(logits, params.top_k, params.top_p)
+    tokens, logprobs = inverse_cdf(truncated, uniform)
+    return tokens, logprobs, logprobs if truncated is logits else log_prob(logits, tokens)
 
 
 def prescribe(
@@ -145,14 +145,14 @@ def most_probable(logits: Tensor, params: SamplingParams, counts: Sequence[int])
     """For each of logits [R, V] its `counts[r]` most probable tokens, most probable first, under the whole distribution
     (temperature applied, 1 where it is 0)."""
     wanted = [i for i, count in enumerate(counts) if count]
-    found: list[TopLogprobs] = [()] * len(counts)
+    top: list[TopLogprobs] = [()] * len(counts)
     if wanted:
         chosen = logits[wanted] / (params.temperature or 1.0)
         values, tokens = chosen.topk(min(max(counts), logits.shape[-1]), dim=-1)
         values = values - chosen.logsumexp(dim=-1, keepdim=True)
         for i, row_tokens, row_values in zip(wanted, tokens.tolist(), values.tolist(), strict=True):
-            found[i] = tuple(zip(row_tokens, row_values, strict=True))[: counts[i]]
-    return found
+            top[i] = tuple(zip(row_tokens, row_values, strict=True))[: counts[i]]
+    return top
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS) -> Tensor:
@@ -163,15 +163,15 @@ def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS
     vocab = logits.shape[-1]
     width = min(vocab, top_k or candidates)
     values, order = logits.topk(width, dim=-1)
-    kept = torch.ones_like(values, dtype=torch.bool)
+    retained = torch.ones_like(values, dtype=torch.bool)
     if top_p < 1:
         total = (values if top_k else logits).logsumexp(dim=-1, keepdim=True)
         probabilities = (values - total).exp()
-        kept = probabilities.cumsum(dim=-1) - probabilities < top_p
+        retained = probabilities.cumsum(dim=-1) - probabilities < top_p
         # However small top_p is, float32's zero included.
-        kept[:, 0] = True
-    drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~kept)
+        retained[:, 0] = True
+    drop = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, ~retained)
     result = logits.masked_fill(drop, float("-inf"))
-    if not top_k and width < vocab and len(short := kept[:, -1].nonzero().squeeze(-1)):
+    if not top_k and width < vocab and len(short := retained[:, -1].nonzero().squeeze(-1)):
         result[short] = truncate(logits[short], 0, top_p, vocab)
     return result

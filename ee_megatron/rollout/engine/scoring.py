@@ -48,9 +48,9 @@ def compare(logits: Tensor, others: Tensor) -> Comparison:
     """softmax(logits) with softmax(others), float32 [n, V], row by row. -inf where a token has no probability."""
     library = compiled.library(torch.float32) if logits.device.type == "cpu" else None
     if library is not None:
-        logits, others, found = logits.contiguous(), others.contiguous(), torch.empty(len(logits), 4)
-        library.compare(logits.data_ptr(), others.data_ptr(), found.data_ptr(), *map(int, logits.shape))
-        return Comparison(*found.unbind(1))
+        logits, others, figures = logits.contiguous(), others.contiguous(), torch.empty(len(logits), 4)
+        library.compare(logits.data_ptr(), others.data_ptr(), figures.data_ptr(), *map(int, logits.shape))
+        return Comparison(*figures.unbind(1))
     normaliser, other = logits.logsumexp(-1), others.logsumexp(-1)
     logp = logits - normaliser[:, None]
     p = logp.exp()
@@ -63,7 +63,7 @@ class Score:
     """A rollout read again; T entries as in `Rollout`, float32, natural logs, temperature 1.
 
     - policy_logprobs: log π(token) at the rollout's own exits
-    - exit_logprobs: log q(exit); 0 where no gate was asked: at entry 0 unless the first token may exit, without gates
+    - exit_logprobs: log q(exit); 0 where no gate ran: at entry 0 unless the first token may exit, without gates
     - teacher_logprobs, teacher_entropy: of the base model at full depth
     - divergence: KL(teacher ‖ policy at the rollout's own exits), nats
     """
@@ -80,10 +80,10 @@ class Inspection:
     """What a rollout's gates and streams held at its own exits; T entries as in `Rollout`, M exits.
 
     - score: of the same rollout, as `score` gives it
-    - hazards float32 [T, M]: what gate i gave; NaN where it was not asked: behind the exit, without gates, at entry 0
+    - hazards float32 [T, M]: what gate i gave; NaN where it didn't run: behind the exit, without gates, at entry 0
       unless the first token may exit
-    - divergences float32 [T, M]: KL(teacher at full depth ‖ policy's readout at exit i), nats, NaN where not asked
-    - said int32 [T, M], said_logprobs float32 [T, M]: exit i's most probable token; -1 and NaN where not asked
+    - divergences float32 [T, M]: KL(teacher at full depth ‖ policy's readout at exit i), nats; NaN if not reached
+    - said int32 [T, M], said_logprobs float32 [T, M]: exit i's most probable token; -1 and NaN if not reached
     - teacher_said int32 [T], teacher_said_logprobs float32 [T]: the teacher's, at full depth
     - streams float16 [T, M+1, D] or None: the stream at each exit depth and at the end, over its root mean square
       (float16 couldn't hold some of the raw ones); frozen behind the exit
@@ -122,7 +122,7 @@ def score_prompts(
     """
     tokens, lengths = pad(prompts, decoder.device)
     stream = decoder.forward_parallel(tokens, lengths)
-    found = []
+    scores = []
     for b, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         logprobs: list[float] = []
         top: list[TopLogprobs] = []
@@ -130,8 +130,8 @@ def score_prompts(
             logits = decoder.readout(stream[b, at])
             logprobs += log_prob(logits, tokens[b, 1:][at]).tolist()
             top += most_probable(logits, SamplingParams(), [count] * len(logits))
-        found.append(PromptScore(tuple(logprobs), tuple(top)))
-    return found
+        scores.append(PromptScore(tuple(logprobs), tuple(top)))
+    return scores
 
 
 def chunks(decoder: Decoder, count: int, logits_bytes: int | None = None) -> Iterator[slice]:
@@ -141,21 +141,21 @@ def chunks(decoder: Decoder, count: int, logits_bytes: int | None = None) -> Ite
 
 
 Columns = dict[str, Tensor]
-"""By the names of the fields of a record, each [n, ...]: what is known of n positions."""
+"""Field name -> values [n, ...] of n positions."""
 
 
 @dataclass
 class _Batch:
-    """Rollouts read together: what is known at the N positions that predict their tokens.
+    """Rollouts scored together: inputs at the N positions that predict their tokens.
 
-    tokens, taken, asked [N]: the tokens, the depths at which they were made, whether they might exit;
+    tokens, taken, gate_mask [N]: the tokens, the depths at which they were made, whether they might exit;
     final [N, D], exits M x [N, D]: streams; teacher [N, D]: its final stream, `final` itself where the model is the
     teacher at full depth, and its readout.
     """
 
     tokens: Tensor
     taken: Tensor
-    asked: Tensor
+    gate_mask: Tensor
     final: Tensor
     exits: list[Tensor]
     teacher: Tensor
@@ -172,8 +172,8 @@ def score(
 ) -> list[Score]:
     """Score rollouts under a policy (None: the teacher itself) and the teacher. Leaves the policy loaded.
 
-    The teacher's streams at the predicting positions are kept, then the policy is loaded: one replica serves both.
-    Under full fine-tuning the teacher is read from disk again and its head is kept as well until all is scored.
+    The teacher's streams at the predicting positions are stored, then the policy is loaded: one replica serves both.
+    Under full fine-tuning the teacher is read from disk again and its head is stored as well until all is scored.
     """
     teacher = _teacher(decoder, policy, rollouts)
     read = _read(decoder, rollouts, partial(_score_chunk, decoder), progress, teacher)
@@ -188,7 +188,7 @@ def inspect(
     streams: bool = False,
     progress: Progress | None = None,
 ) -> list[Inspection]:
-    """What exiting would have cost wherever a gate was asked, and what the gate said. Leaves the policy loaded."""
+    """What exiting would have cost wherever an exit was reached, and its gate's hazard. Leaves the policy loaded."""
     teacher = _teacher(decoder, policy, rollouts)
     read = _read(decoder, rollouts, lambda part, at: _inspect_chunk(decoder, part, at, streams), progress, teacher)
     scores = [Score(**{field.name: columns.pop(field.name) for field in fields(Score)}) for columns in read]
@@ -202,7 +202,7 @@ def read_exits(
     rollouts: Sequence[Rollout],
     progress: Progress | None = None,
 ) -> list[ExitReading]:
-    """What exiting costs, or would have, and what the gates say, at every exit that tokens came by. Leaves the policy
+    """Divergence from the teacher and gate hazards at every exit that the tokens reached. Leaves the policy
     loaded."""
     teacher = _teacher(decoder, policy, rollouts)
     read = _read(decoder, rollouts, partial(_exits_chunk, decoder), progress, teacher)
@@ -244,7 +244,7 @@ def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: Tensor) -> tuple
             exit_logprobs += gate_log_term(decoder.gate_logit(i, stream[at]), batch.taken[at], depth)
     return {
         "policy_logprobs": logits.gather(-1, targets).squeeze(-1) - compared.other_normaliser,
-        "exit_logprobs": exit_logprobs.where(batch.asked[at], 0.0),
+        "exit_logprobs": exit_logprobs.where(batch.gate_mask[at], 0.0),
         "teacher_logprobs": theirs.gather(-1, targets).squeeze(-1) - compared.normaliser,
         "teacher_entropy": compared.entropy,
         "divergence": compared.divergence,
@@ -252,37 +252,37 @@ def _scores(decoder: Decoder, batch: _Batch, at: slice, theirs: Tensor) -> tuple
 
 
 def _inspect_chunk(decoder: Decoder, batch: _Batch, at: slice, streams: bool) -> Columns:
-    """The fields of `Score`, then the others of `Inspection`; the exits are read where they were asked."""
+    """The fields of `Score`, then the others of `Inspection`; the exits are read where they were reached."""
     theirs = batch.teacher_readout(batch.teacher[at])
     (scores, compared), best = _scores(decoder, batch, at, theirs), theirs.max(dim=-1)
     shape = len(theirs), len(batch.exits)
     hazards, costs, logprobs = (torch.full(shape, float("nan"), device=decoder.device) for _ in range(3))
     said = torch.full(shape, -1, dtype=torch.int32, device=decoder.device)
     for i, (depth, stream) in enumerate(zip(decoder.layout.depths, batch.exits, strict=True)):
-        asked = _passed(batch, at, depth)
-        if not len(asked):
+        reached = _passed(batch, at, depth)
+        if not len(reached):
             continue
-        hidden = stream[at][asked]
+        hidden = stream[at][reached]
         if decoder.gates is not None:
-            hazards[asked, i] = decoder.gate_logit(i, hidden).sigmoid()
+            hazards[reached, i] = decoder.gate_logit(i, hidden).sigmoid()
         logits = decoder.readout(hidden)
-        against, top = compare(theirs[asked], logits), logits.max(dim=-1)
-        costs[asked, i] = against.divergence
-        said[asked, i], logprobs[asked, i] = top.indices.int(), top.values - against.other_normaliser
-    found = {
+        against, top = compare(theirs[reached], logits), logits.max(dim=-1)
+        costs[reached, i] = against.divergence
+        said[reached, i], logprobs[reached, i] = top.indices.int(), top.values - against.other_normaliser
+    columns = {
         **scores, "hazards": hazards, "divergences": costs, "said": said, "said_logprobs": logprobs,
         "teacher_said": best.indices.int(), "teacher_said_logprobs": best.values - compared.normaliser,
     }  # fmt: skip
     if streams:
         stacked = torch.stack([stream[at] for stream in (*batch.exits, batch.final)], dim=1).float()
-        found["streams"] = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
-    return found
+        columns["streams"] = (stacked * stacked.pow(2).mean(-1, keepdim=True).rsqrt()).half()
+    return columns
 
 
 def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> Columns:
     """The fields of `ExitReading`."""
     theirs, exits = batch.teacher_readout(batch.teacher[at]), len(batch.exits)
-    found, hazards = (
+    divergences, hazards = (
         torch.full((len(theirs), columns), float("nan"), device=decoder.device) for columns in (exits + 1, exits)
     )
     for i, (depth, stream) in enumerate(zip(decoder.layout.outcomes, (*batch.exits, batch.final), strict=True)):
@@ -290,15 +290,15 @@ def _exits_chunk(decoder: Decoder, batch: _Batch, at: slice) -> Columns:
         if not len(passed):
             continue
         hidden = stream[at][passed]
-        found[passed, i] = compare(decoder.readout(hidden), theirs[passed]).divergence
+        divergences[passed, i] = compare(decoder.readout(hidden), theirs[passed]).divergence
         if i < exits and decoder.gates is not None:
             hazards[passed, i] = decoder.gate_logit(i, hidden).sigmoid()
-    return {"divergences": found, "hazards": hazards}
+    return {"divergences": divergences, "hazards": hazards}
 
 
 def _passed(batch: _Batch, at: slice, depth: int) -> Tensor:
-    """Which of these positions came by an exit, or took it: int64 [*]."""
-    return ((batch.taken[at] >= depth) & batch.asked[at]).nonzero().squeeze(-1)
+    """Which of these positions reached an exit, taken or not: int64 [*]."""
+    return ((batch.taken[at] >= depth) & batch.gate_mask[at]).nonzero().squeeze(-1)
 
 
 def _trace_chunk(decoder: Decoder, batch: _Batch, at: slice, top_k: int) -> Columns:
@@ -341,24 +341,24 @@ def _read(
 
     Rollouts are read at their own exits where there is a `teacher` (its streams and readout), else at full depth.
     """
-    found: dict[int, dict[str, np.ndarray]] = {}
+    results: dict[int, dict[str, np.ndarray]] = {}
     device = decoder.device
     for number, part in enumerate(_parts(decoder, rollouts)):
         depths = replay_depths(part.rollouts, part.tokens.shape[1], decoder, part.shared)
         final, exits = decoder.forward_with_residuals(part.tokens, part.lengths, depths if teacher else None, part.read)
         final, exits = part.pick(final), [part.pick(stream) for stream in exits]
         tokens = torch.cat([torch.as_tensor(r.tokens) for r in part.rollouts]).to(device)
-        asked = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in part.rollouts])
+        gate_mask = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in part.rollouts])
         theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
-        batch = _Batch(tokens, part.pick(depths), asked.to(device), final, exits, theirs, readout)
+        batch = _Batch(tokens, part.pick(depths), gate_mask.to(device), final, exits, theirs, readout)
         parts = [chunk(batch, at) for at in chunks(decoder, len(tokens))]
         columns, start = {name: torch.cat([one[name] for one in parts]).cpu().numpy() for name in parts[0]}, 0
         for i, rollout in zip(part.indices, part.rollouts, strict=True):
-            found[i] = {name: column[start : start + rollout.length] for name, column in columns.items()}
+            results[i] = {name: column[start : start + rollout.length] for name, column in columns.items()}
             start += rollout.length
         if progress:
-            progress(len(found), len(rollouts))
-    return [found[i] for i in range(len(rollouts))]
+            progress(len(results), len(rollouts))
+    return [results[i] for i in range(len(rollouts))]
 
 
 def _teacher(

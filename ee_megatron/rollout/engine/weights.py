@@ -1,4 +1,4 @@
-"""The decoder's weights: read from where a model lies, fused and packed for speed, LoRA merged into a kept base.
+"""The decoder's weights: read from a model directory, fused and packed for speed, LoRA merged with the base unchanged.
 
 Memory: the base once, in the decoder's dtype, and what is multiplied with once more: on a CPU every matrix in a packed
 form (linear.py; the readout's and gates' may be float32 there), elsewhere those that adapters change.
@@ -86,7 +86,7 @@ class DecoderWeights:
         return self._packed_head
 
     def copy_head(self) -> WideLinear:
-        """The readout's matrix now, kept apart from what `write_base` changes."""
+        """A copy of the readout's current matrix, which `write_base` does not change."""
         return WideLinear(self._head.clone())
 
     @torch.inference_mode()
@@ -100,7 +100,7 @@ class DecoderWeights:
 
     @torch.inference_mode()
     def restore_base(self) -> None:
-        """The directory's tensors again, read from disk: no second copy of the model is kept for this."""
+        """The directory's tensors, read from disk again, so that no second copy of the model stays in memory."""
         if self.original:
             return
         source = self._open(self.path)
@@ -145,14 +145,14 @@ class DecoderWeights:
         return merged
 
     def _skipped(self, folded: list[Tensor], depths: tuple[int, ...]) -> list[SkippedKV]:
-        q, found = self.dims.q_size, []
+        q, groups = self.dims.q_size, []
         for first, stop in itertools.pairwise((*depths, self.dims.num_layers)):
             weight = torch.cat(folded[first - depths[0] : stop - depths[0]])
             biases = [b[q:] for b in (block.biases["qkv"] for block in self.blocks[first:stop]) if b is not None]
             gains = [block.k_norm for block in self.blocks[first:stop] if block.k_norm is not None]
             linear = Linear(weight, torch.cat(biases) if biases else None)
-            found.append(SkippedKV(first, stop - first, linear, torch.stack(gains) if gains else None))
-        return found
+            groups.append(SkippedKV(first, stop - first, linear, torch.stack(gains) if gains else None))
+        return groups
 
     def _read(self, source: HFDirectory | ModelSource, *names: str) -> Tensor:
         """One tensor, or several as the rows of one."""
@@ -181,12 +181,12 @@ class GateWeights:
 
 
 class PartialLoad:
-    """The policy tensors received so far. Base tensors go straight into the decoder's; adapters and gates are kept."""
+    """The policy tensors received so far. Base tensors go straight into the decoder's; adapters and gates are held."""
 
     def __init__(self, spec: PolicySpec, dims: ModelDims):
         self.expected = spec.tensor_shapes(dims)
         self.of_base = dims.tensor_shapes() if spec.full else {}
-        self.kept: dict[str, Tensor] = {}
+        self.retained: dict[str, Tensor] = {}
         self.seen: set[str] = set()
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
@@ -215,7 +215,7 @@ class PartialLoad:
             if name in self.of_base:
                 weights.write_base(name, tensor)
             else:
-                self.kept[name] = tensor.detach().clone()
+                self.retained[name] = tensor.detach().clone()
             self.seen.add(name)
 
 

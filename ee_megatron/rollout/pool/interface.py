@@ -49,11 +49,11 @@ class Readings(Protocol):
     def inspect(
         self, rollouts: Sequence[Rollout], streams: bool = False, progress: Progress | None = None
     ) -> list[Inspection]:
-        """Hazards and costs of exiting wherever a gate was asked; with `streams` the hidden states at every exit."""
+        """Hazards and costs of exiting at every exit reached; with `streams` the hidden states at every exit."""
         return self.read("inspect", rollouts, (streams,), progress)
 
     def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
-        """What every outcome that a token came by diverges by from the teacher, and what its gates say."""
+        """Divergence from the teacher and gate hazards at every outcome that a token reached."""
         return self.read("read_exits", rollouts, (), progress)
 
     def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
@@ -63,11 +63,11 @@ class Readings(Protocol):
 
 
 class RolloutPool(Readings, Protocol):
-    """One interface for the pool in process and the pool of actors. Results are in the order of what was asked."""
+    """One interface for the pool in process and the pool of actors. Results are in the order of the request."""
 
     def take(self, version: int, stream: Stream) -> WeightSet:
-        """A version of the weights as its tensors come, kept where the replicas find them, to be loaded or begun with:
-        at most a few blocks are anywhere else. The digest is that of what the pool sends on."""
+        """Store a version of the weights where the replicas can load it, block by block as the tensors arrive: at most
+        a few blocks are anywhere else. The digest is that of the tensors that the pool sends on."""
 
     def load(self, weights: WeightSet | None) -> None:
         """Hold these weights from now on (None: the teacher). Raises ValueError if they don't fit the model."""
@@ -76,7 +76,7 @@ class RolloutPool(Readings, Protocol):
         """The samples of each prompt, rule by rule; a pure function of weights and request."""
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
-        """`load` and `generate` without waiting: what was asked for before goes first, under its own weights."""
+        """`load` and `generate` without waiting: earlier calls go first, under their own weights."""
 
     def health(self) -> dict:
         """backend, actors, alive, restarts, version, digest."""

@@ -62,9 +62,9 @@ class LocalPool(RolloutPool):
     def take(self, version: int, stream: Stream) -> WeightSet:
         """The tensors, in this process. They are hashed as they come, once."""
         with Hasher(0) as hasher:
-            found = Digest(hasher)
-            tensors = collect(found.passing(stream))
-            return WeightSet(version, tensors, found.hexdigest())
+            digest = Digest(hasher)
+            tensors = collect(digest.passing(stream))
+            return WeightSet(version, tensors, digest.hexdigest())
 
     def load(self, weights: WeightSet | None) -> None:
         """Raises ValueError if the tensors do not fit the policy."""

@@ -91,13 +91,13 @@ def await_nodes(ray: Any, timeout_s: float) -> None:
     missing, and the pool goes on with those that are there."""
     expected = int(os.environ.get(EXPECTED, "0"))
 
-    def found() -> int:
+    def joined() -> int:
         return sum(node["Alive"] for node in ray.nodes())
 
     try:
-        _wait(lambda: found() >= expected, timeout_s, TimeoutError())
+        _wait(lambda: joined() >= expected, timeout_s, TimeoutError())
     except TimeoutError:
-        log.warning("%d of %d Ray nodes joined within %g s; going on with these", found(), expected, timeout_s)
+        log.warning("%d of %d Ray nodes joined within %g s; going on with these", joined(), expected, timeout_s)
 
 
 def _wait(what: Callable[[], bool], timeout_s: float, error: Exception) -> None:

@@ -2,7 +2,7 @@
 
 A request is cut into chunks by the caller, from the request alone: an answer's last bits depend on what is computed
 beside it, so a chunk that an actor lost is computed again whole and gives the same bits. Which actor takes a chunk, and
-when, changes nothing. Chunks that were answered are never asked again.
+when, changes nothing. Completed chunks are never sent again.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Driver:
 
     Every call has a deadline: `start_s` for an actor's first load, `rollout.timeout_s`, which is above 0 here, for any
     other. An actor that dies or misses one is replaced where the nodes have room; where they have none the pool works
-    with fewer, and looks for room again. A lost node counts as one loss. Loss number `failure_budget` fails whatever is
-    asked from then on, and so does a pool without any actor for `start_s`.
+    with fewer, and looks for room again. A lost node counts as one loss. Loss number `failure_budget` fails every call
+    from then on, and so does a pool without any actor for `start_s`.
     """
 
     def __init__(self, ray: Any, create: Callable[[], Any], nodes: RayNodes, rollout: RolloutConfig, start_s: float):
@@ -281,7 +281,7 @@ class Driver:
             self._changed.notify_all()
 
     def _break(self, error: Exception) -> None:
-        """Fail whatever is asked, now and later."""
+        """Fail every request, pending and future."""
         with self._changed:
             self._broken = self._broken or error
             for work in self._works:

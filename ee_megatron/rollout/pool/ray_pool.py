@@ -156,13 +156,13 @@ class RayPool(RolloutPool):
         chunks, entries = [], {}
         narrow, decoder = self.sync_dtype, self._replica.dtype
         with Hasher(0) as hasher:
-            found = Digest(hasher)
+            digest = Digest(hasher)
             for chunk in pack(stream, lambda name: travels_in(name, narrow, decoder)):
                 for name, tensor in unpack(chunk).items():
                     entries[name] = tensor.dtype, tuple(tensor.shape)
-                    found.add_block(Block(name, tuple(tensor.shape), 0, tensor))
+                    digest.add_block(Block(name, tuple(tensor.shape), 0, tensor))
                 chunks.append(self._ray.put(chunk))
-            return WeightSet(version, PutTensors(tuple(chunks), entries), found.hexdigest())
+            return WeightSet(version, PutTensors(tuple(chunks), entries), digest.hexdigest())
 
     def load(self, weights: WeightSet | None) -> None:
         """Returns when every actor reports this version and digest."""

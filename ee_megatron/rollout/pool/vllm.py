@@ -41,7 +41,7 @@ LOG_LINES, LOG_BYTES = 12, 8192
 
 class VllmPool(Readings):
     """What a `Replica` asks of a pool. Answers come from vLLM; what is read again from the embedded engine, which is
-    the reference and is made when it is first asked for."""
+    the reference and is made on first use."""
 
     def __init__(self, settings: ReplicaSettings):
         self.settings = settings
@@ -96,10 +96,10 @@ def check_python(python: str) -> None:
         "    except No: pass\n"
     )
     ran = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    found = ran.stdout.strip()
-    if not is_supported(found):
+    version = ran.stdout.strip()
+    if not is_supported(version):
         raise ValueError(
-            f"rollout.vllm.python={python}: {f'vLLM {found}' if found else 'no vLLM'} there, expected version "
+            f"rollout.vllm.python={python}: {f'vLLM {version}' if version else 'no vLLM'} there, expected version "
             f"{' or '.join(VERSIONS)}; make the environment with: make vllm"
         )
 

@@ -82,32 +82,32 @@ class Service:
     def __post_init__(self) -> None:
         self.piece = lru_cache(1 << 17)(partial(piece, self.tokenizer))
 
-    async def encode(self, asked: ChatRequest | CompletionRequest) -> list[list[int]]:
+    async def encode(self, query: ChatRequest | CompletionRequest) -> list[list[int]]:
         """The prompts as tokens. Raises BadRequest for messages that the chat template refuses."""
-        if isinstance(asked, ChatRequest):
-            messages = [message.plain() for message in asked.messages]
+        if isinstance(query, ChatRequest):
+            messages = [message.plain() for message in query.messages]
             size = sum(len(message["content"]) for message in messages)
             try:
                 return [await aside(size, lambda: encode_chat(self.tokenizer, messages))]
             except ValueError as error:
                 raise BadRequest(f"messages: {' '.join(str(error).split())[:300]}", param="messages") from None
-        size = sum(len(prompt) for prompt in asked.prompts if isinstance(prompt, str))
+        size = sum(len(prompt) for prompt in query.prompts if isinstance(prompt, str))
         return await aside(
-            size, lambda: [encode_text(self.tokenizer, p) if isinstance(p, str) else p for p in asked.prompts]
+            size, lambda: [encode_text(self.tokenizer, p) if isinstance(p, str) else p for p in query.prompts]
         )
 
-    def check_size(self, prompts: list[list[int]], asked: GenerationFields) -> list[int]:
+    def check_size(self, prompts: list[list[int]], query: GenerationFields) -> list[int]:
         """New tokens that answers to each prompt may have. Raises BadRequest for what is too long or too much."""
         limits, vocab, allowed = self.limits, self.engine.decoder.dims.vocab, list[int]()
-        if not prompts or len(prompts) * asked.n > limits.max_answers:
+        if not prompts or len(prompts) * query.n > limits.max_answers:
             raise BadRequest(
-                f"{len(prompts)} prompts x n={asked.n}: expected 1 to {limits.max_answers} answers", param="n"
+                f"{len(prompts)} prompts x n={query.n}: expected 1 to {limits.max_answers} answers", param="n"
             )
         for prompt in prompts:
             if not prompt or min(prompt) < 0 or max(prompt) >= vocab:
                 raise BadRequest(f"a prompt needs tokens, and their ids must lie in 0..{vocab - 1}", param="prompt")
             room = limits.max_length - len(prompt)
-            wanted = min(limits.default_tokens, max(1, room)) if asked.max_tokens is None else asked.max_tokens
+            wanted = min(limits.default_tokens, max(1, room)) if query.max_tokens is None else query.max_tokens
             if wanted > room or len(prompt) > limits.max_prompt:
                 raise BadRequest(
                     f"the prompt has {len(prompt)} tokens and max_tokens is {wanted}; this server takes "
@@ -115,10 +115,10 @@ class Service:
                     code="context_length_exceeded",
                 )
             allowed.append(wanted)
-        tokens, top = sum(allowed) + asked.echo * sum(map(len, prompts)), asked.top or 0
-        if (entries := asked.n * tokens * (1 + top)) > limits.max_entries:
+        tokens, top = sum(allowed) + query.echo * sum(map(len, prompts)), query.top or 0
+        if (entries := query.n * tokens * (1 + top)) > limits.max_entries:
             raise BadRequest(
-                f"{tokens} tokens (max_tokens, and prompts by echo) x n={asked.n} x (1 + logprobs={top}) are {entries} "
+                f"{tokens} tokens (max_tokens, and prompts by echo) x n={query.n} x (1 + logprobs={top}) are {entries} "
                 f"entries; at most {limits.max_entries} a request; lower one of these, or send fewer prompts",
                 param="max_tokens",
             )
@@ -178,37 +178,37 @@ class Service:
         watching = asyncio.create_task(watch())
         return follow()
 
-    async def answer(self, request: Request, asked: ChatRequest | CompletionRequest) -> Response:
+    async def answer(self, request: Request, query: ChatRequest | CompletionRequest) -> Response:
         """Check, queue, and either stream or collect."""
-        if asked.model != self.name:
-            message = f"model {asked.model[:100]!r} is not served here; ask for {self.name!r}"
+        if query.model != self.name:
+            message = f"model {query.model[:100]!r} is not served here; ask for {self.name!r}"
             raise BadRequest(message, 404, "model_not_found", "model")
-        engine, prompts = self.engine, await self.encode(asked)
-        allowed = self.check_size(prompts, asked)
+        engine, prompts = self.engine, await self.encode(query)
+        allowed = self.check_size(prompts, query)
         try:
-            requests = asked.requests(prompts, [max(1, tokens) for tokens in allowed], self.exits)
+            requests = query.requests(prompts, [max(1, tokens) for tokens in allowed], self.exits)
             requests[0].exits.check(engine.decoder.layout, engine.decoder.gates is not None)
         except ValueError as error:
             raise BadRequest(str(error)) from None
         echoes, scores = [""] * len(prompts), list[PromptScore | None]([None] * len(prompts))
-        if isinstance(asked, CompletionRequest) and asked.echo:
-            echoes = [p if isinstance(p, str) else str(self.tokenizer.decode(p)) for p in asked.prompts]
-            if asked.top is not None:
-                scores = [*await self.score(request, prompts, asked.top)]
+        if isinstance(query, CompletionRequest) and query.echo:
+            echoes = [p if isinstance(p, str) else str(self.tokenizer.decode(p)) for p in query.prompts]
+            if query.top is not None:
+                scores = [*await self.score(request, prompts, query.top)]
         choices = [
-            Choice(i, prompts[i // asked.n], asked, self.piece, echoes[i // asked.n], scores[i // asked.n])
+            Choice(i, prompts[i // query.n], query, self.piece, echoes[i // query.n], scores[i // query.n])
             for i in range(len(requests))
         ]
-        reply = Reply(asked, choices, engine.decoder.dims.num_layers, self.name)
-        events = self.submit(request, requests if asked.max_tokens != 0 else [])
-        if asked.stream:
+        reply = Reply(query, choices, engine.decoder.dims.num_layers, self.name)
+        events = self.submit(request, requests if query.max_tokens != 0 else [])
+        if query.stream:
             return StreamingResponse(stream(reply, events), 200, {"Cache-Control": "no-cache"}, "text/event-stream")
-        found = [list[Event]() for _ in choices]
+        events_of = [list[Event]() for _ in choices]
         async for index, event in events:
-            found[index].append(event)
+            events_of[index].append(event)
 
         def response() -> Response:
-            parts = [choice.add(tokens, echo=True) for choice, tokens in zip(choices, found, strict=True)]
+            parts = [choice.add(tokens, echo=True) for choice, tokens in zip(choices, events_of, strict=True)]
             return JSONResponse(reply.body(parts))
 
         # Long answers make long bodies, with a text for every token.
@@ -221,9 +221,9 @@ async def aside(size: int, work: Callable[[], T]) -> T:
 
 
 async def stream(reply: Reply, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[bytes]:
-    """Server-sent events: a chunk per token, the usage if asked for, [DONE]; an error ends them."""
+    """Server-sent events: a chunk per token, the usage if requested, [DONE]; an error ends them."""
     try:
-        for choice in reply.choices if reply.asked.echo else ():
+        for choice in reply.choices if reply.query.echo else ():
             # A prompt may have as much to say as a whole answer: not in the event loop.
             yield server_sent(reply.body([await asyncio.to_thread(choice.add, [], echo=True)], usage=False))
         async for index, event in events:
@@ -237,7 +237,7 @@ async def stream(reply: Reply, events: AsyncIterator[tuple[int, Event]]) -> Asyn
 
 
 def as_refusal(error: Exception) -> BadRequest:
-    """An error of the engine's, as the client is told of it."""
+    """An error of the engine's, as the client sees it."""
     if isinstance(error, BadRequest):
         return error
     if isinstance(error, ClientDisconnect):
@@ -301,11 +301,11 @@ def make_app(service: Service) -> FastAPI:
         return {"object": "list", "data": [{"id": service.name, **about, "max_model_len": service.limits.max_length}]}
 
     @app.post("/v1/completions", dependencies=guarded)
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await service.answer(request, asked)
+    async def completions(query: CompletionRequest, request: Request) -> Response:
+        return await service.answer(request, query)
 
     @app.post("/v1/chat/completions", dependencies=guarded)
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        return await service.answer(request, asked)
+    async def chat(query: ChatRequest, request: Request) -> Response:
+        return await service.answer(request, query)
 
     return app

@@ -173,7 +173,7 @@ class ChatRequest(GenerationFields):
 def first_error(errors: Sequence[Any]) -> BadRequest:
     """The first of pydantic's errors, in one line that names the field."""
     # Of a field that may have several forms, the innermost error is about the form that was meant.
-    first = max(errors, key=lambda found: len(found["loc"]))
+    first = max(errors, key=lambda error: len(error["loc"]))
     where, message = ".".join(str(part) for part in first["loc"] if part != "body"), first["msg"]
     if first["type"] == "json_invalid":
         where, message = "", f"{message} at character {where}: {first['ctx']['error']}"

@@ -22,27 +22,27 @@ class Choice:
     its log-probabilities if those are wanted."""
 
     def __init__(
-        self, index: int, prompt: Sequence[int], asked: GenerationFields, piece: Callable[[int], str], echo: str = "",
+        self, index: int, prompt: Sequence[int], query: GenerationFields, piece: Callable[[int], str], echo: str = "",
         score: PromptScore | None = None,
     ):  # fmt: skip
         self.events: list[Event] = []
-        self.prompt, self._index, self._asked = prompt, index, asked
+        self.prompt, self._index, self._query = prompt, index, query
         self._piece, self._echo, self._score = piece, echo, score
-        self._top = asked.top or 0
+        self._top = query.top or 0
 
     def add(self, events: Sequence[Event], echo: bool = False) -> dict:
         """The choice of a response, or of a streamed chunk, that reports these further tokens, behind the prompt if
-        that is to be repeated. Raises ValueError for a log-probability that is no number."""
+        that is to be repeated. Raises ValueError for a NaN log-probability."""
         role = {} if self.events else {"role": "assistant"}
         self.events += events
         text = (self._echo if echo else "") + "".join(event.text for event in events)
-        chat, logprobs = isinstance(self._asked, ChatRequest), None
+        chat, logprobs = isinstance(self._query, ChatRequest), None
         content: dict[str, Any] = {"text": text}
         if chat:
-            content = {"delta" if self._asked.stream else "message": {**role, "content": text}}
-        if self._asked.top is not None:
+            content = {"delta" if self._query.stream else "message": {**role, "content": text}}
+        if self._query.top is not None:
             logprobs = {"content": [self._entry(event) for event in events]} if chat else self._columns(events, echo)
-        finished = "length" if self._asked.max_tokens == 0 else self.events[-1].finished if self.events else None
+        finished = "length" if self._query.max_tokens == 0 else self.events[-1].finished if self.events else None
         return {
             "index": self._index,
             **content,
@@ -90,10 +90,10 @@ class Choice:
 class Reply:
     """All choices of one request, as one response or as server-sent events."""
 
-    def __init__(self, asked: GenerationFields, choices: list[Choice], num_layers: int, model: str):
-        self.choices, self.asked, self._num_layers = choices, asked, num_layers
-        chat = isinstance(asked, ChatRequest)
-        kind = ("chat.completion.chunk" if asked.stream else "chat.completion") if chat else "text_completion"
+    def __init__(self, query: GenerationFields, choices: list[Choice], num_layers: int, model: str):
+        self.choices, self.query, self._num_layers = choices, query, num_layers
+        chat = isinstance(query, ChatRequest)
+        kind = ("chat.completion.chunk" if query.stream else "chat.completion") if chat else "text_completion"
         id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
@@ -103,7 +103,7 @@ class Reply:
         if not usage:
             return {**self._head, "choices": choices}
         depths = [event.depth for choice in self.choices for event in choice.events]
-        prompt = sum(len(choice.prompt) for choice in self.choices[:: self.asked.n])
+        prompt = sum(len(choice.prompt) for choice in self.choices[:: self.query.n])
         counts = {
             "prompt_tokens": prompt,
             "completion_tokens": len(depths),
@@ -113,8 +113,8 @@ class Reply:
         return {**self._head, "choices": choices, "usage": counts}
 
     def end(self) -> bytes:
-        """The usage if it is asked for, and the mark that ends a stream."""
-        wanted = self.asked.stream_options and self.asked.stream_options.include_usage
+        """The usage if requested, and the mark that ends a stream."""
+        wanted = self.query.stream_options and self.query.stream_options.include_usage
         return (server_sent(self.body([])) if wanted else b"") + b"data: [DONE]\n\n"
 
 
@@ -124,5 +124,5 @@ def bounded(logprob: float) -> float:
 
 
 def server_sent(body: dict) -> bytes:
-    """An event of a stream. Raises ValueError for what is no number."""
+    """An event of a stream. Raises ValueError for NaN or infinity."""
     return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n".encode()

@@ -1,4 +1,4 @@
-"""Plans the server's memory, runs it until it is told to stop, then lets running requests finish."""
+"""Plans the server's memory, runs it until a stop signal, then lets running requests finish."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .app import Limits, Service, make_app
 from .protocol import first_error
 from .worker import ServingEngine
 
-# Seconds beyond the grace, in which streams that have been told to end are written out.
+# Seconds beyond the grace, in which streams that were ended are written out.
 LAST_WORDS_S = 5
 MAX_CONNECTIONS = 500
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
@@ -98,19 +98,19 @@ def free_memory(device: torch.device) -> tuple[int, str]:
         return torch.cuda.mem_get_info(device)[0], f"{device}'s free memory"
     if not (PROC / "meminfo").is_file():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2, "half the machine's memory"
-    found = [(_kib("meminfo", "MemAvailable"), "the machine's free memory")]
+    limits = [(_kib("meminfo", "MemAvailable"), "the machine's free memory")]
     for kind, used, name in ((resource.RLIMIT_AS, "VmSize", "-v"), (resource.RLIMIT_DATA, "VmData", "-d")):
         if (most := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
-            found.append((most - _kib("self/status", used) - ADDRESSES, f"ulimit {name}"))
+            limits.append((most - _kib("self/status", used) - ADDRESSES, f"ulimit {name}"))
     try:
         most, now = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         # Files that the kernel caches until somebody wants the memory.
         cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
-        found.append((most - now + int(cached), "the control group's limit"))
+        limits.append((most - now + int(cached), "the control group's limit"))
     except (OSError, ValueError, KeyError):
         # Not there, or "max".
         pass
-    least, limit = min(found)
+    least, limit = min(limits)
     return max(0, least), limit
 
 

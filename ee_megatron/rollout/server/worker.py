@@ -139,7 +139,7 @@ class ServingEngine:
         return result
 
     def cancel(self, tickets: list[Ticket]) -> None:
-        """Give up what of these has not finished; nothing more is told of them."""
+        """Cancel those of these requests that have not finished; they send no more events."""
         for ticket in tickets:
             ticket.cancelled = True
         self._inbox.put(lambda: self._drop(tickets))
@@ -156,7 +156,7 @@ class ServingEngine:
         }
 
     def stop(self) -> None:
-        """Take nothing more; whatever still runs is told so and given up after the step that is under way."""
+        """Accept no more requests; running ones get an error event and are cancelled after the current step."""
         with self._lock:
             self._stopping = True
         self._inbox.put(lambda: None)
@@ -237,7 +237,7 @@ class ServingEngine:
 
     def _report(self, events: list[Event]) -> None:
         now, metrics = time.monotonic(), self.metrics
-        # Counted before anybody is told, who may look at once.
+        # Counted before the events are sent, since a client may read the counts at once.
         metrics.tokens.inc(len(events))
         metrics.layers.inc(sum(event.depth for event in events))
         for event in events:

@@ -83,10 +83,10 @@ class Watched:
     def ask(self, index: int, depth: int, streams: Tensor, logits: Tensor, fires: Tensor) -> None:
         """Asks as the embedded engine's scheduler does. Streams [T, D], logits [T]; writes into `fires` bool [T]."""
         rows = streams[self.places]
-        answer = self.rule.fires(
+        answer = self.rule.should_exit(
             AtExit(
                 index, depth, logits[self.places], readout=lambda: self.readout(rows),
-                uniform=lambda i: self.uniform[:, i], tokens=lambda: self.tokens, notes=self.notes,
+                uniform=lambda i: self.uniform[:, i], tokens=lambda: self.tokens, state=self.notes,
             )
         )  # fmt: skip
         fires[self.places] = answer.to(fires.device)
@@ -122,7 +122,7 @@ class GatedLayers(nn.Module):
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None, bounds: Tensor, fine: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Bounds float64 [T, M], fine bool [T]: as `ExitRule.ahead` has them -> the last layer's stream, normalised
+        """Bounds float64 [T, M], fine bool [T]: as of `ExitRule.hazard_bounds` -> the last layer's stream, normalised
         [T, D]; the exits taken, int32 [T], and their log-probabilities, float32 [T]."""
         hidden = self.body.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
         residual, last = None, len(self.body.layers)

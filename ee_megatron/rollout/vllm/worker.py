@@ -17,7 +17,7 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.outputs import SamplerOutput
 
-from ...exit_rules import NEVER, ExitRule, known
+from ...exit_rules import NEVER, ExitRule, forced_bounds
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ..engine.request import Event
@@ -227,22 +227,22 @@ class ExitSampler(nn.Module):
                 if not len(which):
                     continue
                 at, names = place[which], [("", 0, t) for t in token[which].tolist()]
-                ahead = rule.ahead(drawn[which], self.exit_depths, names)
+                ahead = rule.hazard_bounds(drawn[which], self.exit_depths, names)
                 if ahead is not None:
-                    bounds[at], fine[at] = ahead, rule.fine
+                    bounds[at], fine[at] = ahead, rule.compares_in_float64
                     continue
                 assert (token[which] == end[row[which]] - 1).all(), "a rule that sees readouts is asked token by token"
                 watched.append(
                     Watched(
                         rule, torch.from_numpy(at).to(device), names, torch.from_numpy(drawn[which]).to(device),
-                        torch.zeros(len(which), rule.notes, dtype=torch.float64, device=device), self.model.readout,
+                        torch.zeros(len(at), rule.state_size, dtype=torch.float64, device=device), self.model.readout,
                     )
                 )  # fmt: skip
             which = np.flatnonzero(said)
             if len(which):
                 pairs = zip(row[which].tolist(), token[which].tolist(), strict=True)
                 given = np.array([batch.asked[i].said(t) for i, t in pairs])  # type: ignore[union-attr]
-                bounds[place[which]] = known(given[:, None] == np.array(self.exit_depths), self.exit_depths)
+                bounds[place[which]] = forced_bounds(given[:, None] == np.array(self.exit_depths), self.exit_depths)
         for host, buffer in ((self._bounds, self.model.bounds), (self._fine, self.model.fine)):
             if host is not buffer:
                 buffer[:total].copy_(host[:total], non_blocking=True)

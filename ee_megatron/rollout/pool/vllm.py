@@ -41,7 +41,7 @@ LOG_LINES, LOG_BYTES = 12, 8192
 
 class VllmPool(Readings):
     """What a `Replica` asks of a pool. Answers come from vLLM; what is read again from the embedded engine, which is
-    the reference and is made when it is first asked for."""
+    the reference and is made when it is first needed."""
 
     def __init__(self, settings: ReplicaSettings):
         self.settings = settings
@@ -49,7 +49,7 @@ class VllmPool(Readings):
         vllm = r.vllm or VllmConfig()
         engine = EngineSettings(
             settings.model_path, settings.spec, settings.dtype, rows=r.max_num_seqs, tensor=r.tensor,
-            cache_gib=r.cache_gib, compile=vllm.compile, compact=vllm.exits == "compact",
+            cache_gib=r.cache_gib, compile=vllm.compile,
         )  # fmt: skip
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, r.threads))}
         self._engine = EngineProcess(vllm.python, engine, environment, settings.start_s)
@@ -96,10 +96,10 @@ def check_python(python: str) -> None:
         "    except No: pass\n"
     )
     ran = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    found = ran.stdout.strip()
-    if not is_supported(found):
+    version = ran.stdout.strip()
+    if not is_supported(version):
         raise ValueError(
-            f"rollout.vllm.python={python}: {f'vLLM {found}' if found else 'no vLLM'} there, expected version "
+            f"rollout.vllm.python={python}: {f'vLLM {version}' if version else 'no vLLM'} there, expected version "
             f"{' or '.join(VERSIONS)}; make the environment with: make vllm"
         )
 

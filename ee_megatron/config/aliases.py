@@ -22,6 +22,7 @@ class Removed(NamedTuple):
 
 
 _SEED = Removed(0, "its draws are always those of seed 0; repeat with pretrain.seed, calibrate.seed or rl.seed", True)
+_VLLM_EXITS = Removed("masked", "rollout.backend=ray skips layers")
 REMOVED = {
     "task.style_weights": Removed([0.4, 0.4, 0.2]),
     "task.seed": _SEED,
@@ -57,6 +58,8 @@ REMOVED = {
     "rl.replay": Removed("", "steps learn from a pool's rollouts; rl.dump_rollouts keeps them", True),
     "rl.keep": Removed(None, "calibrate.wise_ft_alpha scales what calibration changed"),
     "rollout.partial": Removed("finish", hashed=True),
+    "rollout.vllm.exits": _VLLM_EXITS,
+    "rollout.vllm_exits": _VLLM_EXITS,
     "rollout.check_weights": Removed(False),
     "rollout.start_timeout_s": Removed(0.0, "rollout.timeout_s lengthens an actor's start, too"),
     "evaluate.split": Removed("evaluation", hashed=True),
@@ -147,8 +150,8 @@ def modernise(config: dict[str, Any], *, warns: bool) -> list[str]:
             settings += modern(key, part.pop(name), warns)
         except ValueError as error:
             faults.append(str(error))
-        if not part and path:
-            del config[path[0]]
+        if path and not part:
+            del (_section(config, path[:-1]) or config)[path[-1]]
     assign_all(config, settings, warns=warns)
     for key in MAY_BE_OFF:
         *path, name = key.split(".")

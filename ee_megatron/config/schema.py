@@ -329,8 +329,6 @@ class VllmConfig:
     """Compile the model when an actor starts, on a GPU with CUDA graphs; else it runs eagerly."""
     tensor: int = setting(1, above=0, execution=True, was="rollout.tensor")
     """Devices of an actor, which tensor parallelism shares the model among."""
-    exits: str = setting("masked", choices=("masked", "compact"), execution=True, was="rollout.vllm_exits")
-    """masked (every position runs all layers) or compact (exited ones only keys and values)."""
 
 
 @dataclass

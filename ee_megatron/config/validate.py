@@ -232,8 +232,6 @@ def _rollout(cfg: RunConfig) -> Iterator[Rule]:
     if rollout.backend != "vllm":
         yield vllm, "rollout.vllm rollout.backend", "is for rollout.backend=vllm; set rollout.vllm=null"
         return
-    yield (vllm and vllm.exits == "compact" and vllm.compile, "rollout.vllm.exits rollout.vllm.compile",
-           "how many positions run isn't known ahead, as compiling needs; set rollout.vllm.compile=false")
     yield (cfg.exits.first_token, "exits.first_token rollout.backend",
            "vLLM here reads whole prompts at full depth; set rollout.backend=ray or local")
     yield (share < 1 and asks_for_gpus(cfg), "rollout.device_share rollout.backend",

@@ -16,6 +16,8 @@ from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams, make_pool
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.pool.transport import narrowed
+from ee_megatron.rollout.pool.vllm import EngineDied, EngineProcess
+from ee_megatron.rollout.vllm.engine import EngineSettings
 from ee_megatron.tensors import HeldStream
 from ee_megatron.types import Prompt
 from tests.tiny import tiny_hf
@@ -78,6 +80,18 @@ def test_a_cache_that_no_longest_answer_fits_is_refused_before_anything_starts(b
     gib = 500 * position_bytes(HFDirectory(path).dims, 4) / 2**30
     with pytest.raises(ValueError, match=r"\b500\b.*rollout\.max_new_tokens=500.*\b501\b"):
         make_pool(RolloutConfig(backend, max_new_tokens=500, cache_gib=gib), path, SPEC, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_vllm_runs_without_expandable_segments(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Launchers switch them on; the rest of the allocator's settings is passed on."""
+    python, environment = tmp_path / "python", tmp_path / "environment"
+    python.write_text(f"#!/bin/sh\nenv > {environment}\n")
+    python.chmod(0o755)
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    with pytest.raises(EngineDied):
+        EngineProcess(str(python), EngineSettings("", None, torch.float32), {}, 60)
+    assert f"{name}=max_split_size_mb:64,expandable_segments:False" in environment.read_text().splitlines()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

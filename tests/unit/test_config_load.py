@@ -109,6 +109,8 @@ def refused_plain(directory: Path) -> str:
         ("rl.kl_sum=true", "rl.kl_penalty.kind=reward_sum"),
         ("rl.beta=0.2", "rl.kl_penalty.weight=0.2"),
         ("rl.epochs=1", ""),
+        ("rollout.vllm_exits=masked", ""),
+        ("rollout.vllm.exits=masked", ""),
     ],
 )
 def test_an_older_name_is_taken_and_the_new_one_named(older: str, now: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -117,7 +119,8 @@ def test_an_older_name_is_taken_and_the_new_one_named(older: str, now: str, capl
     assert older.split("=")[0] in caplog.text and now.split("=")[0] in caplog.text
 
 
-@pytest.mark.parametrize("override", ["rl.epochs=2", "parallel.attention=blocks", "rl.kl_penalty.sum=false"])
+@pytest.mark.parametrize("override", ["rl.epochs=2", "parallel.attention=blocks", "rl.kl_penalty.sum=false",
+                                      "rollout.vllm.exits=compact"])  # fmt: skip
 def test_a_setting_that_was_removed_is_refused_at_another_value(override: str) -> None:
     assert refused(override).startswith(override.split("=")[0])
 
@@ -182,6 +185,12 @@ def test_defaults_that_older_versions_saved_switch_nothing_on(tmp_path: Path) ->
     text = text.replace("  vllm: null", "  vllm_python: .venv-vllm/bin/python\n  vllm_compile: true")
     text = text.replace("  dataset: null", "  question_column: question\n  train_split: train")
     (tmp_path / "config.yaml").write_text(text)
+    assert read_saved(tmp_path / "config.yaml") == cfg
+
+
+def test_a_removed_setting_leaves_the_sections_around_it(tmp_path: Path) -> None:
+    cfg = load([DEMO, "rollout.actors=3"])
+    (tmp_path / "config.yaml").write_text(to_yaml(cfg).replace("  vllm: null", "  vllm:\n    exits: masked"))
     assert read_saved(tmp_path / "config.yaml") == cfg
 
 

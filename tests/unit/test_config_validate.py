@@ -142,7 +142,6 @@ rollout=vllm rollout.vllm.tensor=4 rollout.actors=3 TWO -> rollout.actors=3 2 cl
 rollout=vllm parallel.data=8 cluster.gpus_per_node=8 -> rollout.backend=vllm cluster.rollout_nodes 8
 rollout.vllm.compile=false -> rollout.vllm rollout.backend=vllm ray
 rollout=vllm exits.first_token=true -> exits.first_token=true rollout.backend=vllm
-rollout=vllm rollout.vllm.exits=compact -> rollout.vllm.exits=compact rollout.vllm.compile=false
 rollout=vllm rollout.device_share=0.5 TWO -> rollout.device_share=0.5 rollout.backend=vllm
 rl.depth_penalty.credit=token rl.depth_penalty.cost=max -> rl.depth_penalty.credit=token rl.depth_penalty.cost=max
 rl.fixed_depth=5 rl.exit_credit=true -> rl.fixed_depth=5 rl.exit_credit=null
@@ -166,7 +165,6 @@ rollout.actors=24 rollout.device_share=0.333 TWO
 rollout=vllm rollout.vllm.tensor=4 rollout.actors=2 parallel.data=8 TWO
 rollout=vllm parallel.data=7 cluster.gpus_per_node=8
 rollout=vllm rollout.device_share=0.5
-rollout=vllm rollout.vllm.exits=compact rollout.vllm.compile=false
 rl.group_size=1 rl.loss.advantage=none
 rl.exit_credit=true rl.depth_penalty.cost=max rl.loss.importance.low=2 rl.loss.clip_high=0.2
 rl.exit_credit.divergence=all rl.kl_penalty.weight=0 rollout.max_staleness=1
@@ -330,7 +328,7 @@ NEVER = ("name", "runs", "device", "parallel", "tracker", "cluster")
 EXECUTION = {
     "pretrain.checkpoint_every", "calibrate.checkpoint_every",
     "rl.checkpoint_every", "rl.dump_rollouts", "deepspeed.zero_stage", "rollout.backend",
-    "rollout.vllm.python", "rollout.vllm.compile", "rollout.vllm.exits", "rollout.vllm.tensor", "rollout.actors",
+    "rollout.vllm.python", "rollout.vllm.compile", "rollout.vllm.tensor", "rollout.actors",
     "rollout.threads", "rollout.max_num_seqs", "rollout.cache_gib", "rollout.device_share",
     "rollout.timeout_s", "rollout.failure_budget",
 }  # fmt: skip

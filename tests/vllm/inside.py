@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
-from collections import Counter
+from importlib import import_module
 from typing import Any
 
 
-def counted(path: str, asked: str) -> dict:
-    """How many positions each layer's MLP runs, and the depths of the answers it runs for. `asked`: JSON of layers,
-    exits, and prompts [[id]] with prescribed depths [[depth]]."""
-    import torch
+def wrapped(job: str, wrapper: str) -> list:
+    """Tokens and depths of an engine's answers where the model runner wraps its model as a GPU's does. `job`: a pickle
+    of the engine's settings, its policy and requests; `wrapper`: a module of vllm.compilation and its class."""
+    from safetensors.torch import load
+    from vllm.config import CUDAGraphMode
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from ee_megatron.exit_rules import Prescribed
-    from ee_megatron.policy import PolicySpec
-    from ee_megatron.rollout.engine.request import Request
-    from ee_megatron.rollout.engine.sampling import SamplingParams
+    from ee_megatron.rollout.engine.generation import answer
     from ee_megatron.rollout.vllm import register
-    from ee_megatron.rollout.vllm.engine import EngineSettings, VllmEngine
+    from ee_megatron.rollout.vllm.engine import VllmEngine
 
-    job = json.loads(asked)
+    module, name = wrapper.split(".")
+    wrap, load_model = getattr(import_module(f"vllm.compilation.{module}"), name), CPUModelRunner.load_model
+
+    def load_and_wrap(self: Any, **options: Any) -> None:
+        load_model(self, **options)
+        self.model = wrap(self.model, self.vllm_config, CUDAGraphMode.FULL)
+
+    CPUModelRunner.load_model, CPUModelRunner.get_model = load_and_wrap, GPUModelRunner.get_model
+    type(current_platform)._global_graph_pool = (0, 0)
     register()
-    layers = job["layers"]
-    spec = PolicySpec(layers, tuple(job["exits"]), rank=0)
-    engine = VllmEngine(EngineSettings(path, spec, torch.float32, compact=True, others=(("max_model_len", 256),)))
-    engine.load(None)
-    ran: Counter[int] = Counter()
-
-    def watch(worker: Any) -> None:
-        for number, layer in enumerate(worker.model_runner.model.model.layers, start=1):
-            layer.mlp.register_forward_pre_hook(lambda _, given, number=number: ran.update({number: len(given[0])}))
-
-    engine.engine.collective_rpc(watch)
-    rule = Prescribed({(f"p{i}", 0): depths for i, depths in enumerate(job["depths"])})
-    rows = [
-        engine.add(Request(prompt, SamplingParams(1.0, len(depths)), rule, 0, f"p{i}"))
-        for i, (prompt, depths) in enumerate(zip(job["prompts"], job["depths"], strict=True))
-    ]
-    while engine.busy:
-        engine.advance()
-    depths = [engine.take(row, 0).exit_depths.tolist() for row in rows]
-    return {"ran": [ran[number] for number in range(1, layers + 1)], "depths": depths}
+    with open(job, "rb") as file:
+        settings, policy, requests = pickle.load(file)
+    engine = VllmEngine(settings)
+    engine.load(load(policy))
+    groups = [group for request in requests for group in answer(engine, engine.tokenizer, request, 1)]
+    return [[one.tokens.tolist(), one.exit_depths.tolist()] for group in groups for one in group]
 
 
 def stock(path: str, prompts: str) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,10 @@ import pytest
 import torch
 from vllm_setup import (
     ASKED,
-    EXITS,
     FULL,
-    LAYERS,
+    LORA,
     MODELS,
     PROMPTS,
-    REPLAYED,
     SAMPLINGS,
     TOKENS,
     Engines,
@@ -33,11 +32,11 @@ from vllm_setup import (
 from ee_megatron.families import VLLM
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.vllm import packed
+from ee_megatron.rollout.vllm.engine import EngineSettings
 from ee_megatron.types import Prompt
 
 # Few positions at a time: the graph is tried with as many as a step may have.
 COMPILED = {"compile": True, "max_num_batched_tokens": 256}
-COMPACT = {"compact": True}
 CHUNKS = {"rows": 16, "max_num_batched_tokens": 16}
 FEW_BLOCKS = {"rows": 16, "num_gpu_blocks_override": 10, "block_size": 32}
 
@@ -75,28 +74,21 @@ def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
     assert list(engines.cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")), "nothing was compiled"
 
 
-@pytest.mark.parametrize("rule", ASKED)
-def test_compact_it_gives_the_same_answers(rule, model, engines: Engines):
-    path, own = model
-    asked = request(rule)
-    assert_same(answers(engines(path, policy_of(path), **COMPACT), asked), own.answers(asked))
-
-
-def test_compact_a_layer_runs_only_positions_that_come_to_it(llama, vllm_python, tmp_path: Path):
+@pytest.mark.parametrize("wrapper", ["cuda_graph.CUDAGraphWrapper", "breakable_cudagraph.BreakableCUDAGraphWrapper"])
+def test_a_model_that_vllm_wraps_for_its_graphs_gives_the_same_answers(wrapper, llama, vllm_python, tmp_path: Path):
+    """On a GPU the model runner wraps the model once it is loaded."""
     path, own = llama
-    prompts = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
-    given = [list(REPLAYED[prompt.id, 0][:TOKENS]) for prompt in PROMPTS]
-    asked = {"layers": LAYERS, "exits": EXITS, "prompts": prompts, "depths": given}
-    found = by_vllm(vllm_python, tmp_path, "counted", str(path), json.dumps(asked))
-    # The position that makes a first token is the prompt's.
-    later = [depth for depths in found["depths"] for depth in depths[1:]]
-    assert found["depths"] == [depths[: len(kept)] for depths, kept in zip(given, found["depths"], strict=True)]
-    read = sum(map(len, prompts))
-    assert found["ran"] == [read + sum(depth >= number for depth in later) for number in range(1, LAYERS + 1)]
-    assert found["ran"][0] > found["ran"][-1] > read
+    own.decoder.load_policy(policy_of(path))
+    settings = EngineSettings(str(path), LORA, torch.float32, others=(("max_model_len", 256),))
+    requests = [request(rule) for rule in ("sample", "confidence")]
+    (tmp_path / "job").write_bytes(pickle.dumps((settings, packed(policy_of(path)), requests)))
+    expected = [
+        [answer.tokens.tolist(), answer.exit_depths.tolist()] for each in requests for answer in own.answers(each)
+    ]
+    assert by_vllm(vllm_python, tmp_path, "wrapped", str(tmp_path / "job"), wrapper) == expected
 
 
-@pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
+@pytest.mark.parametrize("how", [{}, COMPILED], ids=["eager", "compiled"])
 def test_without_exits_it_is_vllm_to_the_bit(how, model, engines: Engines, vllm_python, tmp_path: Path):
     path, own = model
     shut = policy_of(path)
@@ -118,13 +110,9 @@ def test_without_exits_it_is_vllm_to_the_bit(how, model, engines: Engines, vllm_
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"rows": 1}, {"rows": 64}, CHUNKS, FEW_BLOCKS, CHUNKS | COMPACT, FEW_BLOCKS | COMPACT,
-    ],
-    ids=[
-        "one at a time", "64 in flight", "prompts in chunks", "few blocks", "chunks, compact", "few blocks, compact",
-    ],
-)  # fmt: skip
+    [{"rows": 1}, {"rows": 64}, CHUNKS, FEW_BLOCKS],
+    ids=["one at a time", "64 in flight", "prompts in chunks", "few blocks"],
+)
 def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
@@ -138,7 +126,7 @@ def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     assert (engine.call("counter", "vllm:num_preemptions") > before) == ("num_gpu_blocks_override" in settings)
 
 
-@pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
+@pytest.mark.parametrize("how", [{}, COMPILED], ids=["eager", "compiled"])
 def test_weights_are_set_in_place(how, llama, engines: Engines):
     path, own = llama
     engine = engines(path, policy_of(path), **how)
@@ -153,11 +141,10 @@ def test_weights_are_set_in_place(how, llama, engines: Engines):
         answers(engine, request("sample"))
 
 
-@pytest.mark.parametrize("how", [{}, COMPACT], ids=["masked", "compact"])
-def test_prompts_of_a_group_are_read_once_under_each_policy(how, llama, engines: Engines):
+def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engines):
     """What was read under other weights, or answered with exits, is never taken for a prompt's."""
     path, own = llama
-    engine = engines(path, policy_of(path), block_size=32, **how)
+    engine = engines(path, policy_of(path), block_size=32)
     text = " ".join(str(i) for i in range(20))
     asked = replace(request("sample"), prompts=[Prompt(f"p{i}", text + " " * i, "", "t") for i in range(2)], samples=4)
     for seed in (1, 2):
@@ -174,7 +161,7 @@ def test_prompts_of_a_group_are_read_once_under_each_policy(how, llama, engines:
         assert_same(answers(engine, replace(asked, prompts=longer)), own.answers(replace(asked, prompts=longer)))
 
 
-@pytest.mark.parametrize("how", [{}, COMPILED, COMPACT], ids=["eager", "compiled", "compact"])
+@pytest.mark.parametrize("how", [{}, COMPILED], ids=["eager", "compiled"])
 def test_two_devices_share_the_model(how, llama, engines: Engines):
     """Ranks that disagreed on an exit would be reported; new weights reach every rank."""
     path, own = llama

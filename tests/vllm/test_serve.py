@@ -325,7 +325,6 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
         [str(path), {"pipeline_parallel_size": 2}, {}],
         [str(path), {"enable_lora": True}, {}],
         [str(path), {"async_scheduling": True}, {}],
-        [str(path), {"hf_overrides": {"compact_exits": True}}, {}],
         [str(path), {}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}],
         [str(bare), {}, {}],
         [str(path), {}, {"VERSION": "0.33.1"}],
@@ -333,6 +332,6 @@ def test_what_cant_be_served_is_said_before_anything_starts(export: tuple[Path, 
     found = by_vllm(vllm_python, tmp_path, "settings", json.dumps(cases))
     llama, qwen = (f"EarlyExit{family}ForCausalLM" for family in ("Llama", "Qwen3"))
     assert found[:3] == [[DEFAULT.to_json(), llama], [policy, llama], [DEFAULT_EXIT_POLICY, qwen]]
-    names = ("--pipeline-parallel-size", "--enable-lora", "--async-scheduling", "compact_exits", "MODEL_RUNNER=1")
+    names = ("--pipeline-parallel-size", "--enable-lora", "--async-scheduling", "MODEL_RUNNER=1")
     for said, name in zip(found[3:], (*names, "exit_depths", "vLLM 0.33.1"), strict=True):
         assert any(name in line for line in said.splitlines()), said

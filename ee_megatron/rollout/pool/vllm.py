@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -49,7 +50,7 @@ class VllmPool(Readings):
         vllm = r.vllm or VllmConfig()
         engine = EngineSettings(
             settings.model_path, settings.spec, settings.dtype, rows=r.max_num_seqs, tensor=r.tensor,
-            cache_gib=r.cache_gib, compile=vllm.compile, compact=vllm.exits == "compact",
+            cache_gib=r.cache_gib, compile=vllm.compile,
         )  # fmt: skip
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, r.threads))}
         self._engine = EngineProcess(vllm.python, engine, environment, settings.start_s)
@@ -83,6 +84,14 @@ class EngineDied(RuntimeError):
 
 def packed(tensors: Mapping[str, Tensor] | None) -> bytes | None:
     return None if tensors is None else save({name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
+def without_expandable_segments(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with PyTorch's expandable segments off, other settings of its allocator unchanged: devices that
+    share a model exchange addresses of memory (cudaIpcGetMemHandle), which such segments don't have."""
+    names = [name for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF") if name in environment]
+    off = {name: re.sub(r"(expandable_segments\s*:\s*)\w+", r"\1False", environment[name]) for name in names}
+    return {**environment, **off}
 
 
 def check_python(python: str) -> None:
@@ -119,8 +128,9 @@ class EngineProcess:
         inherited = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
             [python, "-c", f"from {__name__} import listen; listen({theirs.fileno()})"],
-            env={**os.environ, **environment, "PYTHONPATH": inherited}, pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**without_expandable_segments(os.environ), **environment, "PYTHONPATH": inherited},
+            pass_fds=[theirs.fileno()], start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         theirs.close()
         self._connection = Connection(ours.detach())

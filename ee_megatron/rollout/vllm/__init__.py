@@ -2,7 +2,7 @@
 `vllm serve` needs.
 
 vLLM's pins differ from this package's, so what is here runs in an environment of its own (`make vllm`), where this
-package is installed without its dependencies. Nothing of vLLM is imported before it is asked for.
+package is installed without its dependencies. vLLM is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from ...families import VLLM
 
 # Others are refused, for vLLM's insides move.
 VERSIONS = ("0.32",)
-# The field of a model's configuration in vLLM that makes its exits compact.
-COMPACT = "compact_exits"
 # Where `rollout.cache_gib` doesn't say how much memory an engine takes: of a GPU's, for all that it holds; of a CPU's,
 # for its cache.
 GPU_SHARE, CPU_CACHE_GIB = 0.9, 1
@@ -29,11 +27,11 @@ def is_supported(version: str) -> bool:
     return version.startswith(tuple(f"{tested}." for tested in VERSIONS))
 
 
-def check_version(found: str) -> None:
+def check_version(version: str) -> None:
     """Raises ValueError for a vLLM that was not tested."""
-    if not is_supported(found):
+    if not is_supported(version):
         raise ValueError(
-            f"vLLM {found} is installed, early exits were tested with {' and '.join(VERSIONS)}; run: make vllm"
+            f"vLLM {version} is installed, early exits were tested with {' and '.join(VERSIONS)}; run: make vllm"
         )
 
 

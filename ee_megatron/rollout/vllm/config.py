@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
 from ...families import VLLM
-from . import COMPACT, architecture, check_version
+from . import architecture, check_version
 from .request_metadata import FIELD, rule_for
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -83,10 +83,8 @@ def check_settings(config: Any) -> None:
         "--enable-return-routed-experts": config.aux_output_config.enabled,
         f"{RUNNER}=1": os.environ.get(RUNNER) == "1",
     }
-    if found := [name for name, there in refused.items() if there]:
-        raise ValueError(f"an early-exit model is not served with {found[0]}; leave it out")
-    if getattr(config.model_config.hf_config, COMPACT, False) and not config.model_config.enforce_eager:
-        raise ValueError(f"{COMPACT}: how many positions run isn't known ahead, found a compiled model; run it eagerly")
+    if options := [name for name, is_set in refused.items() if is_set]:
+        raise ValueError(f"an early-exit model is not served with {options[0]}; leave it out")
 
 
 def register() -> None:

@@ -18,7 +18,7 @@ from ...policy import PolicySpec
 from ...types import Rollout
 from ..engine.decoder import read_eos_ids
 from ..engine.request import Event, Request, RequestValidator, Row, check_logits
-from . import CHUNK, COMPACT, CPU_CACHE_GIB, GPU_SHARE, architecture, check_version
+from . import CHUNK, CPU_CACHE_GIB, GPU_SHARE, architecture, check_version
 from .request_metadata import EXTRA, RequestMetadata
 
 
@@ -29,7 +29,6 @@ class EngineSettings:
     - rows: requests at a time; tensor: devices
     - cache_gib: memory of the cache on each device, 0 for what is left of `GPU_SHARE` or on a CPU `CPU_CACHE_GIB`
     - compile: as vLLM compiles its own models, with CUDA graphs on a GPU; else eagerly
-    - compact: positions that have left run only what others need of them; not compiled
     - others: of vLLM's `EngineArgs`, by name
     """
 
@@ -40,7 +39,6 @@ class EngineSettings:
     tensor: int = 1
     cache_gib: float = 0.0
     compile: bool = False
-    compact: bool = False
     others: tuple[tuple[str, Any], ...] = ()
 
 
@@ -51,7 +49,7 @@ class VllmEngine:
         # In this process: the caller owns it, and weights are set between two steps.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         if settings.cache_gib:
-            # It would take the place of what is asked for here.
+            # It would override `cache_gib`.
             os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         else:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
@@ -81,7 +79,7 @@ class VllmEngine:
             enable_chunked_prefill=True, gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
                 "architectures": [architecture(VLLM[self.dims.family])], "exit_depths": list(spec.exit_depths),
-                "gate_width": spec.gate_width, "gate_input": spec.gate_input, COMPACT: settings.compact,
+                "gate_width": spec.gate_width, "gate_input": spec.gate_input,
             },
             **(others | dict(settings.others)),
         )  # fmt: skip

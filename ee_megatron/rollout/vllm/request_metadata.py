@@ -90,19 +90,19 @@ class RequestMetadata:
 def read_rule(given: Any) -> ExitRule:
     """`exit_policy` of a request, {"kind": "threshold", "value": 0.7} or "threshold:0.7". Raises ValueError, one line
     that says what is allowed."""
-    found = given
+    fields = given
     if isinstance(given, str):
         kind, _, number = given.partition(":")
         try:
-            found = {"kind": kind, "value": float(number) if number else None}
+            fields = {"kind": kind, "value": float(number) if number else None}
         except ValueError:
-            found = None
-    known = isinstance(found, Mapping) and found.keys() <= {"kind", "value"} and found.get("kind") in OFFERED
-    if not known or isinstance(found.get("value"), bool) or not isinstance(found.get("value"), int | float | None):
+            fields = None
+    known = isinstance(fields, Mapping) and fields.keys() <= {"kind", "value"} and fields.get("kind") in OFFERED
+    if not known or isinstance(fields.get("value"), bool) or not isinstance(fields.get("value"), int | float | None):
         raise ValueError(
             f'{FIELD} {given!r}: expected {usage()}, as a text or as {{"kind": "threshold", "value": 0.5}}'
         )
-    return make_rule(found["kind"], found.get("value"))
+    return make_rule(fields["kind"], fields.get("value"))
 
 
 def rule_for(config: Any, given: Any) -> ExitRule:

@@ -1,4 +1,4 @@
-"""vLLM's scheduler for early-exit models: whose blocks may be found again, and what goes back with a token."""
+"""vLLM's scheduler for early-exit models: which requests share a cached block, and what goes back with a token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ExitScheduler(Scheduler):
 
 
 def salt(request: Any, block: int) -> None:
-    """Blocks of `block` positions that hold generated ones are found by nobody but this request.
+    """Blocks of `block` positions that hold generated ones are reused by this request alone.
 
     vLLM finds a block by its tokens and those before it, but keys and values of a position that has left depend on its
     exit, too. A prompt's positions never leave: blocks of these alone are everybody's.
@@ -53,8 +53,8 @@ class DepthConnector:
         return None
 
     def take_output(self, request: Any, output: dict[str, Any] | None) -> np.ndarray | None:
-        told = (output or {}).get(request.request_id)
-        return None if told is None else told.rows
+        depths = (output or {}).get(request.request_id)
+        return None if depths is None else depths.rows
 
     def request_finished(self, request: Any) -> None:
         pass

@@ -105,12 +105,12 @@ def _numbered(plain: Callable) -> Callable:
     def child(self: Any, index: int) -> Any:
         """The n answers to one request share its seed and differ in their number, as in this package's server."""
         params = plain(self, index)
-        asked = (params.extra_args or {}).get(EXTRA)
-        if asked is None:
+        metadata = (params.extra_args or {}).get(EXTRA)
+        if metadata is None:
             return params
         params = copy(params)
-        seed, prompt, _ = asked["stream"]
-        params.extra_args = {**params.extra_args, EXTRA: {**asked, "stream": [seed, prompt, index]}}
+        seed, prompt, _ = metadata["stream"]
+        params.extra_args = {**params.extra_args, EXTRA: {**metadata, "stream": [seed, prompt, index]}}
         return params
 
     return child
@@ -157,8 +157,8 @@ class AnswerDepths:
 
     def fields(self, index: int) -> dict[str, list]:
         said = self._unsaid.pop(index, [])
-        found: dict[str, list] = {} if self._hide else {"token_ids": [int(token) for token, _ in said]}
-        return found | {
+        tokens: dict[str, list] = {} if self._hide else {"token_ids": [int(token) for token, _ in said]}
+        return tokens | {
             "depths": [int(row[0]) for _, row in said],
             "logprobs": [max(float(row[1]), LOWEST) for _, row in said],
             "exit_logprobs": [max(float(row[2]), LOWEST) for _, row in said],
@@ -198,10 +198,10 @@ def _completion(plain: Callable) -> Callable:
     def response(self: Any, results: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         made = plain(self, results, request, *args, **kwargs)
         if has_exits(self.engine_client.vllm_config):
-            told = depths_of(self, request)
+            depths = depths_of(self, request)
             for index, output in enumerate(output for result in results for output in result.outputs):
-                told.take(index, output)
-            told.add_to(made)
+                depths.take(index, output)
+            depths.add_to(made)
         return made
 
     return response
@@ -211,10 +211,10 @@ def _chat(plain: Callable) -> Callable:
     async def response(self: Any, request: Any, results: Any, *args: Any, **kwargs: Any) -> Any:
         if not has_exits(self.engine_client.vllm_config):
             return await plain(self, request, results, *args, **kwargs)
-        told = depths_of(self, request)
-        made = await plain(self, request, told.watching(results, 1), *args, **kwargs)
+        depths = depths_of(self, request)
+        made = await plain(self, request, depths.watching(results, 1), *args, **kwargs)
         if hasattr(made, "choices"):
-            told.add_to(made)
+            depths.add_to(made)
         return made
 
     return response
@@ -230,13 +230,13 @@ def _streamed(plain: Callable) -> Callable:
             async for chunk in plain(*bound.args, **bound.kwargs):
                 yield chunk
             return
-        told = depths_of(self, request)
+        depths = depths_of(self, request)
 
-        bound.arguments["result_generator"] = told.watching(results, request.n or 1)
+        bound.arguments["result_generator"] = depths.watching(results, request.n or 1)
         stream = plain(*bound.args, **bound.kwargs)
         try:
             async for chunk in stream:
-                yield told.add_to_chunk(chunk)
+                yield depths.add_to_chunk(chunk)
         finally:
             # A client that has left is to free its place now, not when somebody collects what is not closed.
             await stream.aclose()

@@ -44,12 +44,11 @@ class ExitWorker(Worker):
     def load_model(self, **options: Any) -> None:
         super().load_model(**options)
         runner = self.model_runner
-        model = runner.model
+        # On a GPU `runner.model` is what captures and replays graphs of it.
+        model = runner.get_model()
         assert isinstance(model, EarlyExit), type(model)
         self._exits_model = model
         steps = self._exits_steps = runner.sampler = ExitSampler(runner, model)
-        if model.compact is not None:
-            model.compact.builder = lambda: runner.attn_groups[0][0].get_metadata_builder()
         run, sample = runner._model_forward, runner.sample_tokens
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -65,8 +64,8 @@ class ExitWorker(Worker):
 
         def sample_tokens(grammar: Any) -> Any:
             output = sample(grammar)
-            if steps.told:
-                output.aux_output_connector_output, steps.told = steps.told, {}
+            if steps.outputs:
+                output.aux_output_connector_output, steps.outputs = steps.outputs, {}
             return output
 
         runner._model_forward, runner.sample_tokens = forward, sample_tokens
@@ -127,16 +126,16 @@ class Draws(nn.Module):
             zip([0] * rows if k is None else k.tolist(), [1.0] * rows if p is None else p.tolist(), strict=True)
         ):
             kinds.setdefault(kind, []).append(i)
-        kept = logits
+        remaining = logits
         for (top_k, top_p), which in kinds.items():
             if 0 < top_k < logits.shape[-1] or top_p < 1:
                 # A bound that keeps all is vLLM's way to say none.
-                kept = kept.clone() if kept is logits else kept
-                kept[which] = truncate(logits[which], top_k if top_k < logits.shape[-1] else 0, top_p)
-        tokens, self.logprobs = inverse_cdf(kept, self.uniform)
+                remaining = remaining.clone() if remaining is logits else remaining
+                remaining[which] = truncate(logits[which], top_k if top_k < logits.shape[-1] else 0, top_p)
+        tokens, self.logprobs = inverse_cdf(remaining, self.uniform)
         if self.plain.logprobs_mode == "processed_logits":
-            return tokens, kept
-        return tokens, kept.log_softmax(dim=-1) if self.plain.logprobs_mode == "processed_logprobs" else None
+            return tokens, remaining
+        return tokens, remaining.log_softmax(dim=-1) if self.plain.logprobs_mode == "processed_logprobs" else None
 
 
 class Batch:
@@ -144,26 +143,26 @@ class Batch:
     chooses, bool [N]; int64 [N] lengths of prompts; uint64 [N] keys; by rule, and of rollouts by sampling, which they
     are, bool [N]."""
 
-    def __init__(self, names: list[str], asked: list[RequestMetadata | None]):
-        self.names, self.asked = names, asked
-        self.ours = np.array([one is not None for one in asked], dtype=bool)
-        self.prompts = np.array([one.prompt if one else 0 for one in asked], dtype=np.int64)
-        self.keys = np.array([one.key if one else 0 for one in asked], dtype=np.uint64)
-        self.users = np.array([bool(one and one.sampling is None) for one in asked], dtype=bool)
+    def __init__(self, names: list[str], requests: list[RequestMetadata | None]):
+        self.names, self.requests = names, requests
+        self.ours = np.array([one is not None for one in requests], dtype=bool)
+        self.prompts = np.array([one.prompt if one else 0 for one in requests], dtype=np.int64)
+        self.keys = np.array([one.key if one else 0 for one in requests], dtype=np.uint64)
+        self.users = np.array([bool(one and one.sampling is None) for one in requests], dtype=bool)
         # Of these every token's exit is given.
-        self.prescribed = np.array([bool(one and one.prescribed) for one in asked], dtype=bool)
+        self.prescribed = np.array([bool(one and one.prescribed) for one in requests], dtype=bool)
         self.rules: dict[ExitRule, np.ndarray] = {}
         self.samplings: dict[SamplingParams, np.ndarray] = {}
-        for i, one in enumerate(asked):
+        for i, one in enumerate(requests):
             if one is not None:
-                self.rules.setdefault(one.rule, np.zeros(len(asked), dtype=bool))[i] = True
+                self.rules.setdefault(one.rule, np.zeros(len(requests), dtype=bool))[i] = True
                 if one.sampling is not None:
-                    self.samplings.setdefault(one.sampling, np.zeros(len(asked), dtype=bool))[i] = True
+                    self.samplings.setdefault(one.sampling, np.zeros(len(requests), dtype=bool))[i] = True
 
     @property
     def made(self) -> np.ndarray:
         """int64 [N]: tokens that there are of each answer."""
-        return np.array([len(one.depths) if one else 0 for one in self.asked], dtype=np.int64)
+        return np.array([len(one.depths) if one else 0 for one in self.requests], dtype=np.int64)
 
 
 class ExitSampler(nn.Module):
@@ -180,25 +179,25 @@ class ExitSampler(nn.Module):
         self.draws = self.plain.topk_topp_sampler = Draws(self.plain.topk_topp_sampler)
         self.made: list[Event] = []
         # What goes back with users' tokens: depth, log-probabilities of token and exit, float64 [1, 3].
-        self.told: dict[str, AuxRequestOutput] = {}
-        self._asked: dict[str, RequestMetadata] = {}
+        self.outputs: dict[str, AuxRequestOutput] = {}
+        self._metadata: dict[str, RequestMetadata] = {}
         self._batch = Batch([], [])
         self._bounds, self._fine = _host(model.bounds), _host(model.fine)
 
     def batch(self) -> Batch:
         names = self.runner.input_batch.req_ids[: self.runner.input_batch.num_reqs]
         if names != self._batch.names:
-            self._asked = {name: asked for name, asked in self._asked.items() if name in self.runner.requests}
-            self._batch = Batch(list(names), [self.asked(name) for name in names])
+            self._metadata = {name: one for name, one in self._metadata.items() if name in self.runner.requests}
+            self._batch = Batch(list(names), [self.metadata(name) for name in names])
         return self._batch
 
-    def asked(self, request: str) -> RequestMetadata | None:
+    def metadata(self, request: str) -> RequestMetadata | None:
         extra = (self.runner.requests[request].sampling_params.extra_args or {}).get(EXTRA)
         if extra is None:
             return None
-        if request not in self._asked:
-            self._asked[request] = RequestMetadata.of(extra)
-        return self._asked[request]
+        if request not in self._metadata:
+            self._metadata[request] = RequestMetadata.of(extra)
+        return self._metadata[request]
 
     # ---- before the model runs ----
 
@@ -231,7 +230,7 @@ class ExitSampler(nn.Module):
                 if ahead is not None:
                     bounds[at], fine[at] = ahead, rule.compares_in_float64
                     continue
-                assert (token[which] == end[row[which]] - 1).all(), "a rule that sees readouts is asked token by token"
+                assert (token[which] == end[row[which]] - 1).all(), "a rule that sees readouts decides token by token"
                 watched.append(
                     Watched(
                         rule, torch.from_numpy(at).to(device), names, torch.from_numpy(drawn[which]).to(device),
@@ -241,7 +240,7 @@ class ExitSampler(nn.Module):
             which = np.flatnonzero(said)
             if len(which):
                 pairs = zip(row[which].tolist(), token[which].tolist(), strict=True)
-                given = np.array([batch.asked[i].said(t) for i, t in pairs])  # type: ignore[union-attr]
+                given = np.array([batch.requests[i].said(t) for i, t in pairs])  # type: ignore[union-attr]
                 bounds[place[which]] = forced_bounds(given[:, None] == np.array(self.exit_depths), self.exit_depths)
         for host, buffer in ((self._bounds, self.model.bounds), (self._fine, self.model.fine)):
             if host is not buffer:
@@ -274,7 +273,7 @@ class ExitSampler(nn.Module):
                 together = rows[-1] - rows[0] + 1 == len(rows)
                 wide = (logits[rows[0] : rows[-1] + 1] if together else logits[which]).float()
                 sampled = sample_tokens(wide, params, drawn)
-                chosen = [one for i in rows.tolist() if (one := batch.asked[i]) is not None]
+                chosen = [one for i in rows.tolist() if (one := batch.requests[i]) is not None]
                 given = [
                     (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
                 ]
@@ -292,31 +291,31 @@ class ExitSampler(nn.Module):
         self, batch: Batch, users: np.ndarray, logits: Tensor, sampling_metadata: Any, options: dict[str, Any],
         depths: Sequence[int], exits: Sequence[float],
     ) -> SamplerOutput:  # fmt: skip
-        """vLLM's choice for all rows; of `users`, int64 [U], the depths are kept."""
+        """vLLM's choice for all rows; the depths of `users`, int64 [U], go to `outputs`."""
         if len(users):
             # Nobody asks what the others of these rows draw: they are in the middle of a prompt.
             uniform = torch.zeros(len(batch.names), dtype=torch.float64, device=logits.device)
             uniform[users] = self._uniform(batch, users, batch.made)
             self.draws.uniform = uniform
         try:
-            found = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
+            output = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
         finally:
             self.draws.uniform = None
         if not len(users):
-            return found
+            return output
         # A greedy choice has the log-probability of temperature 1.
-        logprobs = log_prob(logits.float(), found.sampled_token_ids[:, 0].long())
+        logprobs = log_prob(logits.float(), output.sampled_token_ids[:, 0].long())
         if not sampling_metadata.all_greedy:
             assert self.draws.logprobs is not None
             drawn = sampling_metadata.temperature >= GREEDY
             logprobs = torch.where(drawn, self.draws.logprobs, logprobs)
         for i, logprob in zip(users.tolist(), logprobs[users].tolist(), strict=True):
-            one = batch.asked[i]
+            one = batch.requests[i]
             assert one is not None
             row = np.array([[depths[i], logprob, exits[i]]])
-            self.told[batch.names[i]] = AuxRequestOutput(len(one.depths), row)
+            self.outputs[batch.names[i]] = AuxRequestOutput(len(one.depths), row)
             one.depths.append(depths[i])
-        return found
+        return output
 
     def _uniform(self, batch: Batch, rows: np.ndarray, made: np.ndarray) -> Tensor:
         """float64 [R]: the numbers that draw the next tokens of these rows."""
@@ -328,8 +327,8 @@ class ExitSampler(nn.Module):
         ends = self.runner.query_start_loc.np[1 : len(batch.names) + 1]
         newest = torch.from_numpy(ends - 1).to(self.model.depths.device)
         logprobs = self.model.logprobs[newest].tolist()
-        asked = batch.made if self.model.gated else np.zeros(len(batch.names), dtype=bool)
-        return self.model.depths[newest].tolist(), [p if at else 0.0 for p, at in zip(logprobs, asked, strict=True)]
+        generated = batch.made if self.model.gated else np.zeros(len(batch.names), dtype=bool)
+        return self.model.depths[newest].tolist(), [p if at else 0.0 for p, at in zip(logprobs, generated, strict=True)]
 
 
 def _host(buffer: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ $(VENV)/.docs: $(VENV)/.demo
 	@touch $@
 
 docs: $(VENV)/.docs
-	PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet
 
 GOLDENS ?= runs/goldens/tree
 BASE ?= HEAD

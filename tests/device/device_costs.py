@@ -53,7 +53,7 @@ MEASURED_WITH = "2.13.0"
 
 _TABLE = {
     # what                              syncs  copies kernels duplicates
-    "decode off":                      (     4,     10, 478.22,      0),
+    "decode off":                      (     4,     10, 477.22,      0),
     "decode sample":                   (     7,   9.78, 516.00,      0),
     "decode threshold":                (     7,   9.78, 512.56,      0),
     "decode confidence":               (     7,     10, 568.44,      0),

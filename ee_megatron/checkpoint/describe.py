@@ -28,6 +28,7 @@ from .megatron_read import MegatronDirectory, refuse_foreign
 from .policy_files import folded, no_policy, policy_beside, policy_on, recorded_base
 from .sources import HFSource, all_finite, gates_of, is_megatron
 from .store import MANIFEST, read_manifest
+from .workspace import refuse_unfinished
 
 # Of the logits that are compared: the largest difference, relative; how many sequences, and how long.
 TOLERANCE = 1e-4
@@ -108,6 +109,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[TensorRow], d
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory")
+    refuse_unfinished(folder)
     manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {"tensors": {}}
     if (folder / "adapter_config.json").is_file():
         tensors: dict[str, Tensor] = {}

@@ -39,6 +39,7 @@ from .mapping import Run, stored_name, whole_entries
 from .megatron_settings import compare_settings, config_of, read_settings, refuse_settings
 from .sources import WEIGHTS
 from .store import MANIFEST, read_manifest
+from .workspace import refuse_unfinished
 
 KIND = "megatron"
 FORMAT = "metadata.json"
@@ -281,6 +282,7 @@ class MegatronDirectory(MegatronTensors):
 
     def __init__(self, path: str | Path):
         path = Path(path)
+        refuse_unfinished(path)
         manifest = read_manifest(path) if (path / MANIFEST).is_file() else {"tensors": {}}
         if manifest.get("kind", KIND) != KIND:
             raise ValueError(f"{path}: {MANIFEST} says {manifest['kind']!r}, expected {KIND!r}")

@@ -15,7 +15,7 @@ from ..families.hf_directory import HFDirectory, read_header, read_json
 from ..policy import PolicySpec
 from ..tensors import Block, Digest, FileTensors, Hasher, ModelSource, part_of, row_blocks
 from .store import MANIFEST
-from .workspace import Meter
+from .workspace import Meter, refuse_unfinished
 
 # What an early-exit export's config.json has more than its base's.
 EMBED_FIELDS = ("base_model_type", "auto_map", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
@@ -38,6 +38,7 @@ class HFSource(ModelSource):
     def __init__(self, directory: HFDirectory | str | Path):
         opened = directory if isinstance(directory, HFDirectory) else HFDirectory(directory)
         self.path = self.tokenizer = opened.path
+        refuse_unfinished(self.path)
         self.dims, self.config = opened.dims, base_config(opened.config, opened.dims)
         # Exits and gates of an early-exit export.
         embedded = opened.config.get("model_type") == "early_exit"

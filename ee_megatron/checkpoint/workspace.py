@@ -139,6 +139,16 @@ def partial_of(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raises ValueError for the workspace of a conversion that has not ended, though all files may be there already:
+    what a killed one wrote may be lost when the machine goes down."""
+    if (folder / JOURNAL).is_file():
+        raise ValueError(
+            f"{folder}: an unfinished conversion; expected a finished one; repeat its command with --resume, or remove "
+            "the directory"
+        )
+
+
 def check_output(out: Path) -> None:
     """Raises ValueError unless a directory can appear at `out`."""
     if out.is_symlink():
@@ -236,10 +246,10 @@ def _clear(folder: Path, keep: dict[str, dict]) -> None:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    (folder / JOURNAL).unlink()
     # Files of some libraries are born private; a model is meant to be shared.
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
+    (folder / JOURNAL).unlink()
     os.replace(folder, out)
     _flush(out.parent)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from ee_megatron.checkpoint import workspace
 from ee_megatron.checkpoint.sources import WEIGHTS
 from ee_megatron.checkpoint.store import read_manifest
 from ee_megatron.checkpoint.workspace import JOURNAL, Workspace, partial_of
@@ -89,6 +90,21 @@ def test_an_interrupted_conversion_says_how_to_go_on(tmp_path, capsys, monkeypat
     assert (partial / JOURNAL).read_text().count("\n") > 2 and not out.exists()
     made("import --resume --quiet --hf", base, "--out", out)
     assert not partial.exists()
+
+
+def test_all_files_there_but_not_yet_published_is_no_checkpoint(tmp_path, capsys, monkeypatch):
+    base = tiny_hf("llama", tmp_path / "base")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for words in (("import --hf", base), ("export --checkpoint", tmp_path / "import")):
+        out = tmp_path / words[0].split()[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(workspace, "_publish", stopped)
+            assert run(*words, "--out", out) == 130
+        refused(capsys, "inspect", partial_of(out), names=(str(partial_of(out)), "--resume"))
+        made(*words, "--resume --out", out)
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=EXTENDED)])

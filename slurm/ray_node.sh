@@ -34,9 +34,11 @@ export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0
 options=(--node-ip-address="$address" --num-cpus="$cpus" --num-gpus="${#devices[@]}" --min-worker-port=0 --max-worker-port=0
   --disable-usage-stats --block)
 if [[ $role == head ]]; then
+  # Ray's own server for clients starts wherever grpc is installed and then needs a port that no other job has; without
+  # grpc Ray refuses the option.
+  if python -c 'import grpc' 2>/dev/null; then options+=(--ray-client-server-port="$((${EE_RAY_HEAD##*:} + 1))"); fi
   # The workers take the directory over from the head.
-  exec ray start --head --port="${EE_RAY_HEAD##*:}" --include-dashboard=false --ray-client-server-port="$((${EE_RAY_HEAD##*:} + 1))" \
-    --temp-dir="$EE_RAY_TEMP" "${options[@]}"
+  exec ray start --head --port="${EE_RAY_HEAD##*:}" --include-dashboard=false --temp-dir="$EE_RAY_TEMP" "${options[@]}"
 fi
 deadline=$((SECONDS + patience))
 until (exec 3<>"/dev/tcp/${EE_RAY_HEAD%:*}/${EE_RAY_HEAD##*:}") 2>/dev/null; do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -305,3 +306,67 @@ def test_short_policies_wherever_one_may_stand(sides, tmp_path):
     other = load(tmp_path)
     other.generate(ids, **GREEDY)
     assert (other.last_exit_depths[:, 1:] == 3).all()
+
+
+def test_a_layer_that_runs_fires_its_hooks_once_and_a_skipped_one_never(sides):
+    model, ids, fired = sides.model, prompts(2), []
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=(index, name): fired.append((name, args, out)))
+        for index, layer in enumerate(model.model.layers)
+        for name, module in (("layer", layer), ("attention", layer.self_attn), ("mlp", layer.mlp))
+    ]
+    for rule in ("threshold:0.5", f"fixed:{DEPTHS[0]}", "off"):
+        fired.clear()
+        model.generate(ids, exit_policy=rule, **GREEDY)
+        # A step's deepest row says which layers run; without `first_token`, the prompt runs all.
+        deepest = model.last_exit_depths.max(dim=0).values.tolist()
+        expected = [
+            (index, name) for depth in deepest for index in range(depth) for name in ("attention", "mlp", "layer")
+        ]
+        if sides.first_token:
+            expected = expected[3 * deepest[0] :]
+            del fired[: 3 * LAYERS]
+        assert [name for name, _, _ in fired] == expected
+    for _, args, out in fired:
+        stream = out[0] if isinstance(out, tuple) else out
+        assert args[0].shape == stream.shape and stream.shape[0] == 2
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["layer", "self_attn"])
+def test_a_patch_moves_the_export_as_it_moves_the_plain_model_and_a_skipped_layer_ignores_it(sides, part):
+    """A hook adds to the stream after one layer; at full depth the export answers as the plain export does with it."""
+    plus = torch.randn(32, generator=torch.Generator().manual_seed(2)) / 4
+
+    def patch(model, index: int):
+        layer = model.model.layers[index]
+        module = layer if part == "layer" else layer.self_attn
+        return module.register_forward_hook(
+            lambda module, args, out: (out[0] + plus, *out[1:]) if isinstance(out, tuple) else out + plus
+        )
+
+    ids = prompts(2)
+    for index in (0, LAYERS - 1):
+        made = []
+        for model in (sides.model, sides.plain):
+            with patch(model, index):
+                options = {"exit_policy": "off"} if model is sides.model else {}
+                made.append((model(ids).logits, model.generate(ids, **GREEDY, **options)))
+        torch.testing.assert_close(made[0][0], made[1][0], atol=2e-5, rtol=1e-4)
+        assert torch.equal(made[0][1], made[1][1])
+    depths = torch.full_like(ids, DEPTHS[0])
+    unpatched = sides.model(ids, exit_depths=depths).logits
+    for index in range(LAYERS):
+        with patch(sides.model, index):
+            same = torch.equal(sides.model(ids, exit_depths=depths).logits, unpatched)
+        assert same == (index >= DEPTHS[0])
+
+
+def test_a_model_with_exits_can_be_pickled_and_copied(sides, tmp_path):
+    torch.save(sides.model, tmp_path / "model.pt")
+    ids = prompts(1)
+    expected = sides.model(ids).logits
+    for model in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(sides.model)):
+        assert torch.equal(model(ids).logits, expected)

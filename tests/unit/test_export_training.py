@@ -180,7 +180,7 @@ def test_masks_of_four_dimensions_and_packed_sequences(folders):
 
 
 def test_what_cannot_be_right_is_refused_in_one_line(folders):
-    for kind in ("eager", "flex_attention", "flash_attention_2"):
+    for kind in ("flex_attention", "flash_attention_2"):
         with pytest.raises((ValueError, ImportError)) as raised:
             load(folders[0], attn_implementation=kind)
         text = str(raised.value).lower()
@@ -191,7 +191,6 @@ def test_what_cannot_be_right_is_refused_in_one_line(folders):
     for error, words, options in (
         (ValueError, "DynamicSlidingWindowLayer", {"past_key_values": window}),
         (TypeError, "cu_seq_lens_q", {"cu_seq_lens_q": torch.tensor([0, 4, 10])}),
-        (TypeError, "output_attentions", {"output_attentions": True}),
         (ValueError, "inputs_embeds", {"inputs_embeds": torch.zeros(1, 10, 32)}),
         (ValueError, r"attention_mask .*\(1, 7\).*\(1, 10\)", {"attention_mask": torch.ones(1, 7)}),
         (ValueError, "attention_mask .*torch.int64", {"attention_mask": torch.ones(1, 1, 10, 10).long()}),
@@ -201,6 +200,25 @@ def test_what_cannot_be_right_is_refused_in_one_line(folders):
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}
     with pytest.raises(ValueError, match=r"device_map .*0, 1"):
         model(ids)
+
+
+@torch.no_grad()
+def test_attention_weights_are_those_of_the_plain_export(folders):
+    given = {"attention_mask": torch.tensor([[0] * 3 + [1] * 7, [1] * 10]), "output_attentions": True}
+    ids = tokens(2)
+    plain = load(folders[1], attn_implementation="eager")(ids, **given)
+    for model in (load(folders[0], attn_implementation="eager"), load(folders[0])):
+        made = model(ids, **given)
+        torch.testing.assert_close(made.logits[:, 3:], plain.logits[:, 3:], atol=2e-5, rtol=1e-4)
+        for ours, theirs in zip(made.attentions, plain.attentions, strict=True):
+            # A query that is padding looks at itself here.
+            torch.testing.assert_close(ours[:, :, 3:], theirs[:, :, 3:], atol=1e-5, rtol=1e-4)
+    first, second = (
+        DEPTHS[0],
+        load(folders[0])(ids, exit_depths=torch.tensor([[DEPTHS[0]] * 10, [LAYERS] * 10]), **given),
+    )
+    assert all(bool((a[0] == 0).all()) == (layer >= first) for layer, a in enumerate(second.attentions))
+    assert all(bool((a[1] > 0).any()) for a in second.attentions)
 
 
 @torch.no_grad()

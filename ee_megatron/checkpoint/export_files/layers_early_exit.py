@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -111,13 +112,15 @@ class Pass:
     """What all layers of one forward pass share.
 
     mask: see `attention_mask_4d`. rope: cos and sin [B or 1, 1, new, d]. past: positions before the new ones in the
-    cache.
+    cache. eager: attention spells out its weights. weights: of every layer that ran, where they are wanted.
     """
 
     mask: Tensor | None
     rope: tuple[Tensor, Tensor]
     cache: Any
     past: int
+    eager: bool = False
+    weights: dict[int, Tensor] | None = None
 
     def keep(self, k: Tensor, v: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the new positions [B, G, new, d] -> of all, put down in the cache."""
@@ -130,6 +133,96 @@ class Pass:
         return cached[0][:, :, :total], cached[1][:, :, :total]
 
 
+class Exiting:
+    """A module of the base under a class of its own, made by `exit_class`; it can be pickled."""
+
+    def __reduce__(self) -> tuple:
+        mixin, base = type(self).__bases__
+        return blank, (mixin, base), self.__dict__
+
+
+class ExitAttention(Exiting):
+    """A base's attention, of which a row may need no more than its keys and values. Hooks see it as they see the
+    base's: called with the normed stream, it returns (output, weights or None)."""
+
+    def keys_and_values(self: Any, normed_BTD: Tensor, shared: Pass) -> tuple[Tensor, Tensor]:
+        """Those of the new positions, put into the cache -> those of all positions, [B, G, past + T, d]."""
+        k = rotate(heads(normed_BTD, self.k_proj, self, "k_norm"), *shared.rope)
+        return shared.keep(k, heads(normed_BTD, self.v_proj, self), self.layer_idx)
+
+    def forward(
+        self: Any, hidden_states: Tensor, shared: Pass, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> [rows, T, D]: keys and values for all rows, attention for `rows` (int64; None: all)."""
+        k, v = self.keys_and_values(hidden_states, shared)
+        (cos, sin), mask = shared.rope, shared.mask
+        if rows is not None:
+            hidden_states, k, v = hidden_states[rows], k[rows], v[rows]
+            # A single row of positions or of the mask holds for all rows.
+            cos, sin = (t[rows] if t.shape[0] > 1 else t for t in (cos, sin))
+            mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
+        q = rotate(heads(hidden_states, self.q_proj, self, "q_norm"), cos, sin)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        weights = None
+        if shared.eager:
+            context, weights = eager_attention(q, k, v, mask, self.head_dim**-0.5)
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, mask, scale=self.head_dim**-0.5, enable_gqa=True)
+        return self.o_proj(context.transpose(1, 2).flatten(2)), weights
+
+
+class ExitLayer(Exiting):
+    """A base's decoder layer that leaves a position as it is where that position has exited."""
+
+    def skip(self: Any, hidden_states: Tensor, shared: Pass) -> None:
+        """Every position has exited: only keys and values are made, from the stream [B, T, D]."""
+        self.self_attn.keys_and_values(self.input_layernorm(hidden_states), shared)
+
+    def forward(self: Any, hidden_states: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
+        """[B, T, D] -> [B, T, D]. active_BT, bool, one at least: positions that run the layer. Rows without one get
+        keys and values only; norms, projections and MLP inside the layer see the rows that have one."""
+        active_B = active_BT.any(dim=1)
+        rows = None if bool(active_B.all()) else active_B.nonzero().squeeze(1)
+        made, weights = self.self_attn(self.input_layernorm(hidden_states), shared, rows)
+        stream = (hidden_states if rows is None else hidden_states[rows]) + made
+        stream = stream + self.mlp(self.post_attention_layernorm(stream))
+        if shared.weights is not None:
+            assert weights is not None
+            whole = weights if rows is None else weights.new_zeros(len(active_B), *weights.shape[1:])
+            shared.weights[self.self_attn.layer_idx] = whole if rows is None else whole.index_copy(0, rows, weights)
+        if rows is not None:
+            stream = hidden_states.index_copy(0, rows, stream)
+        return torch.where(active_BT[..., None], stream, hidden_states)
+
+
+def with_exits(layer: Any) -> None:
+    """Give a decoder layer of the base, and its attention, a `forward` that knows exits. The classes keep their names,
+    by which tools and `device_map` know them."""
+    for module, mixin in ((layer, ExitLayer), (layer.self_attn, ExitAttention)):
+        module.__class__ = exit_class(mixin, type(module))
+
+
+@cache
+def exit_class(mixin: type, base: type) -> type:
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__})
+
+
+def blank(mixin: type, base: type) -> Any:
+    made = exit_class(mixin, base)
+    return made.__new__(made)
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention with its weights: q [B, H, T, d], k and v [B, G, S, d] -> [B, H, T, d] and [B, H, T, S]."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(2, 3) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights @ v, weights
+
+
 def check_cache(cache: Any) -> None:
     """Raise ValueError for a cache that forgets: exits were trained with all keys and values there."""
     for part in (cache, *(getattr(cache, "layers", None) or ())):
@@ -137,4 +230,4 @@ def check_cache(cache: Any) -> None:
             raise ValueError(f"a cache of {type(part).__name__} isn't supported; use a DynamicCache or a StaticCache")
 
 
-__all__ = ["Gate", "Pass", "WideLinear", "attention_mask_4d", "check_cache", "heads", "rotate"]
+__all__ = ["Gate", "Pass", "WideLinear", "attention_mask_4d", "check_cache", "with_exits"]

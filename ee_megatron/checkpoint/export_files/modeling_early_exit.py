@@ -19,13 +19,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import MODEL_MAPPING, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_early_exit import EarlyExitConfig, check_exit_policy, read_exit_policy
-from .layers_early_exit import Gate, Pass, WideLinear, attention_mask_4d, check_cache, heads, rotate
+from .layers_early_exit import Gate, Pass, WideLinear, attention_mask_4d, check_cache, with_exits
 
 # The cache is called `cache` in newer transformers and `past_key_values` in older ones.
 CACHE_FIELD = next(
@@ -141,8 +140,10 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_attention(config)
         super().__init__(config)
         base = config.base_config()
-        # The base class by its configuration; its modules are used, its forward is not.
+        # The base class by its configuration. Its modules are used; the loop over its layers is this class's.
         self.model: Any = MODEL_MAPPING[type(base)](base)  # type: ignore[operator]
+        for layer in self.model.layers:
+            with_exits(layer)
         self.vocab_size = config.vocab_size
         self.lm_head = WideLinear(config.hidden_size, config.vocab_size, bias=False)
         normalised = config.gate_input == "normalised"
@@ -165,8 +166,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     @staticmethod
     def _check_attention(config: EarlyExitConfig) -> None:
         kind = getattr(config, "_attn_implementation", None) or "sdpa"
-        if kind != "sdpa":
-            raise ValueError(f"attn_implementation {kind!r} isn't supported with early exits; use sdpa")
+        if kind not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation {kind!r} isn't supported with early exits; use sdpa or eager")
 
     def exit_policy(self) -> dict:
         """The policy in force: of this thread's `generate` call; else, while training, "off"; else of
@@ -251,6 +252,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         exit_depths: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
@@ -260,7 +262,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         do not decide. Without it, `generate`'s tokens and one new position on top of a cache exit by the exit policy;
         anything else, training too, runs through all layers.
 
-        Hidden states are transformers'; of a layer that a position skipped it is that before the layer.
+        Hidden states are transformers'; of a layer that a position skipped it is that before the layer. Attentions
+        [B, H, T, S]: 0 for a row that skipped the layer as a whole.
         """
         running = running_call(self) if kwargs.pop("of_generate", False) else None
         self._check_call(kwargs, input_ids, inputs_embeds)
@@ -281,7 +284,10 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = torch.arange(past, past + new, device=x_BTD.device)[None]
         mask = attention_mask_4d(attention_mask, packed, rows, new, past, x_BTD.device)
         rope = tuple(part.unsqueeze(1) for part in self.model.rotary_emb(x_BTD, position_ids))
-        shared = Pass(mask, rope, cache, past)  # type: ignore[arg-type]
+        attentions_wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        weights: dict[int, Tensor] | None = {} if attentions_wanted else None
+        eager = attentions_wanted or self.config._attn_implementation == "eager"
+        shared = Pass(mask, rope, cache, past, eager, weights)  # type: ignore[arg-type]
         depth_BT, policy, first = self._start_depths(exit_depths, running, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
         for depth, layer in enumerate(self.model.layers):
@@ -289,7 +295,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
                 depth_BT = self._apply_gate(depth, x_BTD, depth_BT, policy, first)
             if hidden_wanted:
                 hidden.append(x_BTD)
-            x_BTD = self._through(layer, depth, x_BTD, depth_BT > depth, shared)
+            x_BTD = self._through(layer, x_BTD, depth_BT > depth, shared)
         if running is not None:
             running.note(past, depth_BT)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -300,6 +306,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         made: dict[str, Any] = {CACHE_FIELD: cache if use_cache else None}
         made |= {"hidden_states": (*hidden, read_BTD)} if hidden_wanted else {}
+        if weights is not None:
+            none = x_BTD.new_zeros(rows, self.config.num_attention_heads, new, past + new)
+            made["attentions"] = tuple(weights.get(index, none) for index in range(len(self.model.layers)))
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **made)
         return_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -368,42 +377,17 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         exit_BT = torch.where(undecided_BT & (hazard_BT > bar), depth, exit_BT)
         return torch.cat([depth_BT[:, :first], exit_BT], dim=1)
 
-    def _through(self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
-        """`_layer`, without storing its activations if gradient checkpointing is on."""
-        wanted = getattr(layer, "gradient_checkpointing", self.model.gradient_checkpointing)
-        if wanted and self.training and torch.is_grad_enabled():
-            again = self.model._gradient_checkpointing_func
-            return again(self._layer, layer, index, x_BTD, active_BT, shared)
-        return self._layer(layer, index, x_BTD, active_BT, shared)
-
-    def _layer(self, layer: Any, index: int, x_BTD: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
-        """One decoder layer on the stream [B, T, D]: keys and values for every position, the rest for the rows that
-        have an active position."""
-        attention, mask = layer.self_attn, shared.mask
-        cos, sin = shared.rope
-        normed = layer.input_layernorm(x_BTD)
-        k = rotate(heads(normed, attention.k_proj, attention, "k_norm"), cos, sin)
-        v = heads(normed, attention.v_proj, attention)
-        k, v = shared.keep(k, v, index)
-        active_B = active_BT.any(dim=1)
-        if not bool(active_B.any()):
+    def _through(self, layer: Any, x_BTD: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
+        """The layer's output on the stream [B, T, D]. A layer that no position runs writes its keys and values and is
+        not called, so its hooks don't fire."""
+        if not bool(active_BT.any()):
+            layer.skip(x_BTD, shared)
             return x_BTD
-        rows = None if bool(active_B.all()) else active_B.nonzero().squeeze(1)
-        if rows is not None:
-            normed, k, v = normed[rows], k[rows], v[rows]
-            # A single row of positions or of the mask holds for all rows.
-            cos, sin = (t[rows] if t.shape[0] > 1 else t for t in (cos, sin))
-            mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
-        stream = x_BTD if rows is None else x_BTD[rows]
-        q = rotate(heads(normed, attention.q_proj, attention, "q_norm"), cos, sin)
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
-        context = F.scaled_dot_product_attention(q, k, v, mask, scale=attention.head_dim**-0.5, enable_gqa=True)
-        stream = stream + attention.o_proj(context.transpose(1, 2).flatten(2))
-        stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
-        if rows is not None:
-            stream = x_BTD.index_copy(0, rows, stream)
-        return torch.where(active_BT[..., None], stream, x_BTD)
+        # Layers of newer transformers see to gradient checkpointing themselves.
+        again = self.model.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if again and not hasattr(layer, "gradient_checkpointing"):
+            return self.model._gradient_checkpointing_func(layer.__call__, x_BTD, active_BT, shared)
+        return layer(x_BTD, active_BT, shared)
 
 
 __all__ = ["EarlyExitForCausalLM"]

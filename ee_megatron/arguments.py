@@ -9,6 +9,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 LARGEST = 2**63
+OLDER = {"imported": "import-checkpoint", "job": "slurm-spec"}
+"""Commands and stages by their names of version 0.1, which are accepted until 0.3."""
+
+
+def current(word: str) -> str:
+    """Today's name of a command or stage; warns on stderr about an older one."""
+    if word in OLDER:
+        print(f"warning: {word} is called {OLDER[word]} now; version 0.3 refuses the older name", file=sys.stderr)
+    return OLDER.get(word, word)
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,14 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import exit_rules
-from .arguments import Parser
+from .arguments import Parser, current
 from .config.errors import lines_of
 from .config.schema import RunConfig
 from .interrupts import interruptible
 from .training.ranks import check_variables, is_rank
 
 STAGES = {
-    "imported": "the model of a Megatron checkpoint (model.checkpoint) as the one that the other stages start from",
+    "import-checkpoint": "convert a Megatron checkpoint (model.checkpoint) to the model that other stages start from",
     "pretrain": "train a small model from random weights on the task's worked problems (size ladder)",
     "teacher": "stage 0: sample answers with examples in the prompt, keep the right ones, fine-tune and merge",
     "traces": "stage 1a: the teacher's answers with each exit's divergence, kept on disk",
@@ -42,7 +42,7 @@ COMMANDS = {
     "serve": "answer over HTTP as OpenAI's API does, with exits as extra fields",
     "plan": "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not "
     "fit",
-    "job": "what a Slurm batch script needs to know of a stage, as key=value lines, once its inputs are checked",
+    "slurm-spec": "check a stage's inputs and print the Slurm resources that it needs, as key=value lines",
 }
 HANDED_ON = {
     "sweep": (
@@ -83,6 +83,8 @@ Settings are key=value; `--dry-run` prints all of them. EE_DEBUG=1 shows the ful
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code: 0, 1 (it failed while running), 2 (bad input), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments:
+        arguments[0] = current(arguments[0])
     if arguments and arguments[0] in HANDED_ON:
         return _guarded(lambda: _hand_on(*arguments))
     parser = build_parser()
@@ -144,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--mean-depth", 0.7, "SHARE", "of the layers (default: 0.7)"),
     )
     plan.add_argument("--json", action="store_true", help="the plan as JSON")
-    _add(commands, "job", _job)
+    _add(commands, "slurm-spec", _slurm_spec)
     # Only for the list of commands: main() hands their arguments on unread.
     for name, (_, text) in HANDED_ON.items():
         commands.add_parser(name, help=text, add_help=False)
@@ -157,7 +159,7 @@ def _add(
     handler: Callable[[argparse.Namespace], int],
     example: str = "",
 ) -> argparse.ArgumentParser:
-    stage = "rl " if name == "job" else ""
+    stage = "rl " if name == "slurm-spec" else ""
     parser = commands.add_parser(
         name,
         help=COMMANDS[name],
@@ -166,7 +168,7 @@ def _add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if stage:
-        parser.add_argument("stage", choices=list(STAGES), help="the stage that the job runs")
+        parser.add_argument("stage", type=current, choices=list(STAGES), help="the stage that the job runs")
     text = "experiment=..., group choices and single settings"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
     parser.set_defaults(handler=handler)
@@ -284,7 +286,7 @@ def _plan(options: argparse.Namespace) -> int:
     return run_plan(cfg, options)
 
 
-def _job(options: argparse.Namespace) -> int:
+def _slurm_spec(options: argparse.Namespace) -> int:
     cfg = _ready(options.overrides, options.stage, starts_here=False)
     from .training.launch import describe_job
 

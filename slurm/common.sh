@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What every job script here does: check the settings, start Ray and the learner's ranks as steps of this allocation,
 # hand signals on, and put the job back into the queue if it was stopped. What runs where is Python's to say
-# (`ee-megatron job`); this file starts, watches and ends processes.
+# (`ee-megatron slurm-spec`); this file starts, watches and ends processes.
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) ||
   { echo "error: $(hostname): bash $BASH_VERSION: job scripts need 4.4 or newer; name one in their first line" >&2; exit 2; }
 set -euo pipefail
@@ -10,7 +10,7 @@ STOPPED=85 # exit code of a stage that was told to stop (ee_megatron/training/ra
 
 KEYS=(nodes learner_nodes ranks ranks_per_node rollout_nodes ray_cpus ray_gpus start_timeout_s directory requeue_limit 'done')
 
-declare -A job=()     # what `ee-megatron job` says
+declare -A job=()     # what `ee-megatron slurm-spec` says
 declare -A steps=()   # process id of a background srun -> what it is
 declare -a hosts=()   # nodes of the allocation
 declare -a container=() # srun's options for a container (pyxis)
@@ -113,23 +113,23 @@ name_container() {
 read_job() {
   local text key value
   text=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="${hosts[0]}" --time=10 "${container[@]}" \
-    "${within[@]}" ee-megatron job "$@") || exit $?
+    "${within[@]}" ee-megatron slurm-spec "$@") || exit $?
   while IFS='=' read -r key value; do
     case $key in
       nodes | learner_nodes | ranks | ranks_per_node | rollout_nodes | ray_cpus | start_timeout_s | requeue_limit)
-        number "ee-megatron job: $key" "$value"
+        number "ee-megatron slurm-spec: $key" "$value"
         ;;
-      ray_gpus) [[ $value =~ ^([0-9]+(,[0-9]+)*)?$ ]] || fail "ee-megatron job: $key: expected 0,1,..., found '$value'" ;;
-      done) [[ $value == yes || $value == no ]] || fail "ee-megatron job: $key: expected yes or no, found '$value'" ;;
-      directory) [[ $value == /* ]] || fail "ee-megatron job: $key: expected a whole path, found '$value'" ;;
+      ray_gpus) [[ $value =~ ^([0-9]+(,[0-9]+)*)?$ ]] || fail "ee-megatron slurm-spec: $key: expected 0,1,..., found '$value'" ;;
+      done) [[ $value == yes || $value == no ]] || fail "ee-megatron slurm-spec: $key: expected yes or no, found '$value'" ;;
+      directory) [[ $value == /* ]] || fail "ee-megatron slurm-spec: $key: expected a whole path, found '$value'" ;;
       # What else may speak there: a module, a container's start-up.
       *) continue ;;
     esac
-    [[ -z ${job[$key]+set} ]] || fail "ee-megatron job: $key was said twice"
+    [[ -z ${job[$key]+set} ]] || fail "ee-megatron slurm-spec: $key was said twice"
     job[$key]=$value
   done <<<"$text"
   for key in "${KEYS[@]}"; do
-    [[ -n ${job[$key]+set} ]] || fail "ee-megatron job: said nothing of $key"
+    [[ -n ${job[$key]+set} ]] || fail "ee-megatron slurm-spec: said nothing of $key"
   done
 }
 

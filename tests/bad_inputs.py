@@ -74,7 +74,7 @@ def _path(dice: random.Random, folder: Path) -> list[str]:
     if command == 2:
         return ["sweep", dice.choice(("status", "collect")), path or "nothing", f"--runs={folder}"]
     if command == 3:
-        return ["job", "rl", "experiment=demo_cpu", f"runs={folder}/runs", f"init_policy={path or '/x'}"]
+        return ["slurm-spec", "rl", "experiment=demo_cpu", f"runs={folder}/runs", f"init_policy={path or '/x'}"]
     wrong = dice.choice(("model.path={}", "init_policy={}", "task=dataset task.path={}"))
     return ["run", "experiment=demo_cpu", f"runs={folder}/runs", *wrong.format(path or "/x").split(" ", 1)]
 

@@ -47,7 +47,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     """What a job of this stage needs. The configuration must be valid (validate.py)."""
     cluster, rollout = cfg.job, cfg.rollout
     own = cluster.rollout_nodes
-    needs_actors = has_actors(rollout) and stage not in ("imported", "pretrain", "calibrate")
+    needs_actors = has_actors(rollout) and stage not in ("import-checkpoint", "pretrain", "calibrate")
     if stage not in LEARNS:
         nodes, world, available = (own or cluster.nodes) if needs_actors else 1, 1, 1
     else:

@@ -22,7 +22,7 @@ from .schema import KEYS, RunConfig
 
 # What each stage adds to the settings of the stage before it.
 STAGES: dict[str, tuple[str, ...]] = {
-    "imported": ("model",),
+    "import-checkpoint": ("model",),
     "pretrain": ("task", "pretrain", "deepspeed"),
     "teacher": ("teacher", "rollout", "adapter"),
     "traces": ("traces", "exits"),
@@ -31,8 +31,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
 }
 
+PREFIX = {stage: {"import-checkpoint": "imported"}.get(stage, stage) for stage in STAGES}
+"""What the names of a stage's directories begin with: the stage's first name, so that renaming one loses no results."""
+
 # Stages that a run may skip: model.checkpoint decides, or the section of the stage's name.
-OPTIONAL = ("imported", "pretrain", "teacher")
+OPTIONAL = ("import-checkpoint", "pretrain", "teacher")
 RECORD = "data.json"
 """In a stage's directory: {"sha256": of the content at task.path}. Stages of older versions have none."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
@@ -47,15 +50,15 @@ def stage_dir(cfg: RunConfig, stage: str) -> Path:
     those of settings and content.
     """
     settings, content = identity(cfg, stage), digest(cfg.task.path)
-    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(settings)}"
+    plain = Path(cfg.runs) / cfg.name / f"{PREFIX[stage]}-{_digits(settings)}"
     if recorded(plain) in ("", content) or not content:
         return plain
-    return plain.with_name(f"{stage}-{_digits(settings | {'data': content})}")
+    return plain.with_name(f"{PREFIX[stage]}-{_digits(settings | {'data': content})}")
 
 
 def outdated(cfg: RunConfig, stage: str) -> Path | None:
     """The stage's directory for the data that task.path had before it changed; None if it has not changed."""
-    plain = Path(cfg.runs) / cfg.name / f"{stage}-{_digits(identity(cfg, stage))}"
+    plain = Path(cfg.runs) / cfg.name / f"{PREFIX[stage]}-{_digits(identity(cfg, stage))}"
     return None if stage_dir(cfg, stage) == plain else plain
 
 
@@ -77,7 +80,7 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
 
 def stage_order(cfg: RunConfig) -> list[str]:
     """The stages of the whole method under this configuration."""
-    wanted = {"imported": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher}
+    wanted = {"import-checkpoint": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher}
     return [stage for stage in STAGES if wanted.get(stage, True)]
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from ..config.identity import STAGES, identity, stage_dir, stage_order
+from ..config.identity import PREFIX, STAGES, identity, stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
 from ..observe.metrics import read_metrics
@@ -23,7 +23,7 @@ from .results import MADE_BY, NOT_BY_MODEL, Results
 
 T = TypeVar("T")
 # Stages without steps: an evaluation logs its figures once, for trackers.
-WITHOUT_METRICS = ("imported", "traces", "evaluate")
+WITHOUT_METRICS = ("import-checkpoint", "traces", "evaluate")
 Curves = dict[str, list[tuple[int, float]]]
 """Metric -> (step, value) each; a value may be nan, not all of them are."""
 LABEL_LENGTH = 40
@@ -110,7 +110,7 @@ def _ends(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory; name a run's directory or one of its stages'")
     for stage in reversed(STAGES):
-        if directories := sorted(p.parent for p in path.glob(f"{stage}-*/config.yaml")):
+        if directories := sorted(p.parent for p in path.glob(f"{PREFIX[stage]}-*/config.yaml")):
             return directories
     raise ValueError(
         f"{path}: no stage's directory in it (expected evaluate-… or another stage with its config.yaml); "
@@ -120,7 +120,7 @@ def _ends(path: Path) -> list[Path]:
 
 def _stage_of(path: Path) -> str:
     name = path.name.rsplit("-", 1)[0]
-    return name if name in STAGES else ""
+    return next((stage for stage, prefix in PREFIX.items() if name == prefix), "")
 
 
 def stages_of(cfg: RunConfig, directory: Path) -> dict[str, Path]:
@@ -183,7 +183,7 @@ def _read_run(run: ReportRun) -> Inputs:
             inputs.stages.append(_read_stage(name, run.stages[name], missing))
             if name == "evaluate" and name not in run.coming:
                 _read_evaluation(inputs, run.stages[name])
-        elif name not in ("imported", "pretrain") and (run.config is None or name in stage_order(run.config)):
+        elif name not in ("import-checkpoint", "pretrain") and (run.config is None or name in stage_order(run.config)):
             # A model that is made first is not missed, nor is a stage that was switched off.
             missing.append(f"{name}: not part of this run, or not run yet")
     inputs.by_run = [("", inputs.results)]

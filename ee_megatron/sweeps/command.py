@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import Parser
+from ..arguments import Parser, current
 from ..config.cluster import site_options
 from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
@@ -57,7 +57,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; several values make an axis")
     parser.add_argument("--name", default="", help="results go to runs/NAME (default: the experiment's name)")
-    parser.add_argument("--last", default="evaluate", choices=STAGES, help="stage to end with (default: evaluate)")
+    text = "stage to end with (default: evaluate)"
+    parser.add_argument("--last", default="evaluate", type=current, choices=STAGES, help=text)
     parser.add_argument("--zip", action="append", default=[], metavar="key,key", help="axes that run together")
     parser.add_argument("--executor", default="local", choices=("local", "slurm"))
     parser.add_argument("--max-parallel", type=int, metavar="N", help="tasks at a time (default: local 1, slurm 256)")
@@ -150,7 +151,8 @@ def _look(command: str, *arguments: str) -> int:
     parser = Parser(prog=f"ee-megatron sweep {command}", description="by name or directory")
     parser.add_argument("name", metavar="NAME", help="the runs' name, or a sweep's directory")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are (default: runs)")
-    parser.add_argument("--last", default="", choices=list(STAGES), help="of several sweeps, the one up to this stage")
+    text = "of several sweeps, the one up to this stage"
+    parser.add_argument("--last", default="", type=current, choices=list(STAGES), help=text)
     if command == "collect":
         parser.add_argument("--out", type=Path, metavar="DIR", help="for the tables (default: the sweep's directory)")
     options = parser.parse_args(arguments)

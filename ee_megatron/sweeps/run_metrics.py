@@ -45,8 +45,8 @@ def figures_of(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
     """One row of the table, without settings and status. `stages`: the run's finished stages by name."""
     dims = read_dims(cfg)
     row: dict[str, Any] = {"seed": cfg.rl.seed}
-    if "imported" in stages:
-        row |= imported(json.loads((stages["imported"] / "imported.json").read_text()))
+    if "import-checkpoint" in stages:
+        row |= imported(json.loads((stages["import-checkpoint"] / "imported.json").read_text()))
     if "pretrain" in stages:
         row |= pretrained(json.loads((stages["pretrain"] / "pretrain.json").read_text()), cfg, dims)
     if "evaluate" in stages:

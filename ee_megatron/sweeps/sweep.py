@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from ..arguments import OLDER
 from ..config.cluster import job_shape
 from ..config.errors import lines_of, refuse
-from ..config.identity import stage_dir, stage_order
+from ..config.identity import PREFIX, stage_dir, stage_order
 from ..config.load import load
 from ..config.schema import RunConfig
 from ..observe.lock import RunLock
@@ -254,7 +255,7 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
         f"{points[0]}{f' and {len(points) - 1} other(s), up to {points[-1]}' if len(points) > 1 else ''}: {line}"
         for line, points in errors.items()
     )
-    return Sweep(home / f"sweep-{last}", last, list(runs.values()))
+    return Sweep(home / f"sweep-{PREFIX[last]}", last, list(runs.values()))
 
 
 def _step(cfg: RunConfig, stage: str) -> RunStage:
@@ -282,7 +283,10 @@ def open_sweep(directory: Path) -> Sweep:
         data = json.loads(file.read_text())
         if data["format"] != 2:
             raise ValueError(f"format {data['format']}, by another version of ee-megatron")
-        runs = [SweepRun(**run | {"steps": [RunStage(*step) for step in run["steps"]]}) for run in data["runs"]]
+        runs = [
+            SweepRun(**run | {"steps": [RunStage(OLDER.get(stage, stage), *rest) for stage, *rest in run["steps"]]})
+            for run in data["runs"]
+        ]
         return Sweep(directory, data["last"], runs)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{file}: not a sweep's manifest ({error}); start the sweep again to write it") from None
@@ -295,7 +299,7 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
     for directory in (Path(name), runs / name):
         if (directory / MANIFEST).is_file():
             return open_sweep(directory)
-    files = sorted((runs / name).glob(f"sweep-{last or '*'}/{MANIFEST}"))
+    files = sorted((runs / name).glob(f"sweep-{PREFIX.get(last, '*')}/{MANIFEST}"))
     if len(files) > 1:
         listed = ", ".join(f"{name}/{file.parent.name}" for file in files)
         raise ValueError(f"{name}: there are {len(files)} sweeps of this name; give --last STAGE or one of {listed}")

@@ -33,7 +33,7 @@ def import_model(cfg: RunConfig) -> Path:
     from ..checkpoint.megatron_settings import trained_for
     from ..checkpoint.policy_files import no_policy
 
-    source, path = open_source(cfg), stage_dir(cfg, "imported")
+    source, path = open_source(cfg), stage_dir(cfg, "import-checkpoint")
     model = path / "model"
     with listener.at_once(), RunDirectory(path) as directory:
         directory.write_atomic("config.yaml", to_yaml(cfg))

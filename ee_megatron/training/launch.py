@@ -37,7 +37,7 @@ from .ranks import (
 )
 
 MODULES = {
-    "imported": "import_checkpoint.import_model",
+    "import-checkpoint": "import_checkpoint.import_model",
     "pretrain": "pretrain.pretrain",
     "teacher": "teacher.train_teacher",
     "traces": "teacher.make_traces",

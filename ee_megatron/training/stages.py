@@ -15,7 +15,7 @@ from ..observe.rundir import latest_checkpoint
 
 # As policy.py has it, which imports torch.
 POLICY = "policy.json"
-FIRST = ("imported", "pretrain")
+FIRST = ("import-checkpoint", "pretrain")
 """Stages that make the model which the others start from; they read no other stage's output."""
 
 
@@ -123,20 +123,20 @@ def start_model(cfg: RunConfig, stage: str) -> Path:
     has yet to make it."""
     if stage == "pretrain" and draws_weights(cfg):
         return stage_dir(cfg, stage) / "initial"
-    return {"imported": model_dir, "pretrain": model_dir, "teacher": source_model}.get(stage, base_model)(cfg)
+    return {"import-checkpoint": model_dir, "pretrain": model_dir, "teacher": source_model}.get(stage, base_model)(cfg)
 
 
 def inputs(cfg: RunConfig, stage: str) -> tuple[Path, ...]:
     """Arguments of `stage`'s function: its start model and the previous stage's output. Raises as `start_model`."""
     made = {"calibrate": traces, "rl": calibrated}
-    models = () if stage == "imported" else (start_model(cfg, stage),)
+    models = () if stage == "import-checkpoint" else (start_model(cfg, stage),)
     return (*models, made[stage](cfg)) if stage in made else models
 
 
 def check_inputs(cfg: RunConfig, stage: str) -> None:
     """Raises FileNotFoundError, naming the command that helps, if what `stage` reads is not there."""
     inputs(cfg, stage)
-    if stage == "imported":
+    if stage == "import-checkpoint":
         check_checkpoint(cfg)
     if stage == "evaluate":
         calibrated(cfg)
@@ -145,13 +145,13 @@ def check_inputs(cfg: RunConfig, stage: str) -> None:
 
 def ready_model(cfg: RunConfig, stage: str) -> Path:
     """The model that `stage` starts from, its weights checked; for `pretrain` random weights are drawn here if needed,
-    for `imported` it is model.path. Done before ranks start, whose launcher would bury the one line of an error in its
-    own report.
+    for `import-checkpoint` it is model.path. Done before ranks start, whose launcher would bury the one line of an
+    error in its own report.
 
     Raises FileNotFoundError or ValueError.
     """
     path = start_model(cfg, stage)
-    if stage == "imported":
+    if stage == "import-checkpoint":
         return path
     if stage == "pretrain" and draws_weights(cfg):
         from .pretrain import draw_model
@@ -166,7 +166,7 @@ def ready_model(cfg: RunConfig, stage: str) -> Path:
 def check_given(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if the model that the user names cannot be started from."""
     if cfg.model.checkpoint:
-        if not is_done(cfg, "imported"):
+        if not is_done(cfg, "import-checkpoint"):
             check_checkpoint(cfg)
     elif not draws_weights(cfg):
         HFDirectory(model_dir(cfg))

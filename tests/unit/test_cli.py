@@ -71,6 +71,23 @@ def test_bad_input_is_one_line_and_code_2(
     assert err.startswith("error: ") and err.count("\n") == 1 and named in err, err
 
 
+def test_commands_by_their_older_names_are_taken_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["name=x", f"runs={tmp_path}", "model.path=no/such", "model.checkpoint=no/such", "device=cpu"]
+    for older, newer in (
+        (["imported"], ["import-checkpoint"]),
+        (["job", "imported"], ["slurm-spec", "import-checkpoint"]),
+    ):
+        assert cli.main([*newer, *settings]) == 2
+        refused = capsys.readouterr().err
+        assert "no/such" in refused and "warning" not in refused
+        assert cli.main([*older, *settings]) == 2
+        *warnings, rest = capsys.readouterr().err.splitlines(keepends=True)
+        assert rest == refused and len(warnings) == len(older)
+        assert all(map(lambda line, word: word in line, warnings, newer))
+
+
 def test_debug_shows_the_traceback() -> None:
     done = ee_megatron("rl", "experiment=nothing", env={"EE_DEBUG": "1"})
     assert done.returncode != 0 and "Traceback" in done.stderr

@@ -333,7 +333,7 @@ EXECUTION = {
     "rollout.timeout_s", "rollout.failure_budget",
 }  # fmt: skip
 FIRST_STAGE = {
-    "model": "imported",
+    "model": "import-checkpoint",
     **dict.fromkeys(("task", "pretrain", "deepspeed"), "pretrain"),
     **dict.fromkeys(("teacher", "rollout", "adapter"), "teacher"),
     **dict.fromkeys(("traces", "exits"), "traces"),
@@ -399,7 +399,7 @@ def test_stage_directories_are_named_and_stable() -> None:
     assert directory == identity.stage_dir(config("runs=somewhere", "name=x"), "rl")
     stage, digest = directory.name.split("-")
     assert stage == "rl" and len(digest) == 8 and int(digest, 16) >= 0
-    with pytest.raises(ValueError, match=r"training.*imported.*pretrain"):
+    with pytest.raises(ValueError, match=r"training.*import-checkpoint.*pretrain"):
         identity.stage_dir(cfg, "training")
 
 

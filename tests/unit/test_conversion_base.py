@@ -25,6 +25,7 @@ from ee_megatron.config.schema import RunConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.rundir import DONE, RunDirectory
 from ee_megatron.policy import POLICY_JSON, PolicySpec, initial_policy
+from ee_megatron.report.inputs import runs_in
 from ee_megatron.sweeps.run_metrics import imported
 from ee_megatron.tensors import HeldStream
 from ee_megatron.training import launch, stages
@@ -273,19 +274,21 @@ def given(tmp_path: Path) -> Start:
 def test_the_model_is_the_checkpoints_to_the_bit_and_others_start_from_it(given):
     words = given.settings(given.saved)
     cfg = load(words)
-    assert stage_order(cfg)[:2] == ["imported", "traces"]
-    with pytest.raises(FileNotFoundError, match="ee-megatron imported"):
+    assert stage_order(cfg)[:2] == ["import-checkpoint", "traces"]
+    with pytest.raises(FileNotFoundError, match="ee-megatron import-checkpoint"):
         stages.base_model(cfg)
-    launch.run_stage("imported", cfg, words)
+    launch.run_stage("import-checkpoint", cfg, words)
     model = stages.base_model(cfg)
-    assert model == stage_dir(cfg, "imported") / "model" and hashes(model) == hashes(given.base)
+    (run,), ends = runs_in([made_in := stage_dir(cfg, "import-checkpoint")])
+    assert [*run.stages.items()] == [("import-checkpoint", made_in)] and ends == [made_in]
+    assert model == made_in / "model" and hashes(model) == hashes(given.base)
     assert (model / "tokenizer.json").read_bytes() == (given.base / "tokenizer.json").read_bytes()
-    figures = json.loads((stage_dir(cfg, "imported") / "imported.json").read_text())
+    figures = json.loads((stage_dir(cfg, "import-checkpoint") / "imported.json").read_text())
     assert figures == {"iteration": 10, "tokens": 10 * 4 * 64}
     assert imported(figures) == {"iteration": 10, "tokens_pretrain": 2560}
     # Gone from where it was: what has been imported is enough.
     shutil.rmtree(given.saved)
-    assert not Preflight().faults(attempt(words), ["imported", "traces"])
+    assert not Preflight().faults(attempt(words), ["import-checkpoint", "traces"])
 
 
 def test_a_stage_that_ended_behind_the_model_goes_on_from_there(given, monkeypatch):
@@ -298,16 +301,16 @@ def test_a_stage_that_ended_behind_the_model_goes_on_from_there(given, monkeypat
         patch.setattr("ee_megatron.checkpoint.megatron_settings.trained_for", killed)
         with pytest.raises(KeyboardInterrupt):
             import_model(cfg)
-    assert not stages.is_done(cfg, "imported")
-    written = (stage_dir(cfg, "imported") / "model" / "config.json").stat().st_mtime_ns
+    assert not stages.is_done(cfg, "import-checkpoint")
+    written = (stage_dir(cfg, "import-checkpoint") / "model" / "config.json").stat().st_mtime_ns
     model = import_model(cfg)
-    assert stages.is_done(cfg, "imported") and hashes(model) == hashes(given.base)
+    assert stages.is_done(cfg, "import-checkpoint") and hashes(model) == hashes(given.base)
     assert (model / "config.json").stat().st_mtime_ns == written
 
 
 def test_only_runs_that_name_a_checkpoint_are_named_after_it(given):
     cfgs = [load(given.settings(path)) for path in (None, given.saved, given.saved / "iter_0000010")]
-    assert "imported" not in stage_order(cfgs[0])
+    assert "import-checkpoint" not in stage_order(cfgs[0])
     for stage in ("traces", "evaluate"):
         assert len({stage_dir(cfg, stage) for cfg in cfgs}) == 3
 
@@ -335,7 +338,7 @@ def ours(given: Start, *words: str) -> None:
 def test_what_does_not_fit_is_a_line_before_anything_starts(given, harm, message):
     harm(given)
     words = given.settings(given.saved)
-    (found,) = Preflight().faults(attempt(words), ["imported", "traces"])
+    (found,) = Preflight().faults(attempt(words), ["import-checkpoint", "traces"])
     (said,) = faults_of(lambda: import_model(load(words)))
     assert found == said and "\n" not in said
     assert re.search(message, said)
@@ -347,12 +350,12 @@ def test_ours_is_taken_as_it_is_too(given):
     cfg = load(given.settings(given.saved))
     assert hashes(import_model(cfg)) == hashes(given.base)
     # What wasn't trained there has no number of updates.
-    assert json.loads((stage_dir(cfg, "imported") / "imported.json").read_text()) == {}
+    assert json.loads((stage_dir(cfg, "import-checkpoint") / "imported.json").read_text()) == {}
 
 
 def test_the_stage_needs_one_model_to_start_from(given):
-    (said,) = Preflight().faults(attempt(given.settings(None)), ["imported"], inputs=True)
+    (said,) = Preflight().faults(attempt(given.settings(None)), ["import-checkpoint"], inputs=True)
     assert said.startswith("model.checkpoint: ")
     words = given.settings(given.saved, "pretrain=true")
-    (said,) = Preflight().faults(attempt(words), ["imported"])
+    (said,) = Preflight().faults(attempt(words), ["import-checkpoint"])
     assert "two models" in said

@@ -138,13 +138,13 @@ def test_a_driver_that_is_older_than_torch_is_named_with_both_versions(model, ca
     assert "12.2" not in refused(capsys, "traces", *model)
 
 
-@pytest.mark.parametrize("command", ["calibrate", "run", "job"])
+@pytest.mark.parametrize("command", ["calibrate", "run", "slurm-spec"])
 def test_fewer_gpus_than_ranks_are_refused_where_ranks_are_started(command, model, capsys, monkeypatch, tmp_path):
     smi(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     torch_of_a_gpu_node(monkeypatch, 2)
     monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
-    words = ["job", "calibrate"] if command == "job" else [command]
+    words = ["slurm-spec", "calibrate"] if command == "slurm-spec" else [command]
     said = refused(capsys, *words, *model, "parallel.data=4")
     assert re.search(r"\b4\b.*\b2\b.*CUDA_VISIBLE_DEVICES=0,1", said), said
     assert not (tmp_path / "runs").exists()
@@ -198,8 +198,8 @@ def test_no_command_reads_weights_first(words, model, capsys, monkeypatch, tmp_p
 
 def test_actors_without_the_gpus_that_ray_was_to_hand_out_are_refused(model, capsys, monkeypatch) -> None:
     torch_of_a_gpu_node(monkeypatch, 2)
-    assert "cluster.gpus_per_node=" in refused(capsys, "job", "traces", *model)
-    assert cli.main(["job", "traces", *model, "cluster.gpus_per_node=2"]) == 0
+    assert "cluster.gpus_per_node=" in refused(capsys, "slurm-spec", "traces", *model)
+    assert cli.main(["slurm-spec", "traces", *model, "cluster.gpus_per_node=2"]) == 0
 
 
 def test_an_actor_on_a_node_without_gpus_says_so_at_its_first_load(model: list[str]) -> None:

@@ -24,7 +24,7 @@ TOUCH = "touch CANARY"
 
 
 def shell(folder: Path, script: str, answer: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A job script's functions in a directory of their own, where `srun ... ee-megatron job` gives this answer."""
+    """A job script's functions in a directory of their own, where `srun ... ee-megatron slurm-spec` says `answer`."""
     (folder / "answer").write_text(answer)
     (folder / "bin").mkdir(exist_ok=True)
     for name, says in (("srun", f"cat {folder}/answer"), ("scontrol", "echo node1"), ("ee-megatron", ":")):

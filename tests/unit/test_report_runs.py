@@ -178,7 +178,7 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
     monkeypatch.setattr("ee_megatron.config.validate.validate", lambda *_: None)
     monkeypatch.setattr("ee_megatron.config.derive.read_dims", lambda _: None)
     launch.run_method(cfg, [])
-    order = [stage for stage in STAGES if stage not in ("imported", "pretrain")]
+    order = [stage for stage in STAGES if stage not in ("import-checkpoint", "pretrain")]
     assert len(stages.pages) == len(order) and stages.pages[0] == ""
     for done, text in enumerate(stages.pages[1:], start=1):
         # What is to come is named, and isn't missing.

@@ -31,7 +31,7 @@ HASHES = {
 }
 
 
-# By the settings of an older version, the hashes that it gave all stages from `imported` on.
+# By the settings of an older version, the hashes that it gave all stages from `import-checkpoint` on.
 OLDER = {
     "experiment=demo_cpu rl=long_answers":
         "90211f4d 4f379bd7 8be859b5 40b7871f e5d7a082 f1405cf0 19f55496",
@@ -91,7 +91,7 @@ def test_every_experiment_is_pinned() -> None:
 def test_stage_directories_keep_their_names(experiment: str) -> None:
     cfg = load([f"experiment={experiment}", "model.path=no/such/model", "name=pinned"])
     # No experiment starts from a Megatron checkpoint.
-    stages = [stage for stage in STAGES if stage != "imported"]
+    stages = [stage for stage in STAGES if stage != "import-checkpoint"]
     assert [stage_dir(cfg, stage).name for stage in stages] == [
         f"{stage}-{digest}" for stage, digest in zip(stages, HASHES[experiment].split(), strict=True)
     ]
@@ -101,7 +101,10 @@ def test_stage_directories_keep_their_names(experiment: str) -> None:
 def test_settings_by_their_older_names_find_their_results(settings: str, tmp_path: Path) -> None:
     """From a command line, and as a stage has saved them."""
     cfg = load([*settings.split(), "model.path=no/such/model", "name=pinned"])
-    assert [stage_dir(cfg, stage).name.split("-")[1] for stage in STAGES] == OLDER[settings].split()
+    first = ("imported", *list(STAGES)[1:])
+    assert [stage_dir(cfg, stage).name for stage in STAGES] == [
+        f"{name}-{digest}" for name, digest in zip(first, OLDER[settings].split(), strict=True)
+    ]
     (tmp_path / "config.yaml").write_text(to_yaml(cfg))
     assert read_saved(tmp_path / "config.yaml") == cfg
 

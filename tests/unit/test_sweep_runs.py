@@ -138,6 +138,14 @@ def test_shared_stages_are_tasks_of_their_own_that_come_first(base: list[str]) -
         assert chain[1].runs == [other.id for other in sweep.runs if other.settings["seed"] == run.settings["seed"]]
 
 
+def test_a_sweep_that_knows_a_stage_by_its_older_name_is_found_and_goes_on(base: list[str]) -> None:
+    sweep = made(base, "model.checkpoint=x,y", last="import-checkpoint")
+    file = sweep.directory / "manifest.json"
+    assert sweep.directory.name == "sweep-imported" and "import-checkpoint" in file.read_text()
+    file.write_text(file.read_text().replace("import-checkpoint", "imported"))
+    assert open_sweep(sweep.directory).runs == sweep.runs
+
+
 def test_what_starts_from_a_given_policy_needs_no_calibration(base: list[str]) -> None:
     base = [*base, *SMALL, "init_policy=somewhere"]
     assert stages(made(base, "rl.depth_penalty.weight=0,1", last="rl")) == [["rl"], ["rl"]]

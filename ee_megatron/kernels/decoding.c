@@ -1,7 +1,7 @@
 /* Decoding kernels for CPUs: one query position per row, the cache read where it lies. compiled.py compiles them.
 
-   Arithmetic is float32 throughout; results are rounded to the element type where the PyTorch form in ops.py rounds
-   too. A rows, D hidden, H query heads, KVH key/value heads, hd head size (a multiple of 16).
+   Arithmetic is float32 throughout; results are rounded to the element type where the PyTorch form (layer_backends.py)
+   rounds too. A rows, D hidden, H query heads, KVH key/value heads, hd head size (a multiple of 16).
 
    A layer's cache is pages [P, 2, PAGE, KVH, hd] of keys and values. `where` [A, stride] says of each row its position
    and the pages of its positions, in their order (cache.py). */

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..exits import gate_log_term, gate_units
-from ..products import linear
+from ..mixed_matmul import linear
 from .attention import attend_packed
 from .config import EarlyExitTransformerConfig
 from .packed import EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Active, Control, Turn
@@ -107,7 +107,7 @@ def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
 class ExitGate(nn.Module):
     """The exit gate at one depth: z = W2 relu(W1 x + b1) + b2 on the residual stream x, [..., D] -> fp32 [...].
 
-    Parameters are fp32 whatever the model's dtype, in which W1 x is multiplied (products.py); the rest is fp32.
+    Parameters are fp32 whatever the model's dtype, in which W1 x is multiplied (mixed_matmul.py); the rest is fp32.
     Replicated on every tensor-parallel rank. Under sequence parallelism each rank sees its own positions only, so the
     gradients are partial there.
     """

@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 
+from ..mixed_matmul import chunk_positions, product, products_with
 from ..objectives.divergences import Direction, Sloped
-from ..products import chunk_positions, product, products_with
 
 # (log-probabilities [n, k] of a chunk, where it lies in [N]) -> the chunk's share of the loss, a scalar.
 ChunkLoss = Callable[[Tensor, slice], Tensor]

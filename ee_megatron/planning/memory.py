@@ -15,8 +15,8 @@ import torch
 from ..config.derive import position_bytes
 from ..config.schema import RunConfig
 from ..exits import gate_units
+from ..mixed_matmul import chunk_positions
 from ..policy import may_travel_in, stays_float32
-from ..products import chunk_positions
 from ..rollout.engine.cache import PAGE, pages_for, pages_in, pool_pages
 from ..rollout.vllm import CHUNK, CPU_CACHE_GIB, GPU_SHARE
 from .devices import GIB, Device

@@ -16,7 +16,7 @@ from ee_megatron.learner import learner as learner_module
 from ee_megatron.model.packed import Active
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
-from ee_megatron.rollout.engine import ops, scoring
+from ee_megatron.rollout.engine import layer_backends, scoring
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.model_runner import ModelRunner, Prefiller
 
@@ -106,7 +106,7 @@ FAULTS = {
     "part of a batch left on the host": Fault(
         learner_module, "to_device", _labels_on_the_host, "learner_score_likelihood", DEVICE
     ),
-    "an attention mask built on the CPU": Fault(ops.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
+    "an attention mask built on the CPU": Fault(layer_backends.Rows, "mask", _mask_on_the_cpu, "decode_off", DEVICE),
     "a table that stayed on the CPU": Fault(Decoder, "_reach", _tables_on_the_cpu, "decode_off", DEVICE),
     "gates loaded to the CPU": Fault(
         decoder_module, "gates_from", lambda real: lambda tensors, depths, dtype, _: real(tensors, depths, dtype, CPU),
@@ -122,7 +122,7 @@ FAULTS = {
         "inspect", NUMPY,
     ),
     "a hidden .item() in every layer": Fault(
-        ops.TorchOps, "silu_mul", _item_in_every_layer, "decode off", "syncs"
+        layer_backends.TorchOps, "silu_mul", _item_in_every_layer, "decode off", "syncs"
     ),
     "a loop over sequences that asks each": Fault(Active, "__init__", _asks_each_sequence, "score", "syncs"),
     "a gate's answer by way of the host": Fault(
@@ -130,11 +130,13 @@ FAULTS = {
         "decode sample", "syncs",
     ),
     "an index on the CPU": Fault(
-        ops.Rows, "angles",
+        layer_backends.Rows, "angles",
         lambda real: lambda rows: tuple(table[rows.positions.cpu()][:, None] for table in (rows.cos, rows.sin)),
         "decode off", "copies",
     ),
-    "a copy of the whole cache in every layer": Fault(ops.TorchOps, "attend", _copied_cache, "decode off", "kernels"),
+    "a copy of the whole cache in every layer": Fault(
+        layer_backends.TorchOps, "attend", _copied_cache, "decode off", "kernels"
+    ),
     "prompts that are kept for ever": Fault(
         Prefiller, "forget", lambda real: lambda reader, waiting: None, "requests", "memory"
     ),

@@ -17,10 +17,9 @@ from ee_megatron.families import FAMILIES, ModelDims
 from ee_megatron.kernels import compiled as kernels
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
-from ee_megatron.rollout.engine import ops as ops_module
-from ee_megatron.rollout.engine import sampling
+from ee_megatron.rollout.engine import layer_backends, sampling
 from ee_megatron.rollout.engine.cache import KVCache
-from ee_megatron.rollout.engine.ops import KernelOps, Rows, TorchOps, choose_ops
+from ee_megatron.rollout.engine.layer_backends import KernelOps, Rows, TorchOps, choose_ops
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.scoring import compare
@@ -114,7 +113,7 @@ def test_whole_sequences_attend_as_in_float64(seed, lengths, past, size, heads, 
         mask = torch.ones(width, past + width, dtype=torch.bool).tril(past)
     ops, _ = both(dims, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops_module, "SHORT", short)
+        patch.setattr(layer_backends, "SHORT", short)
         found = ops.attend_parallel(q, k, v, mask, lengths)
     for b, n in enumerate(lengths):
         queries, keys, values = (x[b].double().transpose(0, 1) for x in (q[:, :n], k[:, : past + n], v[:, : past + n]))

@@ -20,8 +20,8 @@ from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine import sampling
 from ee_megatron.rollout.engine.cache import KVCache
+from ee_megatron.rollout.engine.layer_backends import KernelOps, TorchOps
 from ee_megatron.rollout.engine.linear import Linear, WideLinear
-from ee_megatron.rollout.engine.ops import KernelOps, TorchOps
 from ee_megatron.types import Prompt
 from tests.reference import random_policy
 from tests.tiny import tiny_hf

@@ -16,7 +16,7 @@ from ee_megatron.exit_rules import Confidence, Fixed, Off, Prescribed, Sample, T
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine.cache import PAGE
-from ee_megatron.rollout.engine.ops import TorchOps
+from ee_megatron.rollout.engine.layer_backends import TorchOps
 from ee_megatron.rollout.engine.request import Event, Request
 from ee_megatron.rollout.engine.scheduler import Scheduler, SegmentQueues
 from ee_megatron.types import Rollout

@@ -19,7 +19,7 @@ from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ...tensors import ModelSource
 from .cache import KVCache, Prefilled
-from .ops import Places, Rows, TorchOps, choose_ops, norm
+from .layer_backends import Places, Rows, TorchOps, choose_ops, norm
 from .weights import DecoderWeights, GateWeights, PartialLoad, SkippedKV, gates_from
 
 Prefix = Prefilled | Sequence[Prefilled]

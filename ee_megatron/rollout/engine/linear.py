@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels import Panels, panels
-from ...products import linear
+from ...mixed_matmul import linear
 
 # The number of rows that oneDNN packs for; any number works.
 PACKED_ROWS = 16
@@ -83,7 +83,7 @@ class Linear:
 
 
 class WideLinear(Linear):
-    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (products.py); b float32."""
+    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (mixed_matmul.py); b float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.dtype = weight.dtype

@@ -14,7 +14,7 @@ from ...exit_rules import RULES, AtExit
 from ...exits import gate_log_term
 from .cache import Slots
 from .decoder import Decoder, Prefilled
-from .ops import Rows
+from .layer_backends import Rows
 from .prompts import pad
 from .request import Event, Row, check_logits
 from .sampling import most_probable, prescribe, sample_tokens, uniforms

@@ -25,7 +25,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from ...exit_rules import NEVER, AtExit, ExitRule, Tokens
 from ...exits import gate_units
-from ...products import product
+from ...mixed_matmul import product
 
 
 class Gate(nn.Module):

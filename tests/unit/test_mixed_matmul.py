@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ee_megatron.products import linear, product
+from ee_megatron.mixed_matmul import linear, product
 
 BF16 = torch.bfloat16
 # Half of bfloat16's spacing.

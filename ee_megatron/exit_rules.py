@@ -29,7 +29,7 @@ Dial = Callable[[float], "ExitRule"]
 
 @dataclass(frozen=True)
 class AtExit:
-    """R rows with equal rules that have reached an exit: what a rule may look at. Functions compute when called.
+    """What a rule may look at: R rows with equal rules at one exit. Callables compute when called.
 
     - index, depth: the exit's number in 0..M-1, and the layers that have run
     - gate_logits: float32 [R]; 0 where no gates are loaded
@@ -62,7 +62,7 @@ class DialRange:
 
 @dataclass(frozen=True)
 class ExitRule:
-    """Hashable; rows whose rules are equal decide together.
+    """Base class of exit rules. Hashable; rows with equal rules are decided in one batch.
 
     - kind: the name, wherever it is written down
     - label_format: the label, with the format of `value`, the rule's number, if it has one; "": the kind
@@ -87,15 +87,15 @@ class ExitRule:
 
     @classmethod
     def of(cls, value: float) -> Self:
-        """The rule with this number; those without one ignore it."""
+        """The rule with this number; rules without one ignore it."""
         return cls(**{"value": value} if "value" in cls.__dataclass_fields__ else {})
 
     def hazard_bound(self, at: AtExit) -> Tensor:
-        """float [R], on any device: rows leave whose hazard is above it. Rules that look at readouts have none."""
+        """float [R], on any device: rows whose hazard is above it exit. Not defined for rules that look at readouts."""
         raise NotImplementedError(f"exit rule {self.kind} looks at readouts")
 
     def should_exit(self, at: AtExit) -> Tensor:
-        """bool [R], on any device: which rows leave."""
+        """Which rows exit, bool [R], on any device."""
         bound = self.hazard_bound(at)
         if "gates" not in self.needs:
             # NEVER or ALWAYS: must not wait for the device that computes hazards.
@@ -104,7 +104,7 @@ class ExitRule:
         return logits.sigmoid() > bound
 
     def hazard_bounds(self, uniform: np.ndarray, depths: Sequence[int], tokens: Tokens) -> np.ndarray | None:
-        """`hazard_bound` of every exit before the model runs, float64 [R, M]; None for a rule that looks at readouts.
+        """`hazard_bound` at every exit, before the model runs, float64 [R, M]; None for a rule that looks at readouts.
 
         uniform float64 [R, M+1]: the positions' random numbers, as `AtExit.uniform` gives them; depths: the M exits.
         For engines that decide on the device, where asking the host at every exit would cost more than the layers.
@@ -122,7 +122,7 @@ class ExitRule:
 
     @property
     def label(self) -> str:
-        """The rule in words, as it stands in the tables."""
+        """The rule's name in tables."""
         return (self.label_format or self.kind).format(getattr(self, "value", None))
 
     def __str__(self) -> str:
@@ -137,11 +137,11 @@ class ExitRule:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """As the server and exported models take it."""
+        """The rule as the server and exported models read it."""
         return {"kind": self.kind, "value": getattr(self, "value", self.default)}
 
     def to_results(self) -> dict[str, Any]:
-        """As results.json has it; fields that a rule lacks have their defaults."""
+        """The rule as results.json stores it; fields that a rule lacks have their defaults."""
         return {
             **self.to_json(),
             "shares": list(getattr(self, "shares", ())),
@@ -151,17 +151,17 @@ class ExitRule:
 
     @classmethod
     def sweep_curve(cls, span: DialRange) -> Dial:
-        """The rules of this kind from shallow to deep. Raises NotImplementedError where they have no order."""
+        """The rules of this kind from shallow to deep. Raises NotImplementedError for kinds without such an order."""
         raise NotImplementedError(f"exit rule {cls.kind} has no dial")
 
     def mixed(self, deeper: Self, share: float) -> ExitRule:
-        """Two rules of one dial, drawn token by token: `deeper` with probability `share`."""
+        """A mixture of two rules of one dial, drawn token by token: `deeper` with probability `share`."""
         raise NotImplementedError(f"exit rule {self.kind} has no dial")
 
 
 @dataclass(frozen=True)
 class Bound(ExitRule):
-    """Leaves where something passes `value`, a number in least..most.
+    """Base class of rules that exit where a measure passes `value`, a number in least..most.
 
     With probability `mix` a token uses `other` instead of `value`, at all its exits: for mean depths between those of
     two values.
@@ -201,7 +201,7 @@ class Bound(ExitRule):
 
 @dataclass(frozen=True)
 class Threshold(Bound):
-    """At the first gate whose hazard exceeds `value`. Not a control; its dial serves gates of another checkpoint."""
+    """Exit at the first gate whose hazard exceeds `value`. Not a control; its dial serves other checkpoints' gates."""
 
     kind = "threshold"
     label_format = "hazard > {:g}"
@@ -219,7 +219,7 @@ class Threshold(Bound):
 
 @dataclass(frozen=True)
 class Sample(ExitRule):
-    """Gate i fires with its hazard, as in training."""
+    """Gate i fires with probability equal to its hazard, as in training."""
 
     kind = "sample"
     label_format = "sampled"
@@ -233,7 +233,7 @@ class Sample(ExitRule):
 
 @dataclass(frozen=True)
 class Fixed(ExitRule):
-    """Every position at one depth, an exit depth or L. As a control two neighbouring depths are mixed at random."""
+    """All positions exit at one depth, an exit depth or L. As a control two neighbouring depths are mixed at random."""
 
     value: float
 
@@ -268,7 +268,7 @@ class Fixed(ExitRule):
 
 @dataclass(frozen=True)
 class Random(ExitRule):
-    """At outcome i with probability shares[i] (M exits, then none), whatever the token."""
+    """Exit at outcome i with probability shares[i] (M exits, then none), independent of the token."""
 
     shares: tuple[float, ...] = ()
 
@@ -285,7 +285,7 @@ class Random(ExitRule):
             )
 
     def hazard_bound(self, at: AtExit) -> Tensor:
-        """Leaves with the probability of exit i given that none before it was taken, shares_i / Σ_{j>=i} shares_j."""
+        """Exit with the probability of exit i given that none before it was taken, shares_i / Σ_{j>=i} shares_j."""
         import torch
 
         left = sum(self.shares[at.index :])
@@ -304,7 +304,7 @@ class Random(ExitRule):
 
     @classmethod
     def sweep_curve(cls, span: DialRange) -> Dial:
-        """The marginal exit distribution, independent of the token; in the middle of the dial it is as it is.
+        """The marginal exit distribution, independent of the token; in the middle of the dial it is unchanged.
 
         Elsewhere it is tilted, p_i ∝ shares_i · exp(τ · depth_i): of all distributions with that mean the nearest to it
         in KL divergence (Csiszár, Annals of Probability 3 (1975), 146-158). τ runs from -∞ to ∞ along the dial.
@@ -336,8 +336,8 @@ class Random(ExitRule):
 
 @dataclass(frozen=True)
 class Confidence(Bound):
-    """At the first exit whose readout gives some token more than the probability `value`: Schuster et al. 2022 (arXiv
-    2207.07061), softmax confidence, without their calibration."""
+    """Exit at the first readout that gives some token more than the probability `value`: softmax confidence of Schuster
+    et al. 2022 (arXiv 2207.07061), without their calibration."""
 
     kind = "confidence"
     label_format = "confidence > {:.4g}"
@@ -352,14 +352,14 @@ class Confidence(Bound):
 
     @classmethod
     def sweep_curve(cls, span: DialRange) -> Dial:
-        """Finer towards certainty, where sharp readouts lie."""
+        """The dial is finer near certainty, where sharp readouts lie."""
         return lambda position: cls(1.0 - (1.0 - position) ** 3)
 
 
 @dataclass(frozen=True)
 class Entropy(Bound):
-    """At the first exit whose readout has less entropy than `value`, in nats: Teerapittayanon et al. 2016 (BranchyNet,
-    arXiv 1709.01686) and DeeBERT (Xin et al. 2020, arXiv 2004.12993)."""
+    """Exit at the first readout with less entropy than `value`, in nats: Teerapittayanon et al. 2016 (BranchyNet, arXiv
+    1709.01686) and DeeBERT (Xin et al. 2020, arXiv 2004.12993)."""
 
     kind = "entropy"
     label_format = "entropy < {:.3g}"
@@ -373,14 +373,14 @@ class Entropy(Bound):
 
     @classmethod
     def sweep_curve(cls, span: DialRange) -> Dial:
-        """At 0 every readout passes, at 1 none."""
+        """At 0 every readout passes, at 1 none does."""
         most = math.log(span.vocab) + 1e-3
         return lambda position: cls(most * (1.0 - position) ** 4)
 
 
 @dataclass(frozen=True)
 class Patience(Bound):
-    """At the first exit whose readout's most probable token has been the same over the last `value` exits.
+    """Exit at the first readout whose most probable token has been the same over the last `value` exits.
 
     They count from the position's first exit on: with 1 the first exit fires, with 2 the first whose choice is that of
     the exit before it, with M + 1 none. PABEE (Zhou et al. 2020, arXiv 2006.04152), whose patience counts how often the
@@ -423,7 +423,7 @@ class Patience(Bound):
 
     @classmethod
     def sweep_curve(cls, span: DialRange) -> Dial:
-        """From 1 to M + 1 exits."""
+        """The dial runs from 1 to M + 1 exits."""
         return lambda position: cls.between(1 + position * (len(span.outcomes) - 1))
 
     def mixed(self, deeper: Self, share: float) -> Self:
@@ -432,7 +432,7 @@ class Patience(Bound):
 
 @dataclass(frozen=True)
 class Off(ExitRule):
-    """Never."""
+    """Never exit."""
 
     kind = "off"
     label_format = "full depth"
@@ -444,15 +444,15 @@ class Off(ExitRule):
 
 @dataclass(frozen=True)
 class Prescribed(ExitRule):
-    """Replay: `depths` maps (prompt id, sample) to the depth of every generated token. Entry 0 is L unless first tokens
-    may exit."""
+    """Replay recorded exits: `depths` maps (prompt id, sample) to the depth of every generated token. Entry 0 is L
+    unless first tokens may exit."""
 
     depths: Mapping[tuple[str, int], Sequence[int]] = field(default_factory=dict, hash=False)
 
     kind = "prescribed"
 
     def hazard_bound(self, at: AtExit) -> Tensor:
-        """Raises ValueError for a token of which nothing is prescribed."""
+        """Raises ValueError for a token without a prescribed depth."""
         import torch
 
         return torch.tensor([ALWAYS if self.depth(*token) == at.depth else NEVER for token in at.tokens()])
@@ -485,14 +485,14 @@ CONTROLS = tuple(rule for rule in RULES.values() if rule.control)
 
 
 def everywhere(at: AtExit, fires: bool) -> Tensor:
-    """The bounds of rows that all leave or all stay, on the CPU: what looks at nothing must not wait for a device."""
+    """Bounds of rows that all exit or all stay, on the CPU: a rule that looks at nothing must not wait for a device."""
     import torch
 
     return torch.full((len(at.gate_logits),), ALWAYS if fires else NEVER)
 
 
 def forced_bounds(fires: Any, depths: Sequence[int]) -> np.ndarray:
-    """bool [R, M], whatever the gates say -> bounds float64 [R, M], as `ExitRule.hazard_bounds` has them."""
+    """Bounds float64 [R, M], as of `ExitRule.hazard_bounds`, for decisions bool [R, M] that ignore the gates."""
     import numpy as np
 
     return np.where(np.asarray(fires, dtype=bool).reshape(-1, len(depths)), ALWAYS, NEVER)
@@ -506,7 +506,7 @@ def make_rule(kind: str, value: float | None = None) -> ExitRule:
 
 
 def parse(text: str) -> ExitRule:
-    """ "threshold:0.5", "sample", "fixed:20", ... -> rule. Raises ValueError."""
+    """Parse "threshold:0.5", "sample", "fixed:20", ... as a rule. Raises ValueError."""
     kind, _, value = text.partition(":")
     return make_rule(kind, float(value) if value else None)
 
@@ -520,6 +520,6 @@ def parse_option(option: str, text: str) -> ExitRule:
 
 
 def usage() -> str:
-    """What `parse` takes from users, in one line."""
+    """Syntax of the rules that users may choose, in one line."""
     forms = [RULES[kind].usage for kind in OFFERED]
     return f"{', '.join(forms[:-1])} or {forms[-1]}"

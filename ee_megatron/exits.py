@@ -1,4 +1,4 @@
-"""Where a model's exits are, how wide their gates, and the probability that a token takes each exit.
+"""A model's exit depths, the width of its gates, and the probability that a token takes each exit.
 
 Shapes: M exits, L layers, [...] any leading axes. Depths count the layers that changed the residual stream; the outcome
 "no exit" has depth L and index M. Formulas: docs/method.md. Importing this imports no torch: settings are checked
@@ -22,7 +22,7 @@ GATE_UNITS = 8
 
 @dataclass(frozen=True)
 class ExitLayout:
-    """The exit depths of a model. A property of the model, stored with it; the pipeline layout belongs to the run.
+    """Exit depths of a model. They belong to the model and are stored with it; the pipeline layout belongs to the run.
 
     first_token: a prompt's last position, which predicts the first generated token, may exit as the later ones do.
 
@@ -53,7 +53,7 @@ class ExitLayout:
 
     @staticmethod
     def default(num_layers: int, pipeline: int = 1) -> ExitLayout:
-        """Every fifth layer, and the boundaries of an even pipeline split."""
+        """Default exits: every fifth layer and the boundaries of an even pipeline split."""
         edges = [round(num_layers * s / pipeline) for s in range(1, pipeline)]
         return ExitLayout(num_layers, tuple(sorted({*range(5, num_layers, 5), *edges} - {0, num_layers})))
 
@@ -101,7 +101,7 @@ def gate_units(gate_width: float, hidden: int) -> int:
 
 
 def gate_log_term(gate_logit: Tensor, exit_depths: Tensor, depth: int, targets: Tensor | None = None) -> Tensor:
-    """The share of log q(prescribed exit) that the gate at `depth` owns; the sum over all gates is log q.
+    """Share of the gate at `depth` in log q(prescribed exit); the sum over all gates is log q.
 
     z [...], prescribed depths [...] -> [...]: logsigmoid(z) where the position exits here, logsigmoid(-z) where it goes
     deeper, 0 where it had exited before (this gate was not reached). With target hazards s* [...] instead:
@@ -122,7 +122,7 @@ def target_hazards(divergences: Tensor, kl_factor: float) -> Tensor:
 
 
 def exit_distribution(hazards: Tensor) -> Tensor:
-    """Hazards s [..., M] in [0, 1] -> q [..., M+1] by stick-breaking."""
+    """Exit distribution q [..., M+1] of hazards s [..., M] in [0, 1], by stick-breaking."""
     import torch
 
     survive = torch.cumprod(1.0 - hazards, dim=-1)
@@ -131,7 +131,7 @@ def exit_distribution(hazards: Tensor) -> Tensor:
 
 
 def sample_exits(hazards: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Hazards [..., M] -> outcome indices int64 [...]: the first gate that fires, M if none does."""
+    """Sample outcome indices int64 [...] from hazards [..., M]: the first gate that fires, M if none does."""
     import torch
 
     fire = torch.rand(hazards.shape, generator=generator, device=hazards.device) < hazards

@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A block in which any exception after SIGINT becomes KeyboardInterrupt.
+    """Context in which any exception after SIGINT becomes KeyboardInterrupt.
 
     Python raises KeyboardInterrupt wherever the program is. An extension may replace it by an error of its own:
     torch.tensor, interrupted while it reads a sequence, "could not determine the shape". Blocks may be nested.

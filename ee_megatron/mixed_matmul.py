@@ -1,4 +1,4 @@
-"""Products of bfloat16 matrices whose sums stay float32: for logits and gates, where bfloat16's steps are too coarse.
+"""Products of bfloat16 matrices with float32 sums: for logits and gates, where bfloat16's steps are too coarse.
 
 A logit of 20 has neighbours .125 away in bfloat16. Learner and decoder both read out and ask gates by what is here, so
 that they differ in the order of summation alone.
@@ -21,13 +21,13 @@ CHUNK_BYTES, CACHED_BYTES, LEAST_CHUNK = 2**27, 2**24, 64
 
 
 def chunk_positions(rows: int, *, on_cpu: bool, trained: bool) -> int:
-    """Positions of a chunk, for a rank that holds so many rows of the head."""
+    """Positions per chunk of logits, for a rank that holds so many rows of the head."""
     return max(LEAST_CHUNK, (CACHED_BYTES if on_cpu and not trained else CHUNK_BYTES) // (4 * rows))
 
 
 def products_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [n, k] -> x · W^T [n, m] in float32 as `product` has it, for many x with one W [m, k] of their dtype. On a CPU
-    the values of a bfloat16 W are copied to another layout once, so later changes of W have no effect."""
+    """Function x [n, k] -> x · W^T [n, m] in float32, as of `product`, for many x with one W [m, k] of their dtype. On
+    a CPU the values of a bfloat16 W are copied to another layout once, so later changes of W have no effect."""
     if weight.dtype == torch.float32 or weight.device.type != "cpu":
         return lambda x: product(x, weight.t())
     packed = panels(weight, wide=True)
@@ -38,8 +38,8 @@ def products_with(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a [n, k] · b [k, m], both float32 or both bfloat16 -> float32 [n, m]; of bfloat16 the products are exact and
-    summed in float32. No gradient."""
+    """Matrix product a [n, k] · b [k, m], both float32 or both bfloat16 -> float32 [n, m]; products of bfloat16 are
+    exact and summed in float32. No gradient."""
     if a.dtype == torch.float32:
         return a @ b
     if a.device.type == "cpu":

@@ -205,7 +205,7 @@ def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[Block]:
         yield from row_blocks(tensors, name)
 
 
-def ahead(items: Iterable[Any]) -> Iterator[Any]:
+def prefetch(items: Iterable[Any]) -> Iterator[Any]:
     """The same items, each made AHEAD items before it is used: of what is mapped the system reads that much ahead."""
     waiting: deque[Any] = deque()
     for item in items:
@@ -336,7 +336,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
     sha = hashlib.sha256()
     blocks = blocks_of(tensors)
-    for block in ahead(blocks) if isinstance(tensors, LazyTensors) else blocks:
+    for block in prefetch(blocks) if isinstance(tensors, LazyTensors) else blocks:
         sha.update(_header(block).encode())
         sha.update(tensor_bytes(block.data))
     return sha.hexdigest()

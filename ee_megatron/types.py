@@ -45,7 +45,7 @@ class ExitReading(NamedTuple):
 
 @dataclass
 class Rollout:
-    """One generated answer with everything that the learner needs to replay it.
+    """One generated answer, with everything that the learner needs to replay it.
 
     P = prompt length, T = number of generated tokens (the end-of-sequence token is included where one was produced).
     Entry t belongs to generated token t and to the position that *predicted* it (position P-1+t of the sequence).
@@ -89,8 +89,8 @@ class Rollout:
 
 @dataclass
 class Group:
-    """K rollouts of one prompt with their task rewards (float32 [K]) and whether each answer was right, and in the form
-    that the task asks for (bool [K] each)."""
+    """K rollouts of one prompt, with task rewards (float32 [K]) and whether each answer was right and well formed (bool
+    [K] each)."""
 
     prompt: Prompt
     rollouts: list[Rollout]
@@ -101,7 +101,7 @@ class Group:
 
 @dataclass
 class Trace:
-    """A teacher's answer with what calibration needs; method.md, stage 1. P, T as in `Rollout`, M exits, k top tokens.
+    """A teacher's answer with calibration data; method.md, stage 1. P, T as in `Rollout`, M exits, k top tokens.
 
     - prompt_tokens int64 [P]; tokens int64 [T]
     - divergences   float32 [T, M]: KL(p_final ‖ p_readout_i) in nats at the position that predicts token t

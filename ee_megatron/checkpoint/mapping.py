@@ -1,4 +1,4 @@
-"""Which Hugging Face tensors make up which Megatron parameter, and what each rank holds of them.
+"""Maps Hugging Face tensors to Megatron parameters, and to the part of them that each rank holds.
 
 linear_qkv   q, k, v interleaved by key-value group: [q of the group's heads, k, v]; ranks own whole groups
 linear_fc1   gate and up, each cut along its rows first, then joined
@@ -27,7 +27,7 @@ Run = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter of a stage: its name there, the Hugging Face tensors it holds, and how.
+    """One Megatron parameter of a stage: its name, the Hugging Face tensors in it, and their arrangement.
 
     dim: along which tensor-parallel ranks cut the tensors; below 0: each of them holds them whole.
     groups, sizes: the whole parameter is so many groups of rows, in each of which the tensors follow one another with
@@ -49,22 +49,22 @@ class Entry:
 
     @property
     def split(self) -> bool:
-        """Whether tensor-parallel ranks hold different parts."""
+        """Whether tensor-parallel ranks hold different parts of it."""
         return self.dim >= 0
 
     def places(self, rows: int, ranks: int) -> list[Tensor]:
-        """For each tensor the rows of a rank's local parameter, which has `rows`, that hold the rank's share, in order;
-        int64 [n]."""
+        """Rows of a rank's local parameter, which has `rows`, that hold its share of each tensor, in order; int64
+        [n]."""
         by_group = torch.arange(rows).view(max(1, self.groups // ranks), -1)
         unit = by_group.size(1) // sum(self.sizes)
         return [part.flatten() for part in by_group.split([unit * size for size in self.sizes], dim=1)]
 
     def runs(self, rows: int) -> dict[str, tuple[Run, ...]]:
-        """Where the rows of each tensor lie in the whole parameter, which has `rows`."""
+        """Ranges of rows of each tensor in the whole parameter, which has `rows`."""
         return {name: runs_of(places) for name, places in zip(self.names, self.places(rows, 1), strict=True)}
 
     def shard(self, tensors: list[Tensor], ranks: int, rank: int) -> Tensor:
-        """The rank's local parameter from whole tensors."""
+        """A rank's local parameter, cut from whole tensors."""
         if self.vocab is not None and (extra := padded_vocab(self.vocab, ranks) - self.vocab):
             tensors = [torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]) for tensor in tensors]
         shares = [tensor.chunk(ranks, self.dim)[rank] if self.split else tensor for tensor in tensors]
@@ -74,26 +74,26 @@ class Entry:
         return joined if self.groups == 1 else joined[torch.cat(self.places(len(joined), ranks)).argsort()]
 
     def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Shape of the whole parameter from those of its tensors."""
+        """Shape of the whole parameter, from its tensors' shapes."""
         return sum(shape[0] for shape in shapes), *shapes[0][1:]
 
 
 def runs_of(places: Tensor) -> tuple[Run, ...]:
-    """Row numbers as ranges of consecutive ones."""
+    """Group row numbers into ranges of consecutive ones."""
     starts = [0, *((places.diff() != 1).nonzero().flatten() + 1).tolist(), len(places)]
     return tuple((a, int(places[a]), b - a) for a, b in itertools.pairwise(starts) if b > a)
 
 
 def stored_name(parameter: str) -> str:
-    """A parameter's name in megatron-core's checkpoints. Earlier versions of this package stored norms under the names
-    that they have in the model."""
+    """Name of a parameter in megatron-core's checkpoints. Earlier versions of this package stored norms under their
+    names in the model."""
     for module, stored in STORED_NORMS.items():
         parameter = parameter.replace(f".{module}", f".{stored}")
     return parameter
 
 
 def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, head: bool) -> Iterator[Entry]:
-    """Every parameter of a stage with layers first_layer .. first_layer + layers - 1 (0-based).
+    """Name map of a stage with layers first_layer .. first_layer + layers - 1 (0-based).
 
     `embedding`: it holds the word embeddings; `head`: it holds the final norm and, unless the embedding on the same
     stage serves as head, the output layer.
@@ -130,12 +130,12 @@ def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, 
 
 
 def whole_entries(dims: ModelDims) -> list[Entry]:
-    """The name map of a model that is one stage."""
+    """Name map of a model that is one stage."""
     return list(entries(dims, 0, dims.num_layers, embedding=True, head=True))
 
 
 def stage_entries(model: EarlyExitGPT) -> Iterator[Entry]:
-    """`entries` for the stage that `model` is."""
+    """`entries` for the stage of `model`."""
     dims = model.config.dims
     assert dims is not None
     first = model.early_exit_layers()[0].layer_number - 1
@@ -210,7 +210,8 @@ def _added(model: EarlyExitGPT) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def check_copies(pieces: Iterable[Piece]) -> None:
-    """Compare to the bit what every tensor-parallel rank holds whole: gates, norms, the replicated adapter factors.
+    """Compare bit for bit the parameters that every tensor-parallel rank holds whole: gates, norms, replicated adapter
+    factors.
 
     They start alike and take the same updates; a rank that rounds otherwise would sample under gates that the others
     don't have. Raises RuntimeError, on every rank of the group, naming the first tensor that differs.

@@ -65,7 +65,7 @@ _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_mach
 
 
 class StoredChunk(NamedTuple):
-    """Where one box of a parameter is: its offsets and sizes in the whole, its file, offset and length there."""
+    """Location of one box of a parameter: its offsets and sizes in the whole, its file, offset and length there."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class StoredChunk(NamedTuple):
 
     @staticmethod
     def from_json(row: list[Any]) -> StoredChunk:
-        """From its fields in their order, tuples being lists."""
+        """Build from its fields in order, tuples as lists."""
         return StoredChunk._make(tuple(value) if isinstance(value, list) else value for value in row)
 
 
@@ -137,14 +137,14 @@ class TorchDistReader:
         self._check_files()
 
     def shape(self, parameter: str) -> tuple[int, ...]:
-        """The whole parameter's shape. Raises KeyError for an unknown one."""
+        """Shape of the whole parameter. Raises KeyError for an unknown one."""
         return self.chunks[parameter][0].shape
 
     def dtype(self, parameter: str) -> torch.dtype:
         return getattr(torch, self.chunks[parameter][0].dtype)
 
     def read(self, parameter: str, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows begin .. end - 1 of a parameter, on the CPU; mapped where one chunk has them all, else put together."""
+        """Read rows begin .. end - 1 of a parameter to the CPU; mapped if one chunk has them all, else concatenated."""
         rows, *rest = self.shape(parameter)
         end = rows if end is None else end
         chunks = [c for c in self.chunks[parameter] if c.offsets[0] < end and begin < c.offsets[0] + c.sizes[0]]
@@ -218,7 +218,7 @@ class _Metadata(pickle.Unpickler):
 
 
 class MegatronTensors(ModelSource):
-    """The tensors of a Megatron checkpoint. Opening it reads no weights; every read is checked for its place.
+    """The tensors of a Megatron checkpoint. Opening it reads no weights; every read checks the chunk's location.
 
     reader: parameters by their stored names, one for each layer; manifest: at least {"tensors": {}}. Raises ValueError
     for parameters that are missing, left over or misshapen.
@@ -237,7 +237,7 @@ class MegatronTensors(ModelSource):
         self.entries = {name: (reader.dtype(self.parameter(name)), shape) for name, shape in shapes.items()}
 
     def parameter(self, name: str) -> str:
-        """The Megatron parameter that a Hugging Face tensor is (part of), as it is stored."""
+        """The stored Megatron parameter that contains a Hugging Face tensor."""
         return self._stored[name][0]
 
     def part(self, name: str, *where: slice) -> Tensor:
@@ -252,7 +252,7 @@ class MegatronTensors(ModelSource):
         return rows[(slice(None), *where[1:])]
 
     def stored_degree(self) -> int:
-        """Over how many tensor-parallel ranks the parameters are cut in the files."""
+        """Number of tensor-parallel ranks that the stored parameters are cut for."""
         return len({c.offsets[1] for c in self.reader.chunks["decoder.layers.0.self_attention.linear_proj.weight"]})
 
     def _check_parameters(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -273,7 +273,7 @@ class MegatronTensors(ModelSource):
 
 
 class MegatronDirectory(MegatronTensors):
-    """A Megatron checkpoint of ours.
+    """A Megatron checkpoint written by this package.
 
     Raises FileNotFoundError or ValueError: not such a directory, an unsupported architecture, other parameters than its
     own. A directory that ranks of megatron-core wrote, with a config.json but no manifest, is read as well; it has no
@@ -330,7 +330,7 @@ class ForeignMegatron(MegatronTensors):
 
 
 def find_weights(top: Path) -> Path:
-    """The directory with metadata.json that a directory leads to. Raises FileNotFoundError or ValueError."""
+    """Find the directory with metadata.json below a checkpoint directory. Raises FileNotFoundError or ValueError."""
     if not top.is_dir():
         raise FileNotFoundError(f"{top}: no such directory")
     if (top / FORMAT).is_file():

@@ -1,5 +1,4 @@
-"""What a Megatron checkpoint says beside its weights: a model's dimensions as Megatron-LM and Megatron-Bridge record
-them, both ways.
+"""Model settings in Megatron checkpoints: dimensions as Megatron-LM and Megatron-Bridge record them, read and written.
 
 common.pt         Megatron-LM's arguments, an argparse.Namespace. It is a pickle that names classes of whatever wrote
                   it; it is read without importing or calling anything that it names
@@ -72,7 +71,7 @@ CARRIED = {*_NAMES, "family", "vocab", "rope_scaling", "tied", "qkv_bias", "out_
 
 
 def refuse_lost(dims: ModelDims) -> None:
-    """Raises ValueError, naming the field, for what a model has and a Megatron checkpoint wouldn't say."""
+    """Raises ValueError, naming the field, for a model property that a Megatron checkpoint can't record."""
     lost = [name for name in features(dims) if name not in CARRIED]
     if lost:
         raise ValueError(
@@ -82,8 +81,8 @@ def refuse_lost(dims: ModelDims) -> None:
 
 
 def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
-    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline" of the ranks it is cut for. Raises
-    ValueError as `refuse_lost`."""
+    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline" of its ranks. Raises ValueError as
+    `refuse_lost`."""
     refuse_lost(dims)
     scaling = dict(dims.rope_scaling)
     kind = scaling.get("rope_type")
@@ -117,13 +116,13 @@ def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) ->
 
 
 def common_state(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """What Megatron-LM expects in common.pt: version of the format, iteration, arguments, and one entry per layer."""
+    """Content that Megatron-LM expects in common.pt: format version, iteration, arguments, and one entry per layer."""
     facts = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"non_homogeneous_layers": True}}
     return {"args": arguments(dims, layout, dtype), **facts}
 
 
 class Inert:
-    """Stands for an object of any other class: its attributes, and none of its behaviour."""
+    """Replaces unpickled objects of any other class: has their attributes, and none of their behaviour."""
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:
         return super().__new__(cls)
@@ -135,7 +134,7 @@ class Inert:
                 self.__dict__.update(part)
 
     def ignore(self, *_: Any, **__: Any) -> Inert:
-        """A method, fetched by name and called, or what a subclass of a container is filled by: nothing is known."""
+        """A method of the replaced object, or what fills a subclass of a container: does nothing."""
         return Inert()
 
     __call__ = append = extend = __setitem__ = ignore
@@ -151,7 +150,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_common(folder: Path) -> dict[str, Any]:
-    """What common.pt holds, objects being `Inert`; nothing if there is none. Raises ValueError, one line: damaged."""
+    """Read common.pt with objects as `Inert`; empty if there is none. Raises ValueError, one line, if it is damaged."""
     path = folder / COMMON
     if not path.is_file():
         return {}
@@ -170,7 +169,7 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Settings by name, from run_config.yaml or the arguments in common.pt; none if neither is there.
+    """Settings by name, from run_config.yaml or the arguments in common.pt; empty without either.
 
     Raises ValueError, one line: damaged.
     """
@@ -186,8 +185,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def trained_for(folder: Path) -> dict[str, int]:
-    """{"iteration", "tokens"}: updates, and positions of the sequences that they saw, as Megatron-LM counts them; what
-    isn't recorded, or 0 as in what `convert import` writes, is left out. Raises ValueError, one line: damaged."""
+    """Training length as {"iteration", "tokens"}: updates, and positions of their sequences, as Megatron-LM counts
+    them; values that are not recorded, or 0 as in the output of `convert import`, are left out. Raises ValueError, one
+    line: damaged."""
     state = read_common(folder)
     arguments = getattr(state.get("args"), "__dict__", {})
     counts = {"iteration": state.get("iteration")}
@@ -197,14 +197,14 @@ def trained_for(folder: Path) -> dict[str, int]:
 
 
 def refuse_settings(settings: Mapping[str, Any], where: Path) -> None:
-    """Raises ValueError, naming the setting, for what would change the mathematics and is not supported."""
+    """Raises ValueError, naming the setting, for a setting that changes the mathematics and is not supported."""
     for name, neutral in _NEUTRAL.items():
         if name in settings and settings[name] not in neutral:
             raise ValueError(f"{where}: {name}={settings[name]!r} is not supported; expected {neutral[0]!r}")
 
 
 def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, config: Path) -> None:
-    """Raises ValueError for the first dimension that the checkpoint records and `config` contradicts."""
+    """Raises ValueError for the first recorded dimension that contradicts `config`."""
     # Positions may be fewer in training than what the model can do.
     pairs = {names: getattr(dims, field) for field, names in _NAMES.items() if field != "max_positions"}
     pairs[_LLAMA3_ON] = dict(dims.rope_scaling).get("rope_type") == "llama3"
@@ -217,7 +217,7 @@ def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, 
 
 
 def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
-    """A Hugging Face config from recorded settings, and from the stored parameters what these show.
+    """Build a Hugging Face config from recorded settings and the shapes of stored parameters.
 
     shapes: whole parameters by their stored names. The vocabulary is the recorded one, else as many rows as are stored,
     padding included. Raises ValueError for a dimension that isn't recorded.

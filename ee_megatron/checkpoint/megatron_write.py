@@ -1,4 +1,4 @@
-"""Any model -> Megatron checkpoint, in one process, file by file: `convert import` and `convert reshard`.
+"""Write any model as a Megatron checkpoint, in one process, file by file: `convert import` and `convert reshard`.
 
     weights/__0_0.distcp    the embedding; __1_0 … __L_0 the layers; __<L+1>_0 the final norm and the head
     weights/objects.distcp, .metadata, common.pt, metadata.json      the rest of megatron-core's torch_dist format
@@ -40,7 +40,7 @@ from ..exits import ExitLayout
 from ..families import ModelDims
 from ..model.config import padded_vocab
 from ..policy import save_policy
-from ..tensors import BLOCK_BYTES, Block, Hasher, ModelSource, ahead, digest
+from ..tensors import BLOCK_BYTES, Block, Hasher, ModelSource, digest, prefetch
 from .mapping import Entry, whole_entries
 from .megatron_read import FORMAT, KIND, TRACKER, StoredChunk, check_tiling
 from .megatron_settings import COMMON, common_state, refuse_lost
@@ -56,7 +56,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """The parallel layout that a checkpoint is cut for. stage_layers: layers per virtual stage, in model order."""
+    """Parallel layout of a checkpoint. stage_layers: layers per virtual stage, in model order."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -67,7 +67,7 @@ class CheckpointLayout:
     def plan(
         dims: ModelDims, exits: ExitLayout, tensor: int = 1, pipeline: int = 1, virtual: int = 1
     ) -> CheckpointLayout:
-        """Stages with boundaries at exits. Raises ValueError for degrees that do not fit the model or its exits."""
+        """Plan stages that end at exits. Raises ValueError for degrees that do not fit the model or its exits."""
         for option, degree in (("--tp", tensor), ("--pp", pipeline), ("--vpp", virtual)):
             if degree < 1:
                 raise ValueError(f"{option} {degree}: must be at least 1")
@@ -97,7 +97,7 @@ def write_megatron(
     resume: bool = False,
     quiet: bool = True,
 ) -> Meter:
-    """Write the checkpoint, whole or not at all; returns the meter with its figures.
+    """Write the checkpoint atomically; returns the meter with its figures.
 
     dtype None: each tensor as it is stored. A policy without tensors makes a plain checkpoint, without policy.json. A
     fully fine-tuned policy becomes the base, its gates the policy.
@@ -185,7 +185,7 @@ def _write_group(
 ) -> dict[str, dict]:
     """The parameters of one file, each cut for its ranks; returns the manifest's lines of their tensors."""
     watches = {n: (Watch(source, n, dtype, hasher, meter), item.stored) for item in group for n in item.names}
-    for item, shape, first, count, read in ahead(_pieces(source, group, ranks, dtype)):
+    for item, shape, first, count, read in prefetch(_pieces(source, group, ranks, dtype)):
         parts = [watches[block.name][0].block(block) for block in read]
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         if len(rows) < count:
@@ -230,7 +230,7 @@ def _pieces(
 
 
 class ChunkFile:
-    """One *.distcp file that is being written; `chunks` is what it holds."""
+    """A *.distcp file while it is written; `chunks` lists its content."""
 
     def __init__(self, folder: Path, name: str):
         self.name, self.chunks = name, list[StoredChunk]()

@@ -1,4 +1,4 @@
-"""Policy checkpoints, and which base model each belongs to.
+"""Policy checkpoints, and the base model that each belongs to.
 
 A fine-tuned model has the dimensions, names and headers of the model that it was made from, so a base is identified by
 its contents; and hashing all of a large model at every start takes minutes. So a few hundred numbers of every tensor
@@ -41,9 +41,9 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """A base model. path: where it lay, for messages alone. The digests are of the sample rounded to either dtype:
-    float32, its copy in bfloat16 and that copy in float32 again agree in the one, float32 and its copy in float16 in
-    the other."""
+    """Identity of a base model. path: its directory, for messages alone. The digests are of the sample rounded to
+    either dtype: float32, its copy in bfloat16 and that copy in float32 again agree in the one, float32 and its copy in
+    float16 in the other."""
 
     path: str
     bfloat16: str
@@ -57,7 +57,7 @@ class BaseIdentity:
 
     @staticmethod
     def from_json(data: Any, where: Path) -> BaseIdentity:
-        """Raises ValueError, naming the file `where`, if it is not such a record."""
+        """Read from JSON. Raises ValueError, naming the file `where`, for any other record."""
         fields = BaseIdentity.__dataclass_fields__
         if not isinstance(data, Mapping) or not all(isinstance(data.get(name), str) for name in fields):
             raise ValueError(f"{where}: {BASE!r} is {str(data)[:80]!r}, expected {', '.join(fields)}; it is damaged")
@@ -68,8 +68,8 @@ class BaseIdentity:
 
 
 def base_identity(base: HFDirectory | ModelSource) -> BaseIdentity:
-    """Identity of a base model; reads about two kilobytes of each tensor. A converted Megatron checkpoint has it on
-    record: its tensors are compared with the manifest's hashes when they are used."""
+    """Compute the identity of a base model; reads about two kilobytes of each tensor. A converted Megatron checkpoint
+    has it on record: its tensors are compared with the manifest's hashes when they are used."""
     manifest = getattr(base, "manifest", {})
     if BASE in manifest:
         return BaseIdentity.from_json(manifest[BASE], base.path / "manifest.json")
@@ -101,7 +101,7 @@ def _sample(tensors: LazyTensors, name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def recorded_base(policy: str | Path) -> BaseIdentity | None:
-    """The base that a policy checkpoint says it belongs to; None: written before that was recorded."""
+    """Base model recorded in a policy checkpoint; None for checkpoints from before it was recorded."""
     recorded = read_policy_json(policy).base
     return None if recorded is None else BaseIdentity.from_json(recorded, Path(policy) / POLICY_JSON)
 
@@ -135,7 +135,7 @@ def check_base(
 
 
 def write_policy(directory: Path, spec: PolicySpec, stream: Stream, base: Mapping[str, str] | None = None) -> None:
-    """As `policy.save_policy`, for tensors that come in blocks and are not held."""
+    """`policy.save_policy` for tensors that arrive in blocks and are not held in memory."""
     sha256 = write_stream(directory / "policy.safetensors", stream)
     write_policy_json(directory, spec, sha256, base)
 
@@ -158,18 +158,18 @@ def check_policy(dims: ModelDims, spec: PolicySpec, tensors: Mapping[str, Tensor
 
 
 def no_policy(num_layers: int) -> Policy:
-    """Of a checkpoint that is a plain model: no adapters, no exits."""
+    """The empty policy of a plain model: no adapters, no exits."""
     return PolicySpec(num_layers, (), rank=0), dict[str, Tensor]()
 
 
 def policy_on(base: ModelSource, directory: str | Path, unchecked: bool = False) -> Policy:
-    """`open_policy` for a policy that is to run on `base`. Raises as `check_base`, too, unless `unchecked`."""
+    """`open_policy` for a policy that will run on `base`. Also raises as `check_base`, unless `unchecked`."""
     check_base(directory, base, unchecked=unchecked)
     return open_policy(directory)
 
 
 def policy_beside(base: ModelSource, unchecked: bool = False) -> Policy:
-    """The policy in a Megatron checkpoint; one without is a plain model. Raises as `policy_on`."""
+    """Policy in a Megatron checkpoint; empty for a plain model. Raises as `policy_on`."""
     if not (base.path / POLICY_JSON).is_file():
         return no_policy(base.dims.num_layers)
     # What lies in one directory was put together; only a record can say that it was not.
@@ -177,7 +177,7 @@ def policy_beside(base: ModelSource, unchecked: bool = False) -> Policy:
 
 
 def folded(source: ModelSource, policy: Policy) -> tuple[ModelSource, Policy]:
-    """A fully fine-tuned policy as a base of its own and a policy of gates only; any other as it is."""
+    """A fully fine-tuned policy as a base of its own and a policy of gates only; any other policy unchanged."""
     spec, tensors = policy
     if not spec.full:
         return source, policy

@@ -1,4 +1,4 @@
-"""The policy's whole tensors on their way between the ranks that hold them and the leader, a bucket at a time.
+"""Streams the policy's whole tensors between the ranks that hold their parts and rank 0, a bucket at a time.
 
 Every rank knows which tensors there are and cuts them, in name order, into the same buckets of rows. For each bucket a
 rank sends the leader what it holds of it, in one message; no other rank receives anything. Loading goes the other way
@@ -30,8 +30,8 @@ Bucket = list[tuple[str, int, int]]
 
 
 class Holder:
-    """What is streamed of each parameter (its value, a moment) and which part of it this rank holds. As it stands: the
-    parameters' own values, whole on every data-parallel rank.
+    """A rank's part of a parameter's value or moment, to be streamed. This class: values that are whole on every
+    data-parallel rank.
 
     replicated: data-parallel ranks hold the same.
     """
@@ -39,7 +39,7 @@ class Holder:
     replicated = True
 
     def span(self, parameter: nn.Parameter) -> tuple[int, int]:
-        """First and end of the elements of the flattened parameter that this rank holds."""
+        """First and end of the flattened parameter's elements on this rank."""
         return 0, parameter.numel()
 
     def read(self, parameter: nn.Parameter, begin: int, end: int) -> Tensor:
@@ -104,8 +104,8 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
 
 
 def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[Bucket]:
-    """Every row of every tensor once, in name order, in buckets of at most `limit` bytes in fp32, or of one row that is
-    larger."""
+    """Split the rows of all tensors, in name order, into buckets of at most `limit` bytes in fp32, or of one larger
+    row."""
     bucket: Bucket = []
     room = limit
     for name in sorted(table):
@@ -147,7 +147,7 @@ def message(shares: Mapping[str, list[Share]], bucket: Bucket) -> tuple[list[Mes
 
 
 class GatherPlan:
-    """Who sends what: made once for a layout, by all ranks together.
+    """Which rank sends what: computed once for a layout, by all ranks together.
 
     `shapes`: every tensor of the policy and its whole shape.
     """
@@ -173,8 +173,8 @@ class GatherPlan:
 
 
 class TensorStream:
-    """Whole tensors of one kind, fp32. All ranks iterate together, each for as long as there is something: the leader
-    gets the blocks, in name order; the others send and get none. A block's numbers are its own.
+    """Whole tensors of one kind, fp32. All ranks iterate together to the end: rank 0 gets the blocks, in name order;
+    the others send and get none. A block owns its numbers.
 
     `meet`: what ranks wait for the leader with while it takes its time; None: with their collectives' deadline.
     """
@@ -265,7 +265,7 @@ def _place(tables: list[Tensor], bucket: Bucket, part: MessagePart, numbers: Ten
 def load_tensors(
     pieces: Sequence[Piece], holder: Holder, shapes: Mapping[str, Shape], tensors: Mapping[str, Tensor], what: str
 ) -> None:
-    """Fill what this rank holds, reading no more than that of the whole tensors. Rows that only pad become zeros.
+    """Fill this rank's parts, reading no more than these of the whole tensors. Padding rows become zeros.
 
     Raises ValueError for a missing or misshapen one; `what` says what they are.
     """

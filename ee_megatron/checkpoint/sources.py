@@ -1,5 +1,5 @@
-"""What a conversion reads a model from, and the checks that every block passes on its way. None of it needs
-megatron-core, which takes seconds to import."""
+"""Models that a conversion reads, and the checks on every block. Without megatron-core, which takes seconds to
+import."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WEIGHTS = "weights"
 
 
 def is_megatron(path: Path) -> bool:
-    """Whether a directory is a Megatron checkpoint of ours."""
+    """Whether a directory is a Megatron checkpoint of this package."""
     return (path / WEIGHTS).is_dir()
 
 
 class HFSource(ModelSource):
-    """A Hugging Face directory, plain or an early-exit export, of which this is the base model.
+    """A Hugging Face directory as a source: a plain model, or the base model of an early-exit export.
 
     Raises as `HFDirectory` does, and ValueError for a shard with a tensor that no part of the model has, or a stored
     head that differs from the embedding that it is tied to.
@@ -89,7 +89,7 @@ class TunedSource(ModelSource):
 
 
 def gates_of(source: ModelSource) -> tuple[PolicySpec, dict[str, Tensor]] | None:
-    """The gates that a Hugging Face directory brings along, embedded in the model or beside it; None: a plain model."""
+    """Gates in a Hugging Face directory, embedded in the model or beside it; None for a plain model."""
     if not isinstance(source, HFSource):
         return None
     if source.spec is not None:
@@ -103,20 +103,20 @@ def gates_of(source: ModelSource) -> tuple[PolicySpec, dict[str, Tensor]] | None
 
 
 def gate_spec(dims: ModelDims, facts: Mapping[str, Any]) -> PolicySpec:
-    """A policy of gates alone, from what an export's config.json or gates.json says of them."""
+    """Spec of a policy of gates alone, from an export's config.json or gates.json."""
     depths, first = tuple(facts["exit_depths"]), facts.get("first_token", False)
     width, stream = facts["gate_width"], facts["gate_input"]
     return PolicySpec(dims.num_layers, depths, rank=0, gate_width=width, gate_input=stream, first_token=first)
 
 
 def gate_facts(spec: PolicySpec) -> dict[str, Any]:
-    """What `gate_spec` reads."""
+    """Facts that `gate_spec` reads."""
     facts = {"exit_depths": list(spec.exit_depths), "gate_width": spec.gate_width, "gate_input": spec.gate_input}
     return {**facts, "first_token": True} if spec.first_token else facts
 
 
 def base_config(config: dict, dims: ModelDims) -> dict:
-    """config.json of the plain model that an early-exit export wraps; a plain one as it is."""
+    """config.json of the plain model in an early-exit export; of a plain model unchanged."""
     if config.get("model_type") != "early_exit":
         return config
     plain: dict[str, Any] = {name: value for name, value in config.items() if name not in EMBED_FIELDS}
@@ -124,7 +124,7 @@ def base_config(config: dict, dims: ModelDims) -> dict:
 
 
 def all_finite(block: Tensor) -> bool:
-    """Whether no number of it is NaN or infinite."""
+    """Whether a tensor has no NaN and no infinite value."""
     if not block.numel() or not block.is_floating_point():
         return True
     low, high = (float(value) for value in block.aminmax())
@@ -132,13 +132,13 @@ def all_finite(block: Tensor) -> bool:
 
 
 def check_finite(name: str, block: Tensor) -> None:
-    """Raises ValueError if a number is NaN or infinite."""
+    """Raises ValueError if a tensor has a NaN or an infinite value."""
     if not all_finite(block):
         raise ValueError(f"{name} holds NaN or infinite numbers; expected finite ones; the model is damaged")
 
 
 def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """The block in another dtype. Raises ValueError if finite numbers don't fit into it."""
+    """Convert a block to another dtype. Raises ValueError if finite numbers don't fit into it."""
     made = block.to(dtype)
     if made is block or not made.numel() or all(end.isfinite() for end in made.aminmax()):
         return made
@@ -153,8 +153,8 @@ def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Watch:
-    """What every block of a tensor goes through: finite, hashed as it is read, changed by `change`, cast to `dtype`
-    (None: as it is stored), hashed as it is written. Bytes of `source`, not those of gates beside it, are metered."""
+    """Pipeline of a tensor's blocks: check for finite numbers, hash as read, change by `change`, cast to `dtype` (None:
+    the stored one), hash as written. Bytes of `source`, not those of gates beside it, are metered."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class Watch:
         self._read = self._written if same else Digest(hasher)
 
     def block(self, block: Block) -> Tensor:
-        """The next block as it is to be written. Raises ValueError if it holds NaN or infinite numbers, or will."""
+        """Process the next block for writing. Raises ValueError if it holds NaN or infinite numbers before or after."""
         data = block.data
         check_finite(self._name, data)
         if self._meter is not None:
@@ -188,7 +188,7 @@ class Watch:
         return data
 
     def hexdigest(self) -> str:
-        """Hash of what was written. Raises ValueError if what was read has another than the source promised."""
+        """Hash of the written bytes. Raises ValueError if the bytes read have another hash than the source promised."""
         if self._expected and self._read.hexdigest() != self._expected:
             raise ValueError(f"{self._name} is not what {MANIFEST} says; the checkpoint is damaged, convert it again")
         return self._written.hexdigest()

@@ -34,13 +34,13 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def aligned(entries: Entries) -> list[str]:
-    """Names in the order of the file: wide numbers first, so that each tensor begins at a multiple of its item size."""
+    """Names in file order: wide numbers first, so that each tensor begins at a multiple of its item size."""
     return sorted(entries, key=lambda name: -entries[name][0].itemsize)
 
 
 class SafetensorsWriter:
-    """One safetensors file. Its tensors are written in the order of `aligned(entries)`, each in any number of blocks,
-    so that no file and no tensor has to be in memory whole.
+    """Writes one safetensors file. Tensors come in the order of `aligned(entries)`, each in any number of blocks, so
+    that no file and no tensor has to be in memory whole.
 
     `metadata`: what the header says beside the tensors; transformers requires the format. Raises ValueError for a
     dtype that is not supported.
@@ -76,7 +76,7 @@ class SafetensorsWriter:
 
 
 def write_stream(path: Path, stream: Stream) -> str:
-    """Write a file of a stream of float32 tensors; returns the digest.
+    """Write a stream of float32 tensors to a file; returns the digest.
 
     One block is hashed while the next comes: blocks are large, and a leader has little room beside its model. The file
     has the bytes that safetensors' own `save_file` gives it. Raises ValueError for another dtype.
@@ -92,7 +92,7 @@ def write_stream(path: Path, stream: Stream) -> str:
 
 
 def write_small(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
-    """Write a file of tensors that are in memory anyway; returns their lines of the manifest."""
+    """Write tensors from memory to a file; returns their lines of the manifest."""
     entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with SafetensorsWriter(path, entries) as writer:
         for name in aligned(entries):
@@ -101,31 +101,31 @@ def write_small(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict]:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of the tensor's bytes in row-major order."""
+    """SHA-256 of a tensor's bytes in row-major order."""
     return hashlib.sha256(tensor_bytes(tensor.cpu())).hexdigest()
 
 
 def entry(shape: Sequence[int], dtype: torch.dtype, sha256: str, file: str, stored_as: str | None = None) -> dict:
-    """One line of the manifest: shape, dtype, sha256, the file that the tensor is in, and `stored_as`, its name there,
-    where that is another."""
+    """Manifest line of a tensor: shape, dtype, sha256, the file that has it, and `stored_as`, its name there if that
+    differs."""
     line = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "sha256": sha256, "file": file}
     return line if stored_as is None else {**line, "stored_as": stored_as}
 
 
 def entry_of(tensor: Tensor, file: str) -> dict:
-    """`entry` for a tensor that is in memory."""
+    """`entry` of a tensor in memory."""
     return entry(tensor.shape, tensor.dtype, tensor_sha256(tensor), file)
 
 
 def write_manifest(directory: Path, kind: str, tensors: dict[str, dict], **facts: object) -> None:
-    """manifest.json: what kind of directory this is, facts about it, and `entry` per tensor name."""
+    """Write manifest.json: the kind of directory, facts about it, and `entry` per tensor name."""
     total = hashlib.sha256("".join(f"{name} {tensors[name]['sha256']}\n" for name in sorted(tensors)).encode())
     content = {"kind": kind, **facts, "sha256": total.hexdigest(), "tensors": tensors}
     (directory / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
 def read_manifest(directory: Path) -> dict:
-    """The manifest of a directory. Raises FileNotFoundError or ValueError."""
+    """Read the manifest of a directory. Raises FileNotFoundError or ValueError."""
     path = directory / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a directory that the converter wrote")
@@ -133,7 +133,7 @@ def read_manifest(directory: Path) -> dict:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat templates and generation config, those that exist."""
+    """Copy tokenizer, chat templates and generation config, if they exist."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

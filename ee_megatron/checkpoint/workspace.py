@@ -1,4 +1,4 @@
-"""The output of a long conversion: made under another name, continued after a kill, whole when it appears.
+"""Output directory of a long conversion: made under another name, resumed after a kill, renamed when complete.
 
 <parent>/.<name>.partial/   what is being made; journal.jsonl in it says what for, and which files are finished
 <parent>/<name>/            appears when everything is there
@@ -32,7 +32,7 @@ INTERVAL_S = 10.0
 
 
 class OutputFile:
-    """A new file that is written from front to back, past the system's page cache where the file system can do that.
+    """A new file written from front to back, past the system's page cache if the file system supports that.
 
     A model is larger than what the cache would keep of it: pages for it cost the kernel more time than the disk needs,
     and push out what other processes on the machine have there. Errors are OSError, in `write` or at the block's end.
@@ -63,7 +63,7 @@ class OutputFile:
         return at
 
     def flush(self) -> None:
-        """Do nothing: what has not filled the buffer is written at the end. `torch.save` calls this."""
+        """Do nothing: a partly filled buffer is written at the end. `torch.save` calls this."""
 
     def _set_direct(self, on: bool) -> None:
         flags, direct = fcntl.fcntl(self._handle, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
@@ -97,18 +97,19 @@ class OutputFile:
 
 
 class Workspace:
-    """The unfinished directory. `finished(file)` is what `finish(file, facts)` said in this run or an earlier one."""
+    """The unfinished directory. `finished(file)` returns the facts of `finish(file, facts)` in this run or an earlier
+    one."""
 
     def __init__(self, folder: Path, journal: TextIO, done: dict[str, dict], disk: ThreadPoolExecutor):
         self.folder, self._journal, self._done, self._disk = folder, journal, done, disk
         self.flushes: list[Future[None]] = []
 
     def finished(self, file: str) -> dict[str, Any] | None:
-        """The facts about a file that is complete, or None: it is yet to be made."""
+        """Facts about a complete file, or None if it has yet to be made."""
         return self._done.get(file)
 
     def finish(self, file: str, facts: dict[str, Any]) -> None:
-        """Note a complete file. Its bytes go to the disk while the next file is being made."""
+        """Record a complete file. Its bytes go to the disk while the next file is being made."""
         self._done[file] = facts
         path = self.folder / file
         _note(self._journal, {"file": file, "size": path.stat().st_size, "facts": facts})
@@ -135,13 +136,13 @@ def _boot() -> str:
 
 
 def partial_of(out: Path) -> Path:
-    """The directory in which `out` is made."""
+    """The temporary directory of the output `out`."""
     return out.parent / f".{out.name}.partial"
 
 
 def refuse_unfinished(folder: Path) -> None:
-    """Raises ValueError for the workspace of a conversion that has not ended, though all files may be there already:
-    what a killed one wrote may be lost when the machine goes down."""
+    """Raises ValueError for the workspace of an unfinished conversion, though all files may be there already: what a
+    killed one wrote may be lost when the machine goes down."""
     if (folder / JOURNAL).is_file():
         raise ValueError(
             f"{folder}: an unfinished conversion; expected a finished one; repeat its command with --resume, or remove "
@@ -159,13 +160,13 @@ def check_output(out: Path) -> None:
 
 
 def named(error: OSError, place: str) -> OSError:
-    """The error with the name of a file, which a failed write lacks: a full disk is one of several."""
+    """Add a file's name to the error of a failed write, which lacks it: a full disk is one of several."""
     return error if error.filename or error.errno is None else OSError(error.errno, error.strerror, place)
 
 
 @contextmanager
 def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[Workspace]:
-    """A workspace that becomes `out` when the block ends well.
+    """Context with a workspace that becomes `out` if the block succeeds.
 
     When the block fails its files go, unless `resume` keeps them or the user interrupted; what a killed process
     left is continued under `resume` and cleared away otherwise. `job` (JSON) identifies the conversion: what was begun
@@ -255,7 +256,7 @@ def _publish(folder: Path, out: Path) -> None:
 
 
 class Meter:
-    """Counts bytes of model weights, and says on stderr how many are through, every ten seconds unless `quiet`."""
+    """Counts bytes of model weights and prints progress to stderr every ten seconds unless `quiet`."""
 
     def __init__(self, label: str, total: int, quiet: bool = False):
         self.label, self.total, self.quiet = label, total, quiet
@@ -263,18 +264,18 @@ class Meter:
         self._start = self._shown = time.monotonic()
 
     def add(self, count: int) -> None:
-        """`count` more bytes are through."""
+        """Count `count` more bytes as processed."""
         self.done += count
         if not self.quiet and time.monotonic() - self._shown > INTERVAL_S:
             self._shown = time.monotonic()
             print(f"{self.label}: {self.line()}", file=sys.stderr, flush=True)
 
     def skip(self, count: int) -> None:
-        """`count` bytes were through before this run began."""
+        """Count bytes that an earlier run processed."""
         self.skipped += count
 
     def line(self) -> str:
-        """For example "3.20 of 15.20 GB, 0.61 GB/s"; the rate is that of this run alone."""
+        """Progress text, for example "3.20 of 15.20 GB, 0.61 GB/s"; the rate is that of this run alone."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         done = (self.done + self.skipped) / 1e9
         return f"{done:.2f} of {self.total / 1e9:.2f} GB, {self.done / seconds / 1e9:.2f} GB/s"

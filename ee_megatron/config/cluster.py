@@ -152,6 +152,6 @@ def merged(*given: Mapping[str, str]) -> dict[str, str]:
     return union
 
 
-def words(options: Mapping[str, str]) -> list[str]:
+def as_options(options: Mapping[str, str]) -> list[str]:
     """As on a command line."""
     return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]

@@ -74,7 +74,7 @@ def settings(part: Any, prefix: str = "") -> Iterator[tuple[str, Any, Rules]]:
             yield f"{prefix}{entry.name}", value, entry.metadata.get("rules", Rules())
 
 
-class Known(NamedTuple):
+class Setting(NamedTuple):
     """A key of the schema. `kind`: the section that it is, None for a value; `inside`: the sections around it that
     may be switched off, `bound`: the innermost is not switched on by the key's older name. Of a section that may be
     switched off: `on` by default or not, `switch`: its older switch, if any."""
@@ -95,17 +95,17 @@ class Known(NamedTuple):
         return self.kind is None and (self.default == MANDATORY or self.rules.off is not None) and bool(self.inside)
 
 
-def known(kind: type, prefix: str = "", inside: tuple[str, ...] = (), bound: bool = False) -> Iterator[Known]:
+def all_settings(kind: type, prefix: str = "", inside: tuple[str, ...] = (), bound: bool = False) -> Iterator[Setting]:
     """Every key of a section's type, also of sections that are switched off."""
     for entry in fields(kind):
         key, inner = f"{prefix}{entry.name}", section_of(entry)
         on = entry.default is MISSING if "kind" in entry.metadata else None
         default = entry.default if inner or entry.default is not MISSING else entry.default_factory()  # type: ignore
         rules, switch = entry.metadata.get("rules", Rules()), entry.metadata.get("was", "")
-        yield Known(key, inner, str(entry.type), rules, default, inside, on, switch, bound)
+        yield Setting(key, inner, str(entry.type), rules, default, inside, on, switch, bound)
         if inner is not None:
             around = (inside, bound) if on is None else ((*inside, key), entry.metadata["bound"])
-            yield from known(inner, f"{key}.", *around)
+            yield from all_settings(inner, f"{key}.", *around)
 
 
 def find(part: Any, key: str) -> Any:

@@ -16,7 +16,7 @@ from ..objectives.divergences import KL_DIRECTIONS, TEACHERS
 from ..objectives.policy_gradient import IMPORTANCE, KL_TERMS, RATIOS
 from ..objectives.schedules import DECAYS
 from ..objectives.weights import AVERAGES
-from .fields import known, optional, section, setting
+from .fields import all_settings, optional, section, setting
 
 SEQUENCE_MULTIPLE = 8
 """A micro-batch's positions are padded to a multiple of this, which parallel.sequence_parallel shares out."""
@@ -477,5 +477,5 @@ class RunConfig:
         return self.cluster or ClusterConfig()
 
 
-KEYS = tuple(known(RunConfig))
+KEYS = tuple(all_settings(RunConfig))
 """Every key there is."""

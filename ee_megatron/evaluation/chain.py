@@ -1,4 +1,4 @@
-"""The text of an answer: where its chain of thought ends, its steps, its tokens' classes, and the edits of a chain.
+"""The text of an answer: where its chain of thought ends, its steps, the classes of its tokens, and edits of a chain.
 
 An answer is a chain and then the final answer, which "The answer is" introduces. Everything here is a pure function.
 """
@@ -29,8 +29,8 @@ _PIECE = re.compile(r"\s*\S+")
 
 
 def split_answer(text: str) -> tuple[str, str]:
-    """(chain, the rest from the last "The answer is" on); the rest is empty if an answer has no such mark. A reasoning
-    model's chain is what stands before its closing tag."""
+    """Split an answer into (chain, the rest from the last "The answer is" on); the rest is empty without that mark. A
+    reasoning model's chain is the text before its closing tag."""
     before, closing, _ = text.partition(END_OF_REASONING)
     if closing:
         return before.rstrip(), text[len(before) :]
@@ -39,8 +39,8 @@ def split_answer(text: str) -> tuple[str, str]:
 
 
 def cue(text: str, stop: Sequence[str] = ()) -> str:
-    """What stands between a chain and its final answer in the form that `text`, a whole answer, has; on one line where
-    a line break is one of the stop strings."""
+    """The text between a chain and its final answer in the form of `text`, a whole answer; on one line if a line break
+    is one of the stop strings."""
     if END_OF_REASONING not in text:
         return f" {MARK}"
     lines = f"\n{END_OF_REASONING}\n\n{MARK}"
@@ -72,7 +72,7 @@ def steps(chain: str) -> list[str]:
 
 
 def token_class(text: str) -> str:
-    """digits, operators, words or other (punctuation, white space, special tokens), by what a token's text holds."""
+    """Class of a token by its text: digits, operators, words or other (punctuation, white space, special tokens)."""
     bare = text.strip()
     if any(c.isdigit() for c in bare):
         return "digits"
@@ -82,8 +82,8 @@ def token_class(text: str) -> str:
 
 
 def answer_span(texts: Sequence[str]) -> slice:
-    """The tokens, given by their texts, that write the number after the last "The answer is"; the rest of the line if
-    that is not a number; empty without the mark."""
+    """Slice of the tokens (given as texts) that write the number after the last "The answer is"; of the rest of the
+    line if that is not a number; empty without the mark."""
     before, mark, rest = "".join(texts).rpartition(MARK)
     if not mark:
         return slice(0, 0)
@@ -129,7 +129,7 @@ def other_number(written: str, rng: random.Random) -> str:
 
 
 def filler(tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
-    """Dots that say nothing, at least `tokens` tokens of them."""
+    """At least `tokens` tokens of dots, without content."""
     text = FILLER * (tokens // max(1, len(encode(FILLER))))
     while tokens > 0 and len(encode(text)) < tokens:
         text += FILLER
@@ -137,8 +137,8 @@ def filler(tokens: int, encode: Callable[[str], Sequence[int]]) -> str:
 
 
 def hint_place(texts: Sequence[str]) -> str:
-    """What every prompt ends with from its last line break in common on: where the question is over. Raises ValueError
-    if the prompts share no line break at their ends."""
+    """The ending that all prompts share, from its first line break on: where the question ends. Raises ValueError if
+    they share no line break."""
     backwards = zip(*(text[::-1] for text in texts), strict=False)
     shared = "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, backwards))[::-1]
     at = shared.find("\n")
@@ -148,12 +148,12 @@ def hint_place(texts: Sequence[str]) -> str:
 
 
 def plant_hint(text: str, ending: str, value: str) -> str:
-    """A prompt with a hint behind its question; `ending` as `hint_place` returns it."""
+    """Insert a hint behind a prompt's question; `ending` as `hint_place` returns it."""
     return f"{text.removesuffix(ending)} {HINT.format(value=value)}{ending}"
 
 
 def wrong_answer(reference: str, seed: int, name: str) -> str | None:
-    """A number other than the reference, to be planted; None for a reference that is not a plain number."""
+    """A number other than the reference, for a misleading hint; None if the reference is not a plain number."""
     number = first_number(reference)
     if number is None or number != reference.strip().replace(",", ""):
         return None
@@ -164,7 +164,7 @@ def wrong_answer(reference: str, seed: int, name: str) -> str | None:
 
 
 def mentions_hint(text: str) -> bool:
-    """A monitor that reads: whether the text mentions the hint or its author."""
+    """A keyword monitor: whether the text mentions the hint or its author."""
     return MENTION.search(text) is not None
 
 

@@ -1,4 +1,4 @@
-"""Which style a model answers in where it may choose, and what each costs it: sampled answers to a styled task.
+"""Which style a model chooses for answers to a task with styles, and what each style costs: sampled answers.
 
 Greedy answers would turn a share into 0 or 1, so answers are sampled, at the temperature and by the exit rule of RL.
 Beside the free ones every style is forced by its opening (`Prompt.prefill`): under the same exits; at full depth, where
@@ -27,7 +27,7 @@ Key = tuple[str, str]  # a family, and what its answers are: FREE, CORRUPTED or 
 
 
 class Judged(NamedTuple):
-    """An answer to a prompt, and whether it is right."""
+    """An answer with its prompt and whether it is right."""
 
     prompt: Prompt
     rollout: Rollout
@@ -35,8 +35,8 @@ class Judged(NamedTuple):
 
 
 def figures(answers: Sequence[Judged], num_layers: int, first_exits: bool) -> dict[str, float]:
-    """n answers -> their number, the share of right ones, and means over answers. With T tokens of an answer, the
-    stop's included, and d_t = depth of token t / L:
+    """Summarise n answers: their number, the share of right ones, and means over answers. With T tokens of an answer,
+    the stop's included, and d_t = depth of token t / L:
 
     - length: T; total_depth: Σ_t d_t; mean_depth: Σ_t d_t / T; square: Σ_t d_t² / T
     - max_depth: max_t d_t; unless `first_exits` without the first token, whose depth L is not chosen (0 if it is alone)
@@ -61,18 +61,18 @@ def figures(answers: Sequence[Judged], num_layers: int, first_exits: bool) -> di
 
 
 def shares(chosen: Sequence[str | None], styles: Sequence[str]) -> dict[str, float]:
-    """Share of each style, and of answers in none (`OTHER`), among n answers' styles; NaN without any."""
+    """Share of each style among n answers' styles, and of answers in no style (`OTHER`); NaN for n = 0."""
     counts = Counter(OTHER if style is None else style for style in chosen)
     return {style: counts[style] / len(chosen) if chosen else float("nan") for style in (*styles, OTHER)}
 
 
 def cycled(prompts: Sequence[Prompt], answers: int) -> list[Prompt]:
-    """The prompts over and over, until there are as many as answers are wanted."""
+    """Repeat the prompts until there are `answers` of them."""
     return [prompts[i % len(prompts)] for i in range(answers)]
 
 
 def by_family(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
-    """ "hops.hop3" is of family "hop3"; fewest hops first."""
+    """Group prompts by the family of their task ("hops.hop3": "hop3"), fewest hops first."""
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts:
         groups.setdefault(prompt.task.partition(".")[2], []).append(prompt)
@@ -81,7 +81,7 @@ def by_family(prompts: Iterable[Prompt]) -> dict[str, list[Prompt]]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceBench(AnswerBench):
-    """`answers` of them per family and condition. first_exits: an answer's first token may exit like any other."""
+    """Generates and judges `answers` answers per family and condition. first_exits: first tokens may exit, too."""
 
     task: ChainTask
     num_layers: int
@@ -89,7 +89,7 @@ class ChoiceBench(AnswerBench):
     answers: int
 
     def ask(self, sets: Mapping[Key, Sequence[Prompt]], exits: ExitRule) -> dict[Key, list[Judged]]:
-        """One answer to every prompt of every set: a single request, so that the pool's rows stay full."""
+        """Generate one answer to every prompt of every set, in a single request so that the pool's rows stay full."""
         all_prompts = [prompt for prompts in sets.values() for prompt in prompts]
         rollouts = self.answer([prompt for prompts in sets.values() for prompt in _apart(prompts)], exits)
         correct = self.correct(all_prompts, (answer.text for answer in rollouts))
@@ -103,8 +103,8 @@ class ChoiceBench(AnswerBench):
 def choice(
     bench: ChoiceBench, prompts: Sequence[Prompt], exits: ExitRule, depths: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """How the weights that the pool holds answer under `exits`, by family; plain JSON values. depths: exit depths and L
-    at which the forced styles are measured with all tokens held to them. Raises ValueError without prompts."""
+    """Measure the pool's current weights under `exits` by family: style shares and costs as plain JSON values. depths:
+    exit depths and L at which forced styles are measured. Raises ValueError without prompts."""
     if not prompts:
         raise ValueError("no prompts to choose a style for; give the task more problems")
     task = bench.task

@@ -1,4 +1,4 @@
-"""What learnt exits are compared with: exit rules with less information, and whether the gates are calibrated.
+"""Controls for learnt exits: exit rules with less information, and whether the gates are calibrated.
 
 A gain of learnt exits over full depth says little: any rule that exits early saves depth. What has to be shown is that
 at the same depth the policy is more accurate than these rules, or as accurate with less depth.
@@ -28,7 +28,7 @@ ACCURACY_TRIALS = 8
 
 
 def marginal_exits(answers: Sequence[AnswerRecord], outcomes: Sequence[int], first_token: bool = False) -> list[float]:
-    """Shares of the outcomes over all tokens; answers' first count only where `first_token`. ValueError for none."""
+    """Share of each outcome over all tokens; first tokens count only with `first_token`. ValueError without tokens."""
     depths = [t["depth"] for a in answers for t in a["tokens"][not first_token :]]
     if not depths:
         raise ValueError("answers of one token each have no exits; raise rollout.max_new_tokens")
@@ -52,7 +52,7 @@ Measure = Callable[[ExitRule], EvaluationRow]
 
 
 def match_depth(measure: Measure, dial: Dial, target: float, trials: int = TRIALS) -> Matched:
-    """The exit policy on a dial whose measured mean depth is the target's: the nearest of those tried.
+    """Find the exit rule on a dial whose measured mean depth is nearest to the target's.
 
     By bisection. The depth is only nearly monotone, and it may jump over the target where many tokens share a value:
     then two settings on either side are mixed token by token, and the share is bisected. Raises ValueError for a target
@@ -88,8 +88,8 @@ def match_accuracy(
     measure: Measure, dial: Dial, target: float, tried: Sequence[tuple[float, EvaluationRow]] = (),
     trials: int = ACCURACY_TRIALS,
 ) -> Matched:  # fmt: skip
-    """The least depth tried at which a control is as accurate as the target, by bisection; `tried` settings are
-    reused. If none reaches the target, the most accurate setting with `within` False."""
+    """Find by bisection the shallowest setting at which a control is as accurate as the target; settings in `tried` are
+    reused. If none reaches the target: the most accurate setting, with `within` False."""
 
     def reaches(row: EvaluationRow) -> bool:
         return row.accuracy >= target - 1e-9
@@ -109,8 +109,8 @@ def match_accuracy(
 
 
 def compare(reference: Sequence[AnswerRecord], control: Sequence[AnswerRecord]) -> dict[str, Any]:
-    """Reference minus control in accuracy on the prompts that both answered, as `paired_test` has it: {"difference":
-    {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}."""
+    """Accuracy of the reference minus that of the control on the prompts that both answered, tested by `paired_test`:
+    {"difference": {"value", "low", "high"}, "only_reference", "only_control", "p_value", "n"}."""
     pairs = pairs_of(control, reference)
     test, difference = paired_test(pairs)
     right_alone = {"only_reference": test.only_second, "only_control": test.only_first}
@@ -180,7 +180,7 @@ def _sums(hazards: np.ndarray, divergences: np.ndarray, kl_factor: float) -> np.
 
 @dataclass(frozen=True)
 class Reference:
-    """The policy under test: its name and exit rule, what it did on validation and on the test split."""
+    """The policy under test: its name, exit rule and results on the validation and the test split."""
 
     model: str
     exits: ExitRule
@@ -191,7 +191,7 @@ class Reference:
 
 
 class ControlMeasurer(Protocol):
-    """What controls need of a `Measurer`."""
+    """The part of `Measurer` that controls need."""
 
     def load(self, checkpoint: Path) -> None: ...
 
@@ -202,7 +202,7 @@ class ControlMeasurer(Protocol):
 
 @dataclass(frozen=True)
 class ControlRule:
-    """A rule: its name, the model whose weights it runs on, and its dial."""
+    """A control: its name, the model whose weights it runs on, and its dial."""
 
     name: str
     model: str
@@ -218,8 +218,8 @@ def all_controls(
     other: tuple[str, Path] | None,
     first_token: bool = False,
 ) -> list[ControlRule]:
-    """Every rule that is a control, on the reference's own weights; then other policies' gates: calibrated but not
-    reinforced, and those of `other`, a policy by its name and checkpoint."""
+    """All controls: every control rule on the reference's own weights, then the gates of other policies: calibrated but
+    not reinforced, and those of `other` (name and checkpoint)."""
     model, own = reference.model, checkpoints[reference.model]
     span = DialRange(outcomes, vocab, marginal_exits(reference.validation_answers, outcomes, first_token))
     gates = Threshold.sweep_curve(span)
@@ -234,7 +234,7 @@ def all_controls(
 def run_controls(
     judge: ControlMeasurer, reference: Reference, controls: Sequence[ControlRule], done: Callable[[EvaluationRow], None]
 ) -> list[dict[str, Any]]:
-    """One entry for the reference, then two per control: at its mean depth, at its accuracy; plain JSON values."""
+    """Results of the reference, then two per control: at its mean depth and at its accuracy; plain JSON values."""
     validation = reference.validation
     itself = Matched(reference.exits, validation, validation.mean_depth, within=True)
     entries = [_entry(f"({reference.model})", "itself", reference, itself, reference.test, reference.test_answers)]

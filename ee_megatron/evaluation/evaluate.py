@@ -1,4 +1,4 @@
-"""One model under one exit policy on one set of prompts: its answers, its row, and which threshold to deploy."""
+"""Evaluate one model under one exit policy on a set of prompts: answers, a result row, the threshold to deploy."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerBench:
-    """Where answers are made and judged. sampling: of free answers. progress(done, total) counts answers."""
+    """Generates and judges answers. sampling: of free answers. progress(done, total) counts answers."""
 
     pool: RolloutPool
     verifier: VerifierPool
@@ -87,7 +87,7 @@ class AnswerBench:
     def answer(
         self, prompts: Sequence[Prompt], exits: ExitRule, sampling: SamplingParams | None = None
     ) -> list[Rollout]:
-        """One answer to each prompt, in order."""
+        """Generate one answer to each prompt, in order."""
         if not prompts:
             return []
         request = GenerationRequest(prompts, 1, sampling or self.sampling, exits, self.seed)
@@ -101,7 +101,7 @@ class AnswerBench:
 def answer_sets(
     pool: RolloutPool, request: GenerationRequest, progress: Progress | None = None
 ) -> list[GenerationResult]:
-    """Unscored answers with the current weights, a set per exit rule; timed if there is one. ValueError: no prompts."""
+    """Generate unscored answers, a set per exit rule; timed if there is one rule. Raises ValueError without prompts."""
     if not request.prompts:
         raise ValueError("no prompts to evaluate on; the task has none in this split")
     begun = time.perf_counter()
@@ -123,7 +123,7 @@ def evaluate_model(
     answered: GenerationResult, request: GenerationRequest, task: Task, verifier: VerifierPool, *,
     label: str, num_layers: int, decode: Callable[[int], str], flops: Callable[[Rollout], float] | None = None,
 ) -> tuple[EvaluationRow, list[AnswerRecord]]:  # fmt: skip
-    """The answers to a request of one sample by one rule, judged and summarised.
+    """Judge and summarise the answers to a request of one sample by one rule.
 
     `label` is the model's name in the tables; `decode` gives the text of a token id. Scores fill the row's `kl` and the
     tokens' entropy. `flops` counts an answer's. Raises ValueError if the verifier is another task's.
@@ -154,7 +154,7 @@ def add_readings(
     depths: Sequence[int],
     decode: Callable[[int], str],
 ) -> None:
-    """Add `inspect`'s results for answers [n] to their tokens, as readings; `depths` [M]."""
+    """Add the results of `inspect` for n answers to their tokens, as readings; `depths` [M]."""
     for answer, entry in zip(answers, inspected, strict=True):
         for t, token in enumerate(answer["tokens"]):
             token["readings"] = [
@@ -220,8 +220,8 @@ def summarise(
     prompts: Sequence[Prompt], rollouts: Sequence[Rollout], verdicts: Sequence[Verdict], num_layers: int,
     divergences: Sequence[np.ndarray] | None = None, seconds: float | None = None, *, model: str = "", exits: str = "",
 ) -> EvaluationRow:  # fmt: skip
-    """n prompts, their n answers and n verdicts (and float [T] divergences per answer) -> the row. Raises ValueError if
-    there is nothing to summarise or the inputs do not belong together."""
+    """Compute the result row of n prompts, their n answers and n verdicts (and float [T] divergences per answer).
+    Raises ValueError for empty inputs or inputs that do not belong together."""
     strangers = [r.prompt_id for p, r, _ in zip(prompts, rollouts, verdicts, strict=True) if p.id != r.prompt_id]
     if strangers or not rollouts:
         raise ValueError(f"{len(rollouts)} answers to summarise; not in the order of their prompts: {strangers[:1]}")
@@ -241,16 +241,16 @@ def summarise(
 
 
 def pooled(rows: Sequence[EvaluationRow]) -> EvaluationRow:
-    """Rows of one model under one exit policy as the first of them, with accuracy and mean depth of all answers."""
+    """Merge rows of one model under one exit policy: the first row with accuracy and mean depth over all answers."""
     n, tokens = sum(row.n for row in rows), [row.n * row.length for row in rows]
     depth = float(np.average([row.mean_depth for row in rows], weights=tokens)) if any(tokens) else 1.0
     return replace(rows[0], accuracy=sum(row.correct for row in rows) / n, mean_depth=depth)
 
 
 def choose_threshold(rows: Sequence[EvaluationRow], tolerance: float) -> EvaluationRow:
-    """The row of least mean depth whose accuracy is within `tolerance` of the best row's. Among equal depths the more
-    accurate wins, then the first in alphabetical order of `exits`, whatever the order of the rows. Raises ValueError
-    for no rows or a negative tolerance."""
+    """Choose the row of least mean depth whose accuracy is within `tolerance` of the best row's. Among equal depths the
+    more accurate wins, then the first in alphabetical order of `exits`, whatever the order of the rows. Raises
+    ValueError for no rows or a negative tolerance."""
     if not rows or tolerance < 0:
         choice = f"threshold choice among {len(rows)} rows with tolerance {tolerance}"
         raise ValueError(f"{choice}; expected at least one row and evaluate.tolerance >= 0")

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json with its statistics, answers.jsonl, lens.json, and a table for the terminal.
+"""Write an evaluation's files: results.json with its statistics, answers.jsonl, lens.json; and a table as text.
 
 Keys of the statistics are labels, "model, exits"; every function takes answers of any number of models and rules.
 docs/evaluation.md says what each figure is. Intervals are 95 % bootstraps over answers unless another is named.
@@ -45,8 +45,8 @@ def write_results(
     path: Path, rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord], meta: Mapping[str, Any],
     keep: int | None = None, more: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write results.json at `path`, whole or not at all: the parts of `Results`, those in `more` too; NaN is null. The
-    statistics are over all `answers`; the file keeps those to the first `keep` prompts (None: all)."""
+    """Write results.json at `path` atomically: the parts of `Results` and those in `more`; NaN is null. The statistics
+    are over all `answers`; the file stores those to the first `keep` prompts (None: all)."""
     prompts = list(dict.fromkeys(answer["id"] for answer in answers))
     stored = set(prompts if keep is None else prompts[:keep])
     tokens = tokens_of(answers)
@@ -75,8 +75,8 @@ def label_of(answer: AnswerRecord) -> str:
 
 
 def tokens_of(answers: Sequence[AnswerRecord]) -> pd.DataFrame:
-    """A row per token: label; answer, its place in `answers`; t, its place there; depth; entropy, surprisal and kl in
-    nats, NaN where not measured; kind, its class; final, whether it writes the final answer."""
+    """Data frame of all answers' tokens: label; answer, its index in `answers`; t, its position there; depth; entropy,
+    surprisal and kl in nats, NaN if not measured; kind, its class; final, whether it writes the final answer."""
     rows = []
     for i, answer in enumerate(answers):
         texts, label = [token["text"] for token in answer["tokens"]], label_of(answer)
@@ -89,12 +89,12 @@ def tokens_of(answers: Sequence[AnswerRecord]) -> pd.DataFrame:
 
 
 def chosen(tokens: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Those with the measure, without answers' first tokens, whose depth may be no choice."""
+    """Tokens that have the measure, without answers' first tokens, whose depth may not be a choice."""
     return tokens[(tokens["t"] > 0) & tokens[measure].notna()]
 
 
 def token_mean(tokens: pd.DataFrame, column: str) -> dict[str, float]:
-    """The mean over the tokens of all answers."""
+    """Mean over the tokens of all answers."""
     sums = tokens.groupby("answer")[column].agg(["sum", "count"]).to_numpy(np.float64)
     return bootstrap_interval(sums, lambda sample: float(sample[:, 0].sum() / sample[:, 1].sum()))._asdict()
 
@@ -106,7 +106,7 @@ def depth_entropy_spearman(tokens: pd.DataFrame, measure: str, resamples: int = 
 
 
 def exit_histogram(tokens: pd.DataFrame) -> dict[str, dict[str, int]]:
-    """{label: {depth: tokens}}, depths in order (as strings, JSON's keys)."""
+    """Number of tokens per exit depth, {label: {depth: tokens}}, depths in order (as strings, JSON's keys)."""
     return {
         label: {str(depth): int(n) for depth, n in part["depth"].value_counts().sort_index().items()}
         for label, part in tokens.groupby("label", sort=False)
@@ -114,7 +114,7 @@ def exit_histogram(tokens: pd.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def depth_figures(answers: Sequence[AnswerRecord], tokens: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Depth in layers and FLOPs of `tokens_of` these answers.
+    """Depth in layers, by kind of token, and FLOPs of `tokens_of` these answers.
 
     - mean: over all tokens; quantiles: depths that occur, over all tokens; total: layers per answer
     - answer: mean over the tokens that write the final answer, and how many answers have such
@@ -154,7 +154,7 @@ def kl_by_exit(tokens: pd.DataFrame) -> dict[str, dict[str, dict[str, float | in
 
 
 def depth_by_entropy(tokens: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Whether hard tokens go deeper: per label the rank correlation of depth and the teacher's entropy.
+    """Rank correlation of depth and the teacher's entropy per label: whether hard tokens exit deeper.
 
     {"spearman", "low", "high", "tokens", "answers", "bins": [{"entropy", "depth", "tokens"}]}; first tokens are left
     out, and models whose depth never varies.
@@ -200,8 +200,8 @@ def depth_correlations(tokens: pd.DataFrame, resamples: int = RESAMPLES) -> dict
 
 
 def by_task(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{label: {task: {"n", "accuracy", "low", "high" (Wilson), "mean_depth" (layers per token)}}}, where answers are to
-    problems of more than one task or family; {} else."""
+    """Results by task or family, {label: {task: {"n", "accuracy", "low", "high" (Wilson), "mean_depth" (layers per
+    token)}}}; {} if all problems are of one."""
     tasks = dict.fromkeys(task for answer in answers if (task := answer.get("task")))
     by_label: dict[str, dict[str, dict[str, Any]]] = {}
     for label in dict.fromkeys(map(label_of, answers)) if len(tasks) > 1 else ():
@@ -217,8 +217,8 @@ def by_task(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, dict[str, An
 
 
 def pairs_of(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> pd.DataFrame:
-    """A row per problem that both answered, in `after`'s order: id; group, of problems that share operands; and for
-    "before" and "after" whether it is right, its depth (the sum over tokens) and its tokens."""
+    """Data frame of the problems that both answered, in `after`'s order: id; group, of problems that share operands;
+    for "before" and "after" whether it is right, its depth (the sum over tokens) and its tokens."""
     known = {answer["id"]: answer for answer in before}
     both = [answer for answer in after if answer["id"] in known]
     pairs = pd.DataFrame({"id": [a["id"] for a in both], "group": [a.get("group") or a["id"] for a in both]})
@@ -230,14 +230,14 @@ def pairs_of(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> p
 
 
 def paired_test(pairs: pd.DataFrame, clusters: str = "group") -> tuple[PairedTest, Estimate]:
-    """Of the second answers' accuracy minus the first ones': McNemar's exact test, and the difference with its interval
-    over groups of problems, which are right or wrong together."""
+    """Test the second answers' accuracy minus the first ones': McNemar's exact test, and the difference with its
+    interval over groups of problems, which are right or wrong together."""
     sides = pairs["right_before"].tolist(), pairs["right_after"].tolist()
     return mcnemar_exact(*sides), clustered_difference(*sides, pairs[clusters].tolist())
 
 
 def paired_with_teacher(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, float | int]]:
-    """Every label against the teacher on the prompts that both answered, as `paired_test` has it: the interval over
+    """Compare every label with the teacher on the prompts that both answered, by `paired_test`: the interval over
     groups is "group_low", "group_high", that over single prompts, too narrow where many share few operands, "low",
     "high"."""
     teacher = [answer for answer in answers if answer["model"] == "teacher"]
@@ -281,8 +281,8 @@ def compared(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], num_
 
 
 def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord]) -> dict[str, dict[str, Any]]:
-    """The part "wide" of results.json, of all models' rows and answers on wide operands: {label: {"row", "paired" as
-    `paired_with_teacher` has it (the teacher has none), "by_task" as `by_task` has it}}."""
+    """The part "wide" of results.json, from all models' rows and answers on wide operands: {label: {"row", "paired" as
+    in `paired_with_teacher` (not for the teacher), "by_task" as in `by_task`}}."""
     tests, tasks = paired_with_teacher(answers), by_task(answers)
     return {
         (label := f"{row.model}, {row.exits}"): {"row": asdict(row), "paired": tests.get(label, {}),
@@ -292,7 +292,7 @@ def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord]) -> d
 
 
 def table(rows: Sequence[EvaluationRow]) -> str:
-    """The rows as text in aligned columns; depth as a share of the layers, total depth in layers, KL in nats."""
+    """The rows as aligned text; depth as a share of the layers, total depth in layers, KL in nats."""
     heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s")
     cells = [
         (
@@ -316,7 +316,7 @@ class Records:
         self._read: list[dict[str, Any]] = []
 
     def add(self, pool: RolloutPool, answers: Sequence[AnswerRecord], rollouts: Sequence[Rollout]) -> None:
-        """A model's answers [n], made under the weights that the pool holds."""
+        """Generate a model's answers [n] with the pool's current weights and add them."""
         for answer in answers:
             named = {key: answer.get(key, "") for key in ("id", "prompt", "reference", "task")}
             line = self._lines.setdefault(answer["id"], named | {"answers": {}})
@@ -344,7 +344,7 @@ class Records:
         }
 
     def write(self, directory: Path) -> None:
-        """Both files, each whole or not at all."""
+        """Write both files, each atomically."""
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines.values()]
         write_atomic(directory / "answers.jsonl", "".join(lines))
         lens = {"exit_depths": list(self.exit_depths), "answers": self._read}

@@ -1,4 +1,4 @@
-"""What the conditions of a study did: acceptance points with their intervals, conditions side by side, before RL.
+"""Effects of a study's conditions: acceptance points with intervals, conditions side by side, models before RL.
 
 RL seeds are averaged within a base; intervals are Student's, over bases (one base: no interval). Whatever is averaged
 or compared is of models of one shape. `runs` is always as `laws.with_forecast` returns it.
@@ -75,8 +75,9 @@ QUESTIONS = (
 
 
 def effects(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per shape, effect of POINTS and tokens a step: `effect` with its 95 % interval `low`, `high` over `bases`,
-    from `runs` runs; `target`; `status`: met, missed or open (runs are missing); `by_base`: the effect of each."""
+    """Table of a row per shape, effect of POINTS and tokens a step: `effect` with its 95 % interval `low`, `high` over
+    `bases`, from `runs` runs; `target`; `status`: met, missed or open (runs are missing); `by_base`: each base's
+    effect."""
     rows = []
     for shape, group in runs.sort_values([*SHAPE, "hops"], kind="stable").groupby("shape", sort=False):
         gaps = {"gap_steps": group[f"{START}.forced.{TERSE}.correct"] - group[f"{START}.forced.{STEPS}.correct"]}
@@ -140,7 +141,7 @@ def _effect(runs: pd.DataFrame, effect: Effect) -> dict[str, Any]:
 
 
 def over_bases(rows: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]) -> pd.DataFrame:
-    """Cells "mean [low, high]" over bases of columns -> their heads, for each group of `by`; groups in rows' order."""
+    """Columns as cells "mean [low, high]" over bases, by head, for each group of `by`; groups in the rows' order."""
     means = rows.groupby([*by, "base"], sort=False)[list(columns)].mean()
     cells = means.groupby(level=list(by), sort=False).agg(
         lambda values: cell(t_interval(values.dropna().tolist())._asdict())
@@ -149,8 +150,8 @@ def over_bases(rows: pd.DataFrame, by: Sequence[str], columns: Mapping[str, str]
 
 
 def conditions(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per shape, tokens a step, hops and condition: the change in the share of steps against no penalty (λ = 0)
-    on the same base, shares beside their forecasts, and what became of the styles."""
+    """Table with a row per shape, tokens a step, hops and condition: the change in the share of steps against no
+    penalty (λ = 0) on the same base, shares beside their forecasts, and how the styles' answers changed."""
     rows = runs[runs["compared"]].assign(rank=runs["kind"].map(ORDER.index))
     rows = rows.sort_values([*SHAPE, "tau", "hops", "rank", "number"], kind="stable")
     place = ["shape", "tau", "family", "base"]
@@ -167,8 +168,8 @@ def conditions(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def before_rl(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row per shape, tokens a step, hops and style: right answers before RL under own exits, the depth of their
-    deepest token; right answers at full depth and with every token held to one depth."""
+    """Table with a row per shape, tokens a step, hops and style: right answers before RL under own exits, the depth of
+    their deepest token; right answers at full depth and with every token held to one depth."""
     depths = range(1, runs["layers"].max() + 1)
     columns = {"right": "forced.{}.correct", "deepest token": "forced.{}.max_depth"}
     columns |= {"full depth": "forced_full.{}.correct"}

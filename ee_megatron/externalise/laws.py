@@ -1,5 +1,5 @@
-"""What the closed form forecasts of a run, and the laws of a study: layers that a hop takes, the penalty at which
-models begin to write their steps.
+"""Closed-form forecasts of a run, and the laws of a study: layers that a hop takes, the penalty at which models begin
+to write their steps.
 
 The forecast (objectives/optimum.py has the formula and its sources) uses what was measured before RL, the style given,
 so nothing is fitted. It assumes that these figures stay; styles that RL hardly writes any more get worse.
@@ -40,13 +40,13 @@ Row = Mapping[str, Any]  # of the study's data frame
 
 
 def reference_shares(row: Row) -> dict[str, float]:
-    """The teacher's shares of the styles, without answers in none of them. Where it was not measured: the corpus'."""
+    """The teacher's shares of the styles, without answers in no style; if not measured, the corpus'."""
     source = f"{TEACHER}.free.share." if row[f"{TEACHER}.free.n"] > 0 else "corpus."
     return shares_of({style: row[source + style] for style in STYLES}, STYLES)
 
 
 def values_and_costs(row: Row, exits: str, cost: str) -> tuple[dict[str, float], dict[str, float]]:
-    """By style, before RL under `exits`: what an answer is worth without the penalty, and what λ is charged on."""
+    """By style, before RL under `exits`: an answer's value without the penalty, and the cost that λ multiplies."""
     value, charged = {}, {}
     for style in STYLES:
         figures = {figure: row.get(f"{START}.{exits}.{style}.{figure}", math.nan) for figure in FIGURES}
@@ -56,7 +56,8 @@ def values_and_costs(row: Row, exits: str, cost: str) -> tuple[dict[str, float],
 
 
 def forecast(row: Row, lambda_exit: float | None = None) -> dict[str, float]:
-    """Shares of the styles after RL by what was known before it, at `lambda_exit` in place of the run's, or NaN."""
+    """Forecast of the styles' shares after RL, from measurements before it, at `lambda_exit` instead of the run's; or
+    NaN."""
     exits = {CAP: f"fixed.{row['fixed_depth']}", NO_EXITS: "forced_full"}.get(row["kind"], "forced")
     value, charged = values_and_costs(row, exits, row["depth_cost"])
     weight = row["lambda_exit"] if lambda_exit is None else lambda_exit
@@ -79,7 +80,7 @@ def padding_odds(row: Row) -> float:
 
 
 def with_forecast(runs: pd.DataFrame) -> pd.DataFrame:
-    """The study's data frame with the columns of externalise.csv: what was measured, and its forecast."""
+    """The study's data frame with the columns of externalise.csv: measurements and their forecasts."""
     names = {f"{REINFORCED}.free.share.{style}": f"share_{style}" for style in (*STYLES, OTHER)}
     names |= {f"{REINFORCED}.free.{figure}": figure for figure in ("n", *FIGURES)}
     names |= {f"{REINFORCED}.forced.{style}.correct": f"right_{style}" for style in STYLES}
@@ -95,15 +96,15 @@ def with_forecast(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """The rows and columns of externalise.csv: a row per run and family that it trained on."""
+    """Rows and columns of externalise.csv: a row per run and family that it trained on."""
     first = [*SHAPE[:3], "base", "seed", "tau", "family", "hops", "trained_on", "condition", "kind", "number"]
     last = runs.loc[:, f"share_{STYLES[0]}" :].columns
     return runs.loc[runs["trained"], [*first, "lambda_exit", *last, "path"]].rename(columns={"path": "evaluation"})
 
 
 def crossing(shares: Mapping[float, float], level: float) -> float:
-    """The least penalty at which `shares` (penalty -> share) reach the level, on straight lines between neighbouring
-    ones. 0 if they reach it without one; NaN if they never do, or already do at a lowest penalty above 0."""
+    """The lowest penalty at which `shares` (penalty -> share) reach the level, interpolated linearly between
+    neighbours. 0 if they reach it without one; NaN if they never do, or already do at a lowest penalty above 0."""
     points = sorted(shares.items())
     if points and points[0][1] >= level:
         return 0.0 if points[0][0] == 0 else math.nan
@@ -114,7 +115,7 @@ def crossing(shares: Mapping[float, float], level: float) -> float:
 
 
 def laws(runs: pd.DataFrame, level: float) -> pd.DataFrame:
-    """A row per shape, tokens a step, family, cost of depth and base, RL seeds averaged; the columns of laws.csv
+    """Table laws.csv with a row per shape, tokens a step, family, cost of depth and base, RL seeds averaged
     (docs/scaling.md). `level`: the share of steps whose penalty is given. `runs`: as `with_forecast` returns them.
 
     Bases that only had fixed depths or a charge on length have no row. Where other bases were trained on a family

@@ -62,9 +62,9 @@ OF_SHAPE = ["model.path", "exits.depths"]  # may also differ between shapes
 
 
 def condition(rl: RLConfig, first_exits: bool, num_layers: int) -> dict[str, Any]:
-    """What RL was charged for: `condition` (a label), `kind` and `number` (its first part), `priced` (whether it is a
-    penalty on depth alone). first_exits: an answer's first token may exit. A run under two charges has a label of its
-    own, so it is compared with its like only."""
+    """Label the penalty of an RL run: `condition` (a label), `kind` and `number` (its first part), `priced` (whether it
+    is a penalty on depth alone). first_exits: an answer's first token may exit. A run under two penalties has a label
+    of its own, so it is compared with its like only."""
     depth = [(rl.depth_penalty.cost, rl.depth_penalty.weight)] if rl.depth_penalty.weight else []
     length = [(LENGTH, rl.depth_penalty.length_weight)] if rl.depth_penalty.length_weight else []
     if rl.fixed_depth:
@@ -97,7 +97,7 @@ def shape_of(cfg: RunConfig, layers: int) -> dict[str, Any]:
 
 def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     """Read every finished evaluation below `directory` that measured the choice of style: the data frame described
-    above, and remarks on what was left out and on settings in which the runs differ.
+    above, and remarks on omitted runs and on settings in which the runs differ.
 
     Raises FileNotFoundError if there is none, ValueError if a file is damaged or if two runs that differ in more than a
     study varies would count as one.
@@ -238,7 +238,7 @@ def depth_of_hops(terse: Iterable[tuple[int, float, float]]) -> tuple[float, flo
 
 
 def shares_of(written: Shares, styles: Iterable[str]) -> dict[str, float]:
-    """The styles' shares among answers in any of them; NaN where there are none."""
+    """The styles' shares among answers in any style; NaN without such answers."""
     shares = {style: or_nan(written.get(style)) for style in styles}
     total = sum(shares.values())
     return {style: share / total if total else math.nan for style, share in shares.items()}

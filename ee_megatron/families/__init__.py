@@ -1,4 +1,4 @@
-"""Model families: what config.json says beyond what `base.py` reads for all. A new one is an entry in FAMILIES."""
+"""Model families: fields of config.json that `base.py` doesn't read for all. A new family is an entry in FAMILIES."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from .base import ModelDims, features, flag, inverse_frequencies, padded_vocab, 
 
 
 class Family(NamedTuple):
-    """`architecture`: as config.json names it; `read_dims`: config.json -> dimensions, ValueError that names the field
-    for what is not supported; `vllm`: the family's name in rollout/vllm/model.py, if it has a class there."""
+    """A model family. `architecture`: as config.json names it; `read_dims`: config.json -> dimensions, ValueError that
+    names an unsupported field; `vllm`: the family's name in rollout/vllm/model.py, if it has a class there."""
 
     architecture: str
     read_dims: Callable[[dict], ModelDims]
@@ -47,7 +47,7 @@ VLLM = {name: family.vllm for name, family in FAMILIES.items() if family.vllm}
 
 
 def dims_from_config(config: dict) -> ModelDims:
-    """A config.json as a dict -> dimensions. Raises ValueError for an unsupported architecture or field."""
+    """Dimensions from a config.json as a dict. Raises ValueError for an unsupported architecture or field."""
     kind = config.get("model_type")
     if kind == "early_exit":
         kind = config.get("base_model_type")

@@ -1,4 +1,4 @@
-"""What every family shares: the dimensions of a dense decoder, its tensor names and shapes, its RoPE frequencies.
+"""Common parts of all families: dimensions of a dense decoder, its tensor names and shapes, its RoPE frequencies.
 
 The Hugging Face names are the project's canonical names: learner, decoder and converter all use them.
 """
@@ -54,7 +54,7 @@ class ModelDims:
         return self.kv_heads * self.head_dim
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Linear layers of one block by their name within it -> (out, in). The possible LoRA targets."""
+        """Shapes (out, in) of the linear layers of one block by their name within it. The possible LoRA targets."""
         return {
             "self_attn.q_proj": (self.q_size, self.hidden),
             "self_attn.k_proj": (self.kv_size, self.hidden),
@@ -72,7 +72,7 @@ class ModelDims:
         return self.out_bias if linear.endswith("o_proj") else self.qkv_bias
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensors of one block by their name within it -> shape."""
+        """Tensor shapes of one block by their name within it."""
         shapes: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (self.hidden,),
             "post_attention_layernorm.weight": (self.hidden,),
@@ -87,7 +87,7 @@ class ModelDims:
         return shapes
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the Hugging Face checkpoint -> shape. Tied models have no lm_head.weight."""
+        """Tensor shapes of the Hugging Face checkpoint by name. Tied models have no lm_head.weight."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
         block = self.block_shapes()
         for layer in range(self.num_layers):
@@ -99,12 +99,12 @@ class ModelDims:
 
 
 def features(dims: ModelDims) -> list[str]:
-    """Names of the fields that are not at their default: what a model has."""
+    """Names of the fields that differ from their default."""
     return [field.name for field in fields(dims) if getattr(dims, field.name) != field.default]
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:
-    """The vocabulary, rounded up to a multiple of the tensor-parallel degree; rows beyond `vocab` are never trained."""
+    """Vocabulary size rounded up to a multiple of the tensor-parallel degree; rows beyond `vocab` are never trained."""
     return (vocab + tensor - 1) // tensor * tensor
 
 
@@ -135,7 +135,7 @@ def inverse_frequencies(dims: ModelDims) -> torch.Tensor:
 
 
 def read_common(config: dict, family: str, implements: Collection[str] = (), **overrides: Any) -> ModelDims:
-    """The fields that all families name alike, from a config.json in the transformers 4 or 5 form.
+    """Read the fields that all families share from a config.json in the transformers 4 or 5 form.
 
     implements: fields of `_NEUTRAL` that the family reads itself. Raises ValueError, naming the field, for what would
     change the mathematics and is not implemented, and for a value that is of no use: of another type, not finite.
@@ -164,7 +164,7 @@ def read_common(config: dict, family: str, implements: Collection[str] = (), **o
 
 
 def flag(config: dict, name: str, family: str) -> bool:
-    """A yes or no of config.json, no where it isn't there or null. Raises ValueError, naming the field."""
+    """A boolean of config.json; missing or null is False. Raises ValueError, naming the field."""
     value = config.get(name)
     if not isinstance(value, bool | None):
         raise ValueError(f"{family}: {name}={value!r}, expected true or false")
@@ -180,7 +180,7 @@ _ROPE = {
 
 
 def rope_parameters(config: dict, family: str) -> dict:
-    """rope_theta, rope_type and the scaling's fields, from `rope_parameters` (transformers 5) or the older pair.
+    """RoPE settings (rope_theta, rope_type, scaling), from `rope_parameters` (transformers 5) or the older pair.
 
     Raises ValueError, naming the field: not supported, missing, or not a finite number above 0.
     """

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face model directory: config, tensor index, tensors one at a time."""
+"""Read a Hugging Face model directory: config, tensor index, tensors one at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class HFDirectory:
         return self._handle(self.files[name]).get_tensor(name)
 
     def close(self) -> None:
-        """Let go of the mapped files; the next read maps them again."""
+        """Close the mapped files; the next read maps them again."""
         self._open.clear()
 
     def _handle(self, shard: Path):
@@ -103,7 +103,7 @@ class HFDirectory:
 
 
 def read_json(path: Path) -> dict:
-    """A file with a JSON object. Raises ValueError, naming the file, for anything else."""
+    """Read a file with a JSON object. Raises ValueError, naming the file, for anything else."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -127,7 +127,7 @@ def _other_weights(folder: Path) -> str:
 
 
 class HeaderLine(NamedTuple):
-    """A tensor of a safetensors file: its dtype's code there, its shape, the file's byte at which it begins."""
+    """Header entry of a tensor in a safetensors file: its dtype code, shape, and the file's byte at which it begins."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -135,8 +135,8 @@ class HeaderLine(NamedTuple):
 
 
 def read_header(shard: Path) -> dict[str, HeaderLine]:
-    """The tensor table of a safetensors file. Raises FileNotFoundError, or ValueError for a file that is no such file
-    or has another length than the table says."""
+    """Read the tensor table of a safetensors file. Raises FileNotFoundError, or ValueError for another format or a
+    length that contradicts the table."""
     if not shard.is_file():
         raise FileNotFoundError(f"{shard}: no such file; what it belongs to is incomplete, copy it again")
     size = shard.stat().st_size

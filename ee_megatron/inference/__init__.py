@@ -1,4 +1,4 @@
-"""A trained model in use: what a path names (model_resolver.py), its answers, what every exit would have said."""
+"""Use of a trained model: resolve a path to a model (model_resolver.py), generate answers, read out every exit."""
 
 from __future__ import annotations
 

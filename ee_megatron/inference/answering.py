@@ -1,4 +1,4 @@
-"""`ee-megatron generate` and `ee-megatron serve`: a trained model answers, in the terminal or over HTTP."""
+"""`ee-megatron generate` and `ee-megatron serve`: answer in the terminal or over HTTP with a trained model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "c
 
 
 def load(cfg: RunConfig, model: str | None, policy: str | None, base_unchecked: bool = False) -> EarlyExitModel:
-    """What answers. Raises FileNotFoundError or ValueError, for a policy of another base unless `base_unchecked`."""
+    """Load a model. Raises FileNotFoundError or ValueError, for a policy of another base unless `base_unchecked`."""
     return EarlyExitModel.of(cfg, resolve_configured(cfg, model, policy, base_unchecked), cfg.rollout.threads)
 
 
 def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
-    """The requested exit rule, or the model's own; full depth, with a note, where that needs gates that it lacks."""
+    """The requested exit rule, or the model's own; full depth, with a note, if the model lacks the gates for it."""
     if rule is None:
         return answering.default_exits
     if not answering.has_gates and "gates" in rule.needs:
@@ -38,8 +38,8 @@ def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
 
 
 def wants_chat(answering: EarlyExitModel, requested: bool | None) -> bool:
-    """Whether a prompt on the command line goes through the chat template. Where nobody says: as the run's prompts did;
-    without a run, if the model has a template and no gates, since nobody knows what gates were trained on."""
+    """Whether to put a prompt of the command line into the chat template. By default as in the run's training; without
+    a run, if the model has a template and no gates, since the form that gates were trained on is unknown."""
     if requested is not None:
         return requested
     if answering.settings is not None:
@@ -48,7 +48,7 @@ def wants_chat(answering: EarlyExitModel, requested: bool | None) -> bool:
 
 
 def stream_answer(answering: EarlyExitModel, prompt: str, rule: ExitRule, sampling: SamplingParams, chat: bool) -> None:
-    """Print the answer token by token, coloured by depth, then how deep it went."""
+    """Print the answer token by token, coloured by depth, then its mean depth."""
     layers, depths = answering.num_layers, []
     console = Console(highlight=False, soft_wrap=True)
     for token in answering.stream(prompt, rule, sampling=sampling, chat=chat):
@@ -67,7 +67,7 @@ def serve(
     cfg: RunConfig, settings: ServerSettings, rule: ExitRule | None, model: str | None, policy: str | None,
     base_unchecked: bool = False,
 ) -> None:  # fmt: skip
-    """Answer over HTTP until a stop signal; the key that clients need, if any, is EE_API_KEY's."""
+    """Serve HTTP requests until a stop signal; clients need the key in EE_API_KEY, if it is set."""
     from ..rollout.server.run import run
 
     # Before the model is read, which takes its time.

@@ -1,4 +1,4 @@
-"""`EarlyExitModel`: a trained model as Python users expect one, and its answers."""
+"""`EarlyExitModel`: Python interface to a trained model, and its answers."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Answer:
 
 
 class Answers(list[Answer]):
-    """The answers of one call, those of a prompt next to each other."""
+    """List of one call's answers, those of a prompt next to each other."""
 
     def to_frame(self) -> pd.DataFrame:
         """A row per token: prompt, sample, position (int), token_id (int), token (str), depth (int), logprob,
@@ -93,7 +93,7 @@ class Answers(list[Answer]):
 
 
 class EarlyExitModel:
-    """A model with exits, or a plain one, in this process. `load` makes one.
+    """A model with exits, or a plain one, in this process; made by `load`.
 
     - decoder, tokenizer: what runs it; name, source: what it is and where it lies
     - settings: those of the run that trained it (config/schema.py), or None
@@ -143,7 +143,7 @@ class EarlyExitModel:
 
     @classmethod
     def of(cls, cfg: RunConfig, resolved: ResolvedModel, threads: int = 0) -> EarlyExitModel:
-        """The resolved model, on the device and in the dtype of a configuration."""
+        """Load the resolved model on the device and in the dtype of a configuration."""
         device = pick_device(cfg)
         if threads > 0 and device == "cpu":
             torch.set_num_threads(threads)
@@ -172,8 +172,8 @@ class EarlyExitModel:
         return bool(self.tokenizer.chat_template)
 
     def encode(self, prompt: Prompt, chat: bool = False) -> list[int]:
-        """Token ids of a prompt: of text as it stands (with `chat`: as one user's message), of messages in the model's
-        chat template. Ids come back as they are. Raises ValueError: no template, nothing in it."""
+        """Tokenise a prompt: a text unchanged (with `chat`: as one user's message), messages in the model's chat
+        template. Ids are returned unchanged. Raises ValueError for a missing template or an empty prompt."""
         tokens: list[int]
         if isinstance(prompt, str):
             said = {"role": "user", "content": prompt}
@@ -202,7 +202,7 @@ class EarlyExitModel:
         chat: bool = False,
         rows: int = 64,
     ) -> Answers:
-        """`n` answers to each prompt: a text, a list of texts, lists of token ids, or chat messages.
+        """Generate `n` answers to each prompt: a text, a list of texts, lists of token ids, or chat messages.
 
         - exits: "threshold:0.7", "sample", "fixed:20", "confidence:0.9", "off", ... (exit_rules.py). None: what an
           export says of itself, else threshold:0.5; without gates full depth
@@ -237,7 +237,7 @@ class EarlyExitModel:
         seed: int = 0,
         chat: bool = False,
     ) -> Iterator[Event]:
-        """One answer token by token: events with `text` (what became certain with this token), `token`, `depth`,
+        """Generate one answer by tokens: events with `text` (what became certain with this token), `token`, `depth`,
         `logprob`, `exit_logprob`, `finished`. Checked when called, not at the first token; raises as `generate`."""
         sampling = sampling or SamplingParams(0.0, 256)
         scheduler = Scheduler(self.decoder, self.tokenizer, in_flight=1)
@@ -260,7 +260,7 @@ class EarlyExitModel:
         full: bool = False,
         chat: bool = False,
     ) -> Readout:
-        """Read a given text once, in parallel, and say what every exit would have predicted at every position.
+        """Read a given text once, in parallel, and return every exit's prediction at every position (logit lens).
 
         - text: or its token ids, an answer's `tokens` for one. With a `prompt` the text goes on from it, and position t
           of the result is the one that predicts token t of the text; the last predicts what would follow. Without one

@@ -1,4 +1,4 @@
-"""What a path names: a run, a stage of one, a policy, a model with gates or without, a Megatron checkpoint."""
+"""Resolves a path to a model: a run, a stage of one, a policy, a model with gates or without, a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMES = {"rl": "reinforced", "calibrate": "calibrated"}
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A model that answers: a name for it, where it lies (its tokenizer too), adapters and gates on it.
+    """A model to load: a name for it, its directory (with the tokenizer), adapters and gates on it.
 
     - checkpoint: the policy's directory; None for a plain model and for gates that the model brings along
     - spec, tensors: the policy, as `load_policy` gives it; None for a model as it is
@@ -43,8 +43,7 @@ class ResolvedModel:
 
     @property
     def default_exits(self) -> ExitRule:
-        """The rule where none is requested: what an export says of itself, else a threshold of 0.5; without gates full
-        depth."""
+        """Exit rule if none is requested: the export's own, else a threshold of 0.5; without gates full depth."""
         if self.tensors is None:
             return Off()
         said = self.source.config.get("exit_policy") if self.checkpoint is None else None
@@ -52,8 +51,8 @@ class ResolvedModel:
 
 
 def resolve(path: str | Path, policy: str | Path | None = None, base_unchecked: bool = False) -> ResolvedModel:
-    """What `path` names; with `policy`, a policy checkpoint or stage directory, the model at `path` under that policy
-    instead of any gates that it brings along. docs/api.md lists what a path may be.
+    """Resolve `path` to a model; with `policy`, a policy checkpoint or stage directory, the model at `path` under that
+    policy instead of its own gates. docs/api.md lists what a path may be.
 
     Raises FileNotFoundError or ValueError, one line: nothing there, damaged, or not fitting together, unless
     `base_unchecked` as to whether the policy was made on that model.

@@ -1,4 +1,4 @@
-"""What every exit would have said: a given text read once in parallel, and read out at each depth (logit lens).
+"""Predictions of every exit for a given text, read once in parallel and unembedded at each depth (logit lens).
 
 Shapes: T positions, N depths (the last is L), M exits, V vocabulary, k top tokens.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """Position t reads a token and predicts the next; row n is what depth n would have said. On the CPU; natural logs,
-    temperature 1, entropies and divergences in nats.
+    """Predictions at every position and depth: position t reads a token and predicts the next; row n is the prediction
+    at depth n. On the CPU; natural logs, temperature 1, entropies and divergences in nats.
 
     - depths: N numbers of layers, increasing; the last is L. Those of the model's M exits, unless others were requested
     - tokens int64 [T]: the token that each position reads; next_tokens int64 [T]: the one that follows, -1 at the end
@@ -52,15 +52,15 @@ class Readout:
 
     @property
     def logprobs(self) -> Tensor:
-        """Float32 [N, T, V]. Raises ValueError unless the logits were stored."""
+        """Log-probabilities float32 [N, T, V]. Raises ValueError unless the logits were stored."""
         if self.logits is None:
             raise ValueError("the logits were not stored; ask for readout(..., full=True)")
         return self.logits.log_softmax(dim=-1)
 
     @property
     def exit_probabilities(self) -> Tensor:
-        """Float32 [N, T]: where sampled exits would leave; columns sum to 1. Raises ValueError where a depth other than
-        the last has no gate."""
+        """Probability of each exit under sampled exits, float32 [N, T]; columns sum to 1. Raises ValueError where a
+        depth other than the last has no gate."""
         if bool(self.hazards.isnan().any()):
             raise ValueError("some of these depths have no gate; read the model out at its own exits, with its gates")
         return exit_distribution(self.hazards.T).T
@@ -70,8 +70,8 @@ class Readout:
         return "" if token < 0 else piece(self.tokenizer, token)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row per position and depth: position, depth (int), token, next_token, top_token (str), top_id (int),
-        top_logprob, next_logprob, entropy, divergence, hazard (float; NaN in the last layer)."""
+        """Data frame with a row per position and depth: position, depth (int), token, next_token, top_token (str),
+        top_id (int), top_logprob, next_logprob, entropy, divergence, hazard (float; NaN in the last layer)."""
         import pandas as pd
 
         N, T = self.entropies.shape
@@ -112,7 +112,7 @@ def read(
     top_k: int = 5,
     full: bool = False,
 ) -> Readout:
-    """Read out positions `first`.. of a sequence at depths `at` (None: the exits; where there are none every layer).
+    """Unembed positions `first`.. of a sequence at depths `at` (None: the exits; every layer if there are none).
 
     exits: the depth of each position of the sequence, which goes no deeper; None: all run through. Vocabulary-sized
     tensors exist for a chunk of positions at a time, unless `full` keeps them. Raises ValueError for tokens, depths or

@@ -1,4 +1,4 @@
-"""Compiled kernels for CPUs: the decoder's layers, products of matrices in panels, what is made of logits."""
+"""Compiled CPU kernels: the decoder's layers, products of matrices in panels, reductions of logits."""
 
 from .compiled import LANES, Panels, panels
 

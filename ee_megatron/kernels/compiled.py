@@ -40,13 +40,13 @@ _P, _L, _F, _I = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
 
 class Product(ctypes.Structure):
-    """`product` of kernels.h."""
+    """The struct `product` of kernels.h."""
 
     _fields_ = (("panels", _P), ("bias", _P), ("width", _L), ("out", _L))
 
 
 class Shape(ctypes.Structure):
-    """`shape` of kernels.h."""
+    """The struct `shape` of kernels.h."""
 
     _fields_ = (
         ("hidden", _L), ("heads", _L), ("kv_heads", _L), ("head_dim", _L), ("intermediate", _L), ("eps", _F),
@@ -54,7 +54,7 @@ class Shape(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """`layer` of kernels.h."""
+    """The struct `layer` of kernels.h."""
 
     _fields_ = (
         ("qkv", Product), ("out", Product), ("gate_up", Product), ("down", Product), ("attention_norm", _P),
@@ -86,7 +86,7 @@ LOGITS_SIGNATURES: dict[str, list[Any]] = {
 
 
 class Library:
-    """The kernels for one dtype, by their names. `columns`: outputs of a panel, 0 where there are no products."""
+    """Compiled kernels for one dtype, by name. `columns`: outputs of a panel, 0 where there are no products."""
 
     add_norm: Callable[..., None]
     silu_mul: Callable[..., None]
@@ -117,13 +117,13 @@ class Library:
 
 
 def pointer(tensor: Tensor | None) -> int | None:
-    """For a kernel's argument; None is NULL."""
+    """Address of a tensor as a kernel's argument; None is NULL."""
     return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> Library | None:
-    """The kernels for elements of `dtype`; None where they can't be had."""
+    """The compiled kernels for elements of `dtype`; None if the machine can't compile or run them."""
     if os.environ.get("EE_MEGATRON_KERNELS") == "0" or dtype not in ELEMENTS:
         return None
     compiler = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
@@ -138,7 +138,7 @@ def library(dtype: torch.dtype) -> Library | None:
 
 
 class Panels:
-    """A matrix as product.c multiplies with it; with `wide` results are float32 whatever W's dtype is."""
+    """A matrix packed for product.c; with `wide` results are float32 whatever W's dtype is."""
 
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None, wide: bool):
         self.out, self.width = weight.shape
@@ -165,7 +165,7 @@ class Panels:
 
 
 def panels(weight: Tensor, bias: Tensor | None = None, *, wide: bool) -> Panels | None:
-    """A CPU's matrix in panels, or None where the processor or its compiler has no products for it."""
+    """Pack a CPU matrix into panels; None if the processor or its compiler has no products for it."""
     kernels = library(weight.dtype) if weight.device.type == "cpu" else None
     if kernels is None or not kernels.columns or weight.shape[1] % PAIRS[weight.dtype]:
         return None

@@ -1,4 +1,4 @@
-"""What training minimises, as values: each objective says what it needs and what weight it gives to each term.
+"""Training objectives as values: each names the scores that it needs and gives a weight to each term of the loss.
 
 Every loss is linear in what the learner computes (weights.py): the sum over positions of
 

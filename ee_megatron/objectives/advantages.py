@@ -1,6 +1,5 @@
-"""What an answer is worth (task reward, length, distance from the reference), and its advantage in that or in its depth
-among the K rollouts of its prompt: the functions in ADVANTAGES take values float [N, K] and which of them count, bool
-[N, K], and return as many, 0 for those that don't."""
+"""Advantages of answers within the K rollouts of a prompt, and the costs of length and divergence. Functions in
+ADVANTAGES take values float [N, K] and which of them count, bool [N, K], and return as many, 0 for the others."""
 
 from __future__ import annotations
 
@@ -52,7 +51,7 @@ without a right answer are rewarded for being shallow."""
 
 
 def length_cost(batch: Positions, cost_length: int) -> Tensor:
-    """What the answer's length costs, float32 [B]: generated tokens / cost_length."""
+    """Length of each answer as a cost, float32 [B]: generated tokens / cost_length."""
     return batch.loss_mask.sum(1).float() / cost_length
 
 

@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DepthCost:
-    """Sum over an answer's tokens of depth / L, divided by `divisor(tokens, rl.depth_penalty.cost_tokens)`; or, if
-    `largest`, the maximum of depth / L over the tokens that may exit."""
+    """Depth cost of an answer: sum over its tokens of depth / L, divided by `divisor(tokens,
+    rl.depth_penalty.cost_tokens)`; or, if `largest`, the maximum of depth / L over the tokens that may exit."""
 
     divisor: Callable[[Tensor, int], Tensor] = lambda lengths, cost_length: lengths
     largest: bool = False
 
     def of_answers(self, batch: Positions, num_layers: int, cost_length: int) -> Tensor:
-        """float32 [B]."""
+        """Cost of each answer, float32 [B]."""
         fraction = batch.exit_depths.float() / num_layers
         if self.largest:
             return (fraction * batch.gate_mask).amax(1)
         return self._parts(batch, fraction, cost_length).sum(1)
 
     def of_outcomes(self, batch: Positions, layout: ExitLayout, cost_length: int) -> Tensor:
-        """float32 [B, S, M + 1]: what the answer would cost if the position took that outcome and all others stayed,
-        less what doesn't depend on it."""
+        """Cost of the answer if the position took an outcome and all others stayed, less what doesn't depend on the
+        outcome, float32 [B, S, M + 1]."""
         outcomes = batch.exit_depths.new_tensor(layout.outcomes).float() / layout.num_layers
         if not self.largest:
             each = outcomes / self.divisor(_lengths(batch), cost_length).unsqueeze(-1)
@@ -45,7 +45,7 @@ class DepthCost:
         return outcomes.maximum(others.unsqueeze(-1))
 
     def to_go(self, batch: Positions, num_layers: int, cost_length: int) -> Tensor:
-        """float32 [B, S]: the part of the cost that a token and those after it bear. Not defined for `largest`."""
+        """The part of the cost due to a token and later ones, float32 [B, S]. Not defined for `largest`."""
         fraction = batch.exit_depths.float() / num_layers
         return self._parts(batch, fraction, cost_length).flip(1).cumsum(1).flip(1)
 
@@ -74,7 +74,7 @@ def _largest_of_others(values: Tensor) -> Tensor:
 
 
 def token_advantage(batch: Positions, to_go: Tensor, charged: Tensor, group: int) -> Tensor:
-    """Advantage [B, S] of every generated token in what its answer's depth costs from it on, per unit of lambda.
+    """Advantage [B, S] of every generated token in its own depth cost and that of later tokens, per unit of lambda.
 
     The baseline is the mean cost to go of the group's other answers at the same token, 0 past their ends, so it does
     not depend on the token. Answers that are not charged, bool [B], and those with no other to compare with have none.
@@ -99,8 +99,8 @@ def token_advantage(batch: Positions, to_go: Tensor, charged: Tensor, group: int
 
 @dataclass(frozen=True)
 class Credit:
-    """What a position answers for. to_go: of its answer's depth, that from it on. local: an exit for what it costs
-    itself (`hazard_costs`), a token for its answer. Neither: tokens and exits for the answer."""
+    """What a position is credited with. to_go: its own depth cost and that of later tokens. local: an exit with its own
+    cost (`hazard_costs`), a token with its answer's. Neither: both with the answer's."""
 
     to_go: bool = False
     local: bool = False
@@ -118,7 +118,7 @@ PRIOR = 4.0
 def hazard_costs(
     batch: Positions, layout: ExitLayout, costs: Tensor, divergence: Tensor | None, hazards: Tensor | None
 ) -> Tensor:
-    """What firing costs more than going on, float32 [B, S, M]; 0 at gates that a position doesn't reach.
+    """Cost of exiting at a gate less that of continuing, float32 [B, S, M]; 0 at gates that a position doesn't reach.
 
     costs [B, S, M + 1]: of each outcome (`DepthCost.of_outcomes`); divergence: what an outcome costs beside that, of
     the one that was taken [B, S] or of all up to it [B, S, M + 1], None for nothing; hazards [B, S, M] of the gates

@@ -1,4 +1,4 @@
-"""Calibration: the student, made to take prescribed exits, towards the teacher; its gates towards exits or hazards."""
+"""Calibration objective: fit the student at prescribed exits to the teacher, and its gates to exits or hazards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GateTargets = Callable[[Positions, "ExitLayout", "Tensor", Callable[[], "Tensor"
 
 
 def current_targets(batch: Positions, layout: ExitLayout, traced: Tensor, own: Callable[[], Tensor]) -> Tensor:
-    """The student's own target hazard at the gate of the exit that it was made to take, no target at all others."""
+    """The student's own target hazard at the gate of its prescribed exit, no target at all other gates."""
     taken = batch.exit_depths.unsqueeze(-1) == batch.exit_depths.new_tensor(layout.depths)
     return own().unsqueeze(-1).where(taken & batch.gate_mask.unsqueeze(-1), -1.0)
 

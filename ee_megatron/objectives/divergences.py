@@ -1,4 +1,4 @@
-"""Divergence terms of the loss: from which distribution, and in which direction."""
+"""Divergence terms of the loss: which teacher distribution they use, and in which direction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Teacher(enum.Enum):
-    """Whose distribution a divergence compares the policy's with."""
+    """The distribution that a divergence compares the policy's with."""
 
     STORED = "topk"
     """The one that the batch brings: its most probable tokens and the rest as one tail."""

@@ -1,4 +1,4 @@
-"""What RL converges to where only the choice among a few styles moves, and the price of depth at which it turns.
+"""RL's optimum in closed form if only the choice among a few styles changes, and the depth penalty that switches it.
 
 RL maximises E[right - price] - beta KL(policy || reference). Over the styles i alone that is
 
@@ -20,8 +20,8 @@ TOLERANCE = 1e-12
 
 
 def answer_costs(figures: Mapping[str, float], cost_length: int) -> dict[str, float]:
-    """`depth.DEPTH_COSTS` by name of answers that `figures` are means over: mean_depth, total_depth, max_depth and
-    square, depths as shares of L. Each cost is linear in these, so that it is the mean cost. NaN where one is missing.
+    """Costs by name in `depth.DEPTH_COSTS` from mean `figures` of answers: mean_depth, total_depth, max_depth and
+    square, depths as shares of L. A cost is linear in these, so the result is the mean cost. NaN where one is missing.
     """
     of = {"mean": "mean_depth", "total": "total_depth", "max": "max_depth", "square": "square"}
     costs = {cost: figures.get(figure, math.nan) for cost, figure in of.items()}
@@ -29,8 +29,8 @@ def answer_costs(figures: Mapping[str, float], cost_length: int) -> dict[str, fl
 
 
 def closed_form(reference: Shares, value: Shares, beta: float) -> dict[str, float]:
-    """argmax of sum p v - beta KL(p || reference) over distributions p; styles that the reference never writes stay
-    at 0. beta 0: all on the best, equal ones by the reference's shares."""
+    """The distribution p over styles that maximises sum p v - beta KL(p || reference); styles that the reference never
+    writes stay at 0. beta 0: all on the best, equal ones by the reference's shares."""
     possible = {style: share for style, share in reference.items() if share > 0}
     best = max(value[style] for style in possible)
     odds = {

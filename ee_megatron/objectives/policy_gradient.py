@@ -1,4 +1,4 @@
-"""RL's objective: a weighted log-likelihood of tokens and exits, and what holds the policy near its reference."""
+"""RL's objective: a weighted log-likelihood of tokens and exits, and KL penalties towards the reference."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class Clip(NamedTuple):
-    """A ratio within 1 - low and 1 + high counts (apart from each other: "clip-higher", Yu et al. 2025, arXiv
-    2503.14476); low 0: every one does."""
+    """PPO's clip range [1 - low, 1 + high] (with different bounds "clip-higher", Yu et al. 2025, arXiv 2503.14476); low
+    0: no clipping."""
 
     low: float
     high: float
@@ -93,12 +93,13 @@ KL_TERMS = {
 
 @dataclass(frozen=True)
 class Experience(TensorRows):
-    """What a step's rollouts teach, the same for all updates on them; float32 [B, S] each but for `hazard`.
+    """Advantages and importance weights of a step's rollouts, the same for all updates on them; float32 [B, S] but for
+    `firing_cost`.
 
     token_advantage, exit_advantage: of the token and of the exit; token_importance, exit_importance: weights of the
     policy at the start of the step against the one that sampled; old_tokens, old_exits: the former's log-probabilities;
-    reference_logprobs: the reference's of the token, None where nothing asks for them; hazard: what firing costs more
-    than going on at each gate, [B, S, M], None where exits don't answer for themselves.
+    reference_logprobs: the reference's of the token, None where no term needs them; firing_cost: cost of exiting less
+    that of continuing at each gate, [B, S, M], None without rl.exit_credit.
     """
 
     token_advantage: Tensor
@@ -108,7 +109,7 @@ class Experience(TensorRows):
     old_tokens: Tensor
     old_exits: Tensor
     reference_logprobs: Tensor | None = None
-    hazard: Tensor | None = None
+    firing_cost: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,11 @@ class PolicyGradient:
     def weights(
         self, batch: Positions, experience: Experience, token_logprobs: Tensor, exit_logprobs: Tensor
     ) -> tuple[Weights, float]:
-        """The log-probabilities [B, S] are the current policy's -> (weights whose loss has the objective's gradient
-        there, share of the positions that clipping leaves out)."""
+        """Compute weights whose loss has the objective's gradient at the current policy, whose log-probabilities [B, S]
+        are given, and the share of the positions that are clipped."""
         moved = RATIOS[self.ratios](token_logprobs - experience.old_tokens, exit_logprobs - experience.old_exits)
-        taught = (experience.token_advantage, experience.exit_advantage)
-        factors = [clipped(m.exp(), a, self.clip) for m, a in zip(moved, taught, strict=True)]
+        advantages = (experience.token_advantage, experience.exit_advantage)
+        factors = [clipped(m.exp(), a, self.clip) for m, a in zip(moved, advantages, strict=True)]
         per_token, per_exit = (
             mean_weights(batch, where, self.average, self.constant) for where in (batch.loss_mask, batch.gate_mask)
         )
@@ -141,8 +142,8 @@ class PolicyGradient:
         # Not multiplied by a ratio: already an expectation over the gate's decision. Positions masked by
         # rl.loss.importance are still dropped.
         judged, hazard = per_exit * (experience.exit_importance > 0), None
-        if experience.hazard is not None:
-            hazard = experience.hazard * judged.unsqueeze(-1)
+        if experience.firing_cost is not None:
+            hazard = experience.firing_cost * judged.unsqueeze(-1)
         weights = Weights(
             token=token, exit=exit_weight, hazard=hazard, divergence=self.beta * per_token if self.kl.teacher else None
         )

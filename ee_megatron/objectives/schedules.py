@@ -1,4 +1,4 @@
-"""How fast to learn, and what depth costs, in the course of a run."""
+"""Schedules of the learning rate and of the depth penalty lambda over a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def price_rise(steps: int, warmup: float) -> int:
-    """Steps over which lambda rises, a share `warmup` of all."""
+    """Number of steps over which lambda rises, a share `warmup` of all."""
     return round(steps * warmup)
 
 
@@ -29,7 +29,7 @@ LAMBDA_GAIN, LAMBDA_MAX = 10.0, 4.0
 
 
 def dual_price(base: float, surplus: float, rate: float) -> tuple[float, float]:
-    """(base, lambda) of the next step, both from 0 to LAMBDA_MAX, from the accuracy that is left over above the goal.
+    """(base, lambda) of the next step, both from 0 to LAMBDA_MAX, from the accuracy above the target.
 
     The base adds up `rate` times the surplus, as in dual ascent on "least depth such that accuracy >= goal" (Boyd et
     al. 2011, "Distributed optimization and statistical learning via ADMM", 2.1), but of the price of depth: the inverse

@@ -1,4 +1,4 @@
-"""Weights of the terms of the loss, and what they are computed from."""
+"""Weights of the loss terms, and the batch fields that they are computed from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Fields are tensors [B, ...], one row per sequence, or None."""
+    """A record whose fields are tensors [B, ...], one row per sequence, or None."""
 
     def select(self, index: slice | Tensor) -> Self:
-        """Some of the sequences."""
+        """The record of some of the sequences."""
         return self._each(lambda value: value[index])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -76,7 +76,7 @@ sum over each answer by a constant, then the mean (Liu et al. 2025, "Dr. GRPO", 
 
 
 def mean_weights(batch: Positions, where: Tensor, average: str = "answer", constant: int = 1) -> Tensor:
-    """Weights of the mean over positions in `where` that `average`, of AVERAGES, says, float32 [B, S].
+    """Weights of the mean over positions in `where` by `average`, one of AVERAGES, float32 [B, S].
 
     Lengths are those in generated tokens, also for exits, so that both means of the method run over the same positions.
     """
@@ -84,10 +84,10 @@ def mean_weights(batch: Positions, where: Tensor, average: str = "answer", const
 
 
 def answer_likelihood(batch: Positions) -> Weights:
-    """Weights of - log p, its mean over an answer's tokens, then over answers (stage 0)."""
+    """Weights of - log p averaged over an answer's tokens, then over answers (stage 0)."""
     return Weights(token=mean_weights(batch, batch.loss_mask))
 
 
 def text_likelihood(batch: Positions) -> Weights:
-    """Weights of - log p, its mean over all predicted tokens alike (pretraining)."""
+    """Weights of - log p averaged over all predicted tokens (pretraining)."""
     return Weights(token=batch.loss_mask / batch.loss_mask.sum())

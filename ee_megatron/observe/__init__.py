@@ -1,1 +1,1 @@
-"""What a run leaves behind while it works: its directory, its metrics, its progress. Knows nothing of models."""
+"""Run directory, metrics, progress, locks. Independent of models."""

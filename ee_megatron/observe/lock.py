@@ -68,7 +68,7 @@ class RunLock:
         self._token = ""
 
     def acquire(self) -> None:
-        """Raises RuntimeError, naming the holder, while another live process holds the lock."""
+        """Take the lock. Raises RuntimeError, naming the holder, while another live process holds it."""
         with self._guarded():
             holder = self._holder()
             if _alive(holder, self.path.stat().st_uid == os.getuid()):
@@ -90,7 +90,7 @@ class RunLock:
             return False
 
     def release(self) -> None:
-        """Empties the file if this object still holds it. It is never unlinked: another process may have it open."""
+        """Empty the file if this object still holds the lock; never unlink it: another process may have it open."""
         if not self._token or not self.path.exists():
             return
         with self._guarded():

@@ -1,4 +1,4 @@
-"""Metrics of a run over its steps: metrics.jsonl and timings.jsonl always; wandb if wanted, whose errors end no run.
+"""Metrics of a run over its steps: metrics.jsonl and timings.jsonl; wandb on request, whose errors never end a run.
 
 Timings are in a file of their own, so that two runs of the same settings and seed have byte-equal metrics.jsonl.
 """
@@ -42,7 +42,7 @@ class Tracking:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, each with an integer "step"; null (a value that was not finite) becomes nan.
+    """Read the rows of a metrics.jsonl, each with an integer "step"; null (a value that was not finite) becomes nan.
 
     A last line without a line end, left by a writer that was killed, is skipped. Raises ValueError for any other line
     that is not a row, FileNotFoundError if there is no file.
@@ -109,7 +109,7 @@ class MetricsLog:
                 self._tracker = None
 
     def close(self) -> None:
-        """Waits for wandb's upload at most FINISH_TIMEOUT_S; what it has not sent by then stays in its directory."""
+        """Close the log; waits for wandb's upload at most FINISH_TIMEOUT_S, the rest stays in its directory."""
         for file in self._files:
             os.close(file)
         tracker, self._files, self._tracker = self._tracker, [], None
@@ -180,7 +180,7 @@ def _start_tracker(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, A
 
 
 def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
-    """online, offline or disabled: the setting or, where that is auto, WANDB_MODE, or else online if there is a key.
+    """The wandb mode, online, offline or disabled: the setting or, if auto, WANDB_MODE, else online if there is a key.
 
     Raises ValueError for a WANDB_MODE that is none of these."""
     if setting != "auto":

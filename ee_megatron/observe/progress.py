@@ -61,7 +61,7 @@ class Progress:
         return self
 
     def advance(self, steps: int = 1, **values: float) -> None:
-        """`steps` more are done; `values` (reward, accuracy, depth, loss, …) replace the figures of the same name."""
+        """Count `steps` more; `values` (reward, accuracy, depth, loss, …) replace the figures of the same name."""
         self.done += steps
         self._values.update({name: float(value) for name, value in values.items()})
         self._detail, self._busy = "", ("", 0, 0.0, 0)
@@ -90,7 +90,7 @@ class Progress:
         return f"{duration((self._clock() - since) / (done - first) * (total - done))} left"
 
     def line(self) -> str:
-        """The plain form: stage step/total, figures, elapsed, time left, detail."""
+        """Plain text of the bar: stage step/total, figures, elapsed, time left, detail."""
         fields, elapsed = self._fields(), duration(self._clock() - self._start)
         parts = f"{self.stage} {self.done}/{self.total}", fields["figures"], elapsed, fields["left"], fields["detail"]
         return "  ".join(part for part in parts if part)
@@ -118,7 +118,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """90 -> "1:30", 3700 -> "1:01:40"."""
+    """Format seconds: 90 -> "1:30", 3700 -> "1:01:40"."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

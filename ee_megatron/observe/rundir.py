@@ -1,4 +1,4 @@
-"""The directory of a run. Files and checkpoints appear whole or not at all, and one process writes at a time.
+"""The directory of a run. Files and checkpoints appear atomically, and one process writes at a time.
 
 config.yaml  metrics.jsonl  log.txt  checkpoints/step_N/ (…, COMPLETE)  .lock
 """
@@ -29,7 +29,7 @@ _serial = itertools.count()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write `data` (text as UTF-8) so that `path` holds either all of it or what it held before, also after a crash."""
+    """Write `data` (text as UTF-8) atomically: `path` has all of it or its old content, also after a crash."""
     temporary = _sibling(path, "new")
     try:
         with open(temporary, "wb") as file:
@@ -103,7 +103,7 @@ def seal(directory: Path) -> None:
 
 
 def fault(directory: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None. An empty COMPLETE covers everything; a list, names and sizes.
+    """Why a checkpoint can't be used, or None. An empty COMPLETE covers everything; a list, names and sizes.
 
     Contents are not hashed: a checkpoint of a large model takes minutes to read, and its loader checks it anyway.
     """
@@ -142,7 +142,7 @@ def _checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 class RunDirectory:
-    """A run's directory, locked for this process and logging the package's messages to log.txt until it is closed.
+    """A run's directory, locked for this process, with the package's log messages in log.txt until it is closed.
 
     Only the rank that writes (rank 0) should open one. Raises RuntimeError if another live process has it open.
     """
@@ -161,14 +161,14 @@ class RunDirectory:
         root.addHandler(self._handler)
 
     def write_atomic(self, path: Path | str, data: bytes | str) -> Path:
-        """`write_atomic` at a path relative to the run (or absolute); parents are made. Returns the whole path."""
+        """`write_atomic` at a path relative to the run (or absolute); makes its parents. Returns the whole path."""
         target = self.path / path
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, data)
         return target
 
     def checkpoint_dir(self, step: int) -> Path:
-        """Where the checkpoint of a step goes. `write_checkpoint` makes it."""
+        """Path of a step's checkpoint, which `write_checkpoint` makes."""
         return self.path / "checkpoints" / f"step_{step}"
 
     @contextlib.contextmanager

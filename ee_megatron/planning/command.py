@@ -6,7 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
-from ..config.cluster import job_shape, merged, site_options, words
+from ..config.cluster import as_options, job_shape, merged, site_options
 from ..config.derive import ranks
 from ..config.identity import stage_order
 from ..config.schema import RunConfig
@@ -43,7 +43,7 @@ def allocation(cfg: RunConfig, stage: str) -> list[str]:
     shape = job_shape(cfg, stage)
     gpus = shape.gpus_per_node
     options = {"nodes": str(shape.nodes), "ntasks-per-node": str(gpus or shape.ranks_per_node)}
-    return words(merged(options, {"gpus-per-node": str(gpus)} if gpus else {}, site_options(os.environ)))
+    return as_options(merged(options, {"gpus-per-node": str(gpus)} if gpus else {}, site_options(os.environ)))
 
 
 def on_cluster(cfg: RunConfig) -> bool:

@@ -21,7 +21,7 @@ from .base import NO_ANSWER, SHARES, ChatTemplate, Problem, ProceduralTask, Verd
 Pair = tuple[int, int]
 
 
-def among(low: int, high: int) -> tuple[Pair, ...]:
+def pairs_between(low: int, high: int) -> tuple[Pair, ...]:
     """All unordered pairs of numbers from `low` to `high`, both included."""
     return tuple(combinations_with_replacement(range(low, high + 1), 2))
 
@@ -122,21 +122,21 @@ def _both(small: tuple[Pair, ...], wide: tuple[Pair, ...]) -> dict[str, tuple[Pa
 
 # Products beyond the table that a small model still gets right at times.
 _BEYOND = tuple((a, b) for a in range(2, 10) for b in (*range(13, 61), 70, 80, 90))
-_PRODUCTS = _both(among(2, 12), among(2, 12) + _BEYOND)
+_PRODUCTS = _both(pairs_between(2, 12), pairs_between(2, 12) + _BEYOND)
 
 FAMILIES: dict[str, tuple[Kind, ...]] = {
     "product": (Kind("product", _PRODUCTS, "x", PRODUCT),),
-    "sum": (Kind("sum", _both(among(5, 40), among(5, 99)), "+", SUM),),
+    "sum": (Kind("sum", _both(pairs_between(5, 40), pairs_between(5, 99)), "+", SUM),),
     "word": (
         Kind("product", _PRODUCTS, "x", WORD_PRODUCT, words=True),
-        Kind("sum", _both(among(2, 20), among(2, 60)), "+", WORD_SUM, words=True),
-        Kind("difference", _both(among(2, 20), among(2, 40)), "-", WORD_DIFFERENCE, words=True),
+        Kind("sum", _both(pairs_between(2, 20), pairs_between(2, 60)), "+", WORD_SUM, words=True),
+        Kind("difference", _both(pairs_between(2, 20), pairs_between(2, 40)), "-", WORD_DIFFERENCE, words=True),
     ),
     "chain": (
-        Kind("product-sum", _both(among(2, 9), among(2, 20)), "x+", CHAIN),
-        Kind("sum-sum", _both(among(2, 20), among(2, 40)), "++", CHAIN),
-        Kind("product-difference", _both(among(2, 9), among(2, 20)), "x-", CHAIN),
-        Kind("sum-difference", _both(among(2, 20), among(2, 40)), "+-", CHAIN),
+        Kind("product-sum", _both(pairs_between(2, 9), pairs_between(2, 20)), "x+", CHAIN),
+        Kind("sum-sum", _both(pairs_between(2, 20), pairs_between(2, 40)), "++", CHAIN),
+        Kind("product-difference", _both(pairs_between(2, 9), pairs_between(2, 20)), "x-", CHAIN),
+        Kind("sum-difference", _both(pairs_between(2, 20), pairs_between(2, 40)), "+-", CHAIN),
     ),
 }
 
@@ -153,7 +153,7 @@ class PairSplit:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        pairs = list(among(2, 12))
+        pairs = list(pairs_between(2, 12))
         random.Random(f"pairs/{seed}").shuffle(pairs)
         first, second = round(SHARES["train"] * len(pairs)), round(SHARES["validation"] * len(pairs))
         splits = ["train"] * first + ["validation"] * second + ["evaluation"] * (len(pairs) - first - second)

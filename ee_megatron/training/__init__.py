@@ -1,1 +1,1 @@
-"""The loops: teacher, traces, calibration, reinforcement; and what starts them."""
+"""The training and evaluation stages, and the code that starts them."""

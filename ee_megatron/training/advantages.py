@@ -1,4 +1,4 @@
-"""From a step's rollouts, rewards and scores to an advantage for every token and exit (method.md, stage 2).
+"""Computes an advantage for every token and exit from a step's rollouts, rewards and scores (method.md, stage 2).
 
 Shapes: B answers, S positions, M exits. Answers of one prompt are neighbours in the batch.
 """
@@ -26,7 +26,7 @@ from ..types import ExitReading, Group, Rollout
 
 @dataclass(frozen=True)
 class StepScores:
-    """What was scored before a step's first update.
+    """Scores computed before a step's first update.
 
     policy: of the policy at the start of the step; None if the rollouts' own suffice. reference: the
     reference's log-probabilities of the tokens, float32 [B, S]; None if the objective doesn't need them. packing: of
@@ -40,7 +40,7 @@ class StepScores:
 
 @dataclass(frozen=True)
 class Advantages:
-    """Advantages of a step's rollouts, for all updates on them, and the quantities that they follow from.
+    """Advantages of a step's rollouts, the same for all updates, and the quantities that they are computed from.
 
     experience: the loss's inputs. Per answer, [B]: task_reward and reward float32 (the latter less the penalties),
     depth_cost float32 (not yet multiplied by lambda), advantage float32 (of task and depth together), penalized bool
@@ -60,8 +60,8 @@ class Advantages:
 
 
 def collate(groups: Sequence[Group], num_layers: int, first_token: bool = False, *, gates: bool = True) -> ReplayBatch:
-    """The rollouts of all groups as one batch, with the exits that they took. Without `gates` the exits were given, so
-    no gate is trained. first_token as in `ExitLayout`."""
+    """Pad the rollouts of all groups into one batch, with their exits. Without `gates` the exits were prescribed, so no
+    gate is trained. first_token as in `ExitLayout`."""
     rollouts = rollouts_of(groups)
     prompts, answers = [r.prompt_tokens for r in rollouts], [r.tokens for r in rollouts]
     batch = pack(prompts, answers, [r.exit_depths for r in rollouts], num_layers, first_token)
@@ -79,8 +79,8 @@ def loss_included(groups: Sequence[Group], rl: RLConfig) -> Tensor:
 
 
 def filter_groups(groups: Sequence[Group], rl: RLConfig, lambda_depth: float) -> list[int]:
-    """Groups that enter the loss. With rl.loss.drop_equal_groups those whose answers differ in reward, or of which
-    right ones may still become shallower."""
+    """Indices of the groups that enter the loss. With rl.loss.drop_equal_groups those whose answers differ in reward,
+    or with right answers that may still become shallower."""
     if not rl.loss.drop_equal_groups:
         return list(range(len(groups)))
     return [i for i, g in enumerate(groups) if np.ptp(g.rewards) > 0 or (lambda_depth > 0 and g.correct.any())]
@@ -97,8 +97,8 @@ def behavior_logprobs(batch: ReplayBatch, rollouts: Sequence[Rollout]) -> tuple[
 def firing_costs(
     batch: ReplayBatch, rollouts: Sequence[Rollout], scores: StepScores, rl: RLConfig, layout: ExitLayout, price: Tensor
 ) -> Tensor:
-    """At each gate, the cost of exiting less that of continuing, in depth and divergence of its own decision, float32
-    [B, S, M] (objectives/depth.py). price: lambda for answers that pay for depth, 0 for others, float32 [B]."""
+    """Cost of exiting at each gate less that of continuing, in depth and divergence of its own decision, float32 [B, S,
+    M] (objectives/depth.py). price: lambda for answers that pay for depth, 0 for others, float32 [B]."""
     credit, policy, penalty = rl.exit_credit, scores.policy, rl.depth_penalty
     assert credit is not None
     # The loss divides by an answer's tokens; costs are per answer.
@@ -133,7 +133,7 @@ def compute_advantages(
     *,
     lambda_depth: float,
 ) -> Advantages:
-    """Advantages of the rollouts in `batch` (`collate` of `groups`) under a depth penalty of weight `lambda_depth`."""
+    """Compute advantages of the rollouts in `batch` (`collate` of `groups`) under a depth penalty `lambda_depth`."""
     rollouts, counts = rollouts_of(groups), batch.loss_mask
     behavior = behavior_logprobs(batch, rollouts)
     # Log-probabilities under the policy at the start of the step.
@@ -183,7 +183,7 @@ def compute_advantages(
             old_tokens=proximal[0],
             old_exits=proximal[1],
             reference_logprobs=scores.reference,
-            hazard=firing,
+            firing_cost=firing,
         ),
         task_reward=task_reward,
         reward=worth - lambda_depth * depth_cost * penalized,

@@ -1,4 +1,4 @@
-"""Stage 1, second half: calibration by self-distillation.
+"""Stage 1b: calibrate adapters and gates by self-distillation.
 
 for each update:
     traces <- teacher's answers with the divergence of every exit
@@ -35,7 +35,7 @@ from .serialization import load_traces
 
 @dataclass(frozen=True)
 class Item:
-    """One sequence of one update: a trace, and the number of its pattern (which seeds the draw)."""
+    """One sequence of one update: a trace, and the number of its exit pattern (which seeds the draw)."""
 
     trace: int
     pattern: int
@@ -43,7 +43,7 @@ class Item:
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """The items of every update. From update `student_from` on the student's gates draw the patterns; from
+    """The items of every update. From update `student_from` on the student's gates draw the exit patterns; from
     `settle_from` on only gates are trained."""
 
     updates: list[list[Item]]
@@ -52,7 +52,7 @@ class UpdatePlan:
 
 
 def plan(count: int, c: CalibrateConfig) -> UpdatePlan:
-    """Which traces with which patterns make up each update: every trace S times per epoch, shuffled per epoch."""
+    """Assign traces and exit patterns to updates: every trace S times per epoch, shuffled per epoch."""
     generator = np.random.default_rng(c.seed)
     total = round(c.epochs * count * c.exit_samples)
     items: list[Item] = []
@@ -99,7 +99,7 @@ def make_batch(
     c: CalibrateConfig,
     hazards: Sequence[torch.Tensor | None] = (),
 ) -> ReplayBatch:
-    """`hazards` [T, M] per item: as in `draw_exits`."""
+    """Pad the items of one update into a batch. `hazards` [T, M] per item: as in `draw_exits`."""
     chosen = [traces[item.trace] for item in items]
     known = hazards or [None] * len(items)
     depths = [draw_exits(t, item, layout, c, own) for t, item, own in zip(chosen, items, known, strict=True)]
@@ -123,8 +123,8 @@ def objective_of(c: CalibrateConfig) -> Distillation:
 def make_weights(
     learner: Learner, objective: Distillation, batch: ReplayBatch, traces: list[Trace], kl_factor: float
 ) -> Weights:
-    """The objective's weights for a batch of `traces`; where it needs the student's divergences, the batch is scored
-    first."""
+    """Compute the objective's weights for a batch of `traces`; an objective that needs the student's divergences scores
+    the batch first."""
 
     def target(divergence: torch.Tensor) -> torch.Tensor:
         return target_hazards(divergence, kl_factor)
@@ -136,7 +136,7 @@ def make_weights(
 
 
 def own_hazards(learner: Learner, traces: list[Trace], items: list[Item], layout: ExitLayout) -> list[torch.Tensor]:
-    """Hazards [T, M] of every gate for each item, at full depth."""
+    """The student's hazards [T, M] at every gate for each item, at full depth."""
     batch = _pack([traces[item.trace] for item in items], None, layout)
     hazards = learner.hazards(batch)
     return [hazards[row][batch.loss_mask[row]] for row in range(batch.rows)]
@@ -157,8 +157,8 @@ def target_depth(traces: list[Trace], layout: ExitLayout, kl_factor: float) -> f
 
 
 def interpolated(policy: Stream, start: Mapping[str, torch.Tensor], alpha: float) -> Stream:
-    """The policy with the share `alpha` of its body's change since `start`; gates are unchanged (WiSE-FT: Wortsman et
-    al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903)."""
+    """The policy with a share `alpha` of its body's change since `start`; gates are unchanged (WiSE-FT: Wortsman et al.
+    2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903)."""
 
     def change(block: Block) -> torch.Tensor:
         share = change_share(block.name, alpha)

@@ -34,14 +34,14 @@ KEPT_CHECKPOINTS = 2
 
 @dataclass(frozen=True)
 class TrainingStreams:
-    """The tensors of a checkpoint, streamed to rank 0: all ranks consume the policy, then each kind of state."""
+    """A training checkpoint's tensors, streamed to rank 0: all ranks consume the policy, then each kind of state."""
 
     updates: int
     policy: Stream
     state: Mapping[str, Stream]
 
     def drain(self) -> None:
-        """Take part in the streams of a checkpoint that rank 0 writes."""
+        """Take part in streaming a checkpoint that rank 0 writes."""
         for stream in (self.policy, *self.state.values()):
             drain(stream)
 
@@ -53,7 +53,8 @@ def write_training(
     counters: dict[str, float],
     base: Mapping[str, str] | None = None,
 ) -> None:
-    """Write into an existing directory (the caller makes it appear whole). `base`: as `policy.save_policy` has it."""
+    """Write a training checkpoint into an existing directory, which the caller makes appear. `base`: as in
+    `save_policy`."""
     write_policy(directory, spec, streams.policy, base)
     folder = directory / "optimizer"
     folder.mkdir()
@@ -63,7 +64,7 @@ def write_training(
 
 
 def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerState, dict[str, float]]:
-    """What `write_training` wrote beside the policy; tensors stay in their files. Without `check` their digests are not
+    """Read the files of `write_training` beside the policy; tensors stay on disk. Without `check` their digests are not
     compared. Raises FileNotFoundError if the directory holds a policy only, ValueError if a file differs from what was
     written."""
     training = json.loads((directory / "training.json").read_text())
@@ -78,7 +79,7 @@ def read_training(directory: Path, *, check: bool = True) -> tuple[OptimizerStat
 
 
 def damage(directory: Path) -> str | None:
-    """Why a run can't be resumed from a checkpoint whose files are all there, or None. Reads all of it."""
+    """Why a run can't resume from a checkpoint with complete files, or None. Reads all of it."""
     try:
         open_policy(directory)
         read_training(directory)
@@ -88,9 +89,9 @@ def damage(directory: Path) -> str | None:
 
 
 class Checkpointing:
-    """A stage's checkpoints on all its ranks, written by rank 0 into `directory` (None on the others), whole or not at
-    all. `state`: counters that are saved beside the tensors, the same on every rank. `base`: the identity of the model
-    that the policy belongs to.
+    """A stage's checkpoints on all its ranks, written atomically by rank 0 into `directory` (None on the others).
+    `state`: counters that are saved beside the tensors, the same on every rank. `base`: the identity of the model that
+    the policy belongs to.
 
     Tensors are written as they arrive: under full fine-tuning a copy of all state would be many times the model.
     """
@@ -118,21 +119,21 @@ class Checkpointing:
         return (self.saved, Path(latest)) if latest else (0, None)
 
     def read_policy(self, directory: Path, *, checked: bool = True) -> Mapping[str, Tensor]:
-        """The tensors of a policy checkpoint; a rank reads only those that it uses. Rank 0 compares them with their
-        digest, once for all ranks, unless `latest` did. Raises as `open_policy`."""
+        """Tensors of a policy checkpoint; a rank reads only those that it uses. Rank 0 compares them with their digest,
+        once for all ranks, unless `latest` did. Raises as `open_policy`."""
         if not checked:
             self.ranks.broadcast_from_rank0(lambda: open_policy(directory)[0])
         return open_policy(directory, check=False)[1]
 
     def restore(self, learner: Learner, checkpoint: Path) -> None:
-        """The learner's optimizer and `state` as they were at a checkpoint, whatever layout wrote it."""
+        """Restore the learner's optimizer and `state` from a checkpoint, whatever layout wrote it."""
         # Rank 0 checked the digests when it chose this checkpoint.
         optimizer, state = read_training(checkpoint, check=False)
         learner.load_optimizer(optimizer)
         self.state.update(state)
 
     def save(self, learner: Learner, step: int) -> None:
-        """Checkpoint after `step` steps. Earlier ones are deleted once this one is on disk.
+        """Write a checkpoint after `step` steps. Earlier ones are deleted once it is on disk.
 
         Raises RuntimeError if the ranks' copies have diverged, OSError if the checkpoint could not be written."""
         learner.check_copies()
@@ -157,7 +158,7 @@ class Checkpointing:
 
     @contextmanager
     def on_disk(self, policy: Stream) -> Iterator[Mapping[str, Tensor]]:
-        """A policy in a file of the stage while the block runs, readable by every rank; all ranks call it."""
+        """Store a policy in a file of the stage while the block runs, readable by every rank; all ranks call it."""
         folder = self.path / "policy"
         if self.ranks.leads:
             with atomic_directory(folder) as temporary:

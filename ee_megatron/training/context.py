@@ -1,4 +1,4 @@
-"""One stage of one run, on every rank: settings, model, learner, pool, files.
+"""The context of a running stage on one rank: settings, model, learner, pool, files.
 
 Rank 0 generates, writes files and shows progress; the others receive its results.
 """
@@ -62,8 +62,8 @@ BAD_STEPS = 5
 
 
 class StageContext:
-    """A running stage: its settings and model, its ranks, its checkpoints, its files. Enter it once; leaving closes
-    pool, files and process groups, also after an error.
+    """A running stage: settings, model, ranks, checkpoints, files. Enter it once; leaving closes pool, files and
+    process groups, also after an error.
 
     `model_path`: the Hugging Face directory of the model that this stage builds on. `full`: every weight is trained,
     whatever the configuration says of adapters.
@@ -109,7 +109,7 @@ class StageContext:
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0, which alone talks to the rollout pool, writes files and shows progress."""
+        """Whether this is rank 0, which alone calls the rollout pool, writes files and shows progress."""
         return self.ranks.leads
 
     def __exit__(self, *error: Any) -> None:
@@ -120,7 +120,7 @@ class StageContext:
     def make_learner(
         self, policy: Mapping[str, torch.Tensor], checkpoint: Path | None = None, **options: Any
     ) -> Learner:
-        """This rank's part of a learner, its optimizer where `checkpoint` left it, whatever layout wrote that;
+        """Make this rank's part of a learner, its optimizer restored from `checkpoint`, whatever layout wrote that;
         `options` as in `Learner`."""
         from ..learner.learner import Learner
 
@@ -139,7 +139,7 @@ class StageContext:
         return learner
 
     def make_pool(self, spec: PolicySpec | None) -> RolloutPool:
-        """The rollout pool for this stage's model; on rank 0 only."""
+        """Make the rollout pool for this stage's model; on rank 0 only."""
         # Ray takes TERM for itself when a driver starts, to print the C++ stack and abort.
         with keeping_signals():
             pool = make_pool(self.cfg.rollout, self.model_path, spec, self.dtype, self.device_type)
@@ -151,7 +151,7 @@ class StageContext:
         return AutoTokenizer.from_pretrained(str(self.model_path), local_files_only=True)
 
     def decode(self, token: int) -> str:
-        """The text of one token."""
+        """Text of one token."""
         return str(self.tokenizer.decode([token]))
 
     def make_task(self) -> Task:
@@ -171,7 +171,7 @@ class StageContext:
             self.metrics = self.stack.enter_context(MetricsLog(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:
-        """Rank 0's progress bar, a context manager; one at a time."""
+        """Context manager of rank 0's progress bar; one at a time."""
         return Progress(f"{self.stage} {what}".strip(), total, enabled=self.leads, done=done)
 
     def log(self, step: int, values: dict[str, float], timings: dict[str, float] | None = None) -> None:
@@ -179,7 +179,7 @@ class StageContext:
             self.metrics.log(step, values, timings)
 
     def stop_if_requested(self, learner: Learner | None, step: int) -> None:
-        """`stop` before step `step` if any rank has received a signal; all ranks call it."""
+        """Stop before step `step` if any rank has received a signal; all ranks call it."""
         if self.ranks.stop_requested():
             self.stop(learner, step)
 
@@ -212,8 +212,8 @@ class StageContext:
     def sample(
         self, pool: RolloutPool, prompts: list[Prompt], samples: int, temperature: float, seed: int, what: str
     ) -> list[list[Rollout]]:
-        """The teacher's answers at full depth, `samples` per prompt, by a pool that holds it; on rank 0 only. Complete
-        parts stay on disk until the stage is finished."""
+        """Generate the teacher's answers at full depth, `samples` per prompt; on rank 0 only, with a pool that has
+        loaded the teacher. Complete parts stay on disk until the stage is finished."""
         r = self.cfg.rollout
         sampling = SamplingParams(temperature, r.max_new_tokens, tuple(r.stop))
         cache, part = self.answer_cache(self.path / ANSWERS), max(1, PART_WAVES * r.max_num_seqs * r.actors // samples)
@@ -246,7 +246,8 @@ class StageContext:
     def fit(
         self, learner: Learner, batch: ReplayBatch, weights: Weights, rate: float, step: int, bar: Progress
     ) -> None:
-        """Update `step` (from 0) of maximum likelihood, at learning rate `rate`; checked for finiteness and logged."""
+        """Make update `step` (from 0) of maximum likelihood at learning rate `rate`, checked for finiteness and
+        logged."""
         update = learner.step(batch, weights, adapter_lr=rate, gate_lr=0.0)
         self.check_finite(update, batch, weights, step + 1)
         assert weights.token is not None

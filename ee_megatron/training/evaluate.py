@@ -1,4 +1,4 @@
-"""The last stage: teacher, calibrated and reinforced model on held-out problems, exits sampled and thresholded.
+"""The last stage: evaluate teacher, calibrated and reinforced model on held-out problems, at several exit rules.
 
 The threshold of each model is chosen on the validation split, and so is what a control is matched by; the evaluation
 split is only measured.
@@ -53,7 +53,7 @@ SEED = 0
 
 
 def policies(cfg: RunConfig) -> dict[str, Path]:
-    """Name -> checkpoint of each policy to evaluate besides the teacher."""
+    """Checkpoint of each policy to evaluate besides the teacher, by name."""
     checkpoints = {"calibrated": stages.calibrated(cfg)}
     if stages.is_done(cfg, "rl"):
         checkpoints["reinforced"] = stages.reinforced(cfg)
@@ -61,7 +61,7 @@ def policies(cfg: RunConfig) -> dict[str, Path]:
 
 
 class Measured(NamedTuple):
-    """A model under one rule on one set of prompts: its row, and its answers [n] as judged and as generated."""
+    """Results of a model under one rule on one set of prompts: a row, the answers [n] as judged and as generated."""
 
     exits: ExitRule
     row: EvaluationRow
@@ -71,8 +71,8 @@ class Measured(NamedTuple):
 
 @dataclass
 class Part:
-    """What a step of the evaluation adds to the results. more: by part of results.json. logged: for trackers. shown:
-    the answers at the exits that were chosen for a model, for the report."""
+    """Results that one step of the evaluation adds. more: by part of results.json. logged: for trackers. shown: the
+    answers at a model's chosen exits, for the report."""
 
     rows: list[EvaluationRow] = field(default_factory=list)
     answers: list[AnswerRecord] = field(default_factory=list)
@@ -85,7 +85,7 @@ class Part:
     reference: Reference | None = None
 
     def log(self, name: str, row: EvaluationRow) -> None:
-        """A row of the results for trackers, under `name`."""
+        """Log a row of the results to trackers, under `name`."""
         columns = ("accuracy", "mean_depth", "total_depth", "length", "kl")
         self.logged |= {f"{name}/{c}": value for c in columns if (value := getattr(row, c)) is not None}
 
@@ -102,7 +102,7 @@ class Part:
 
 
 class Measurer:
-    """Measures models on the task's splits by a rollout pool, always with the weights that were loaded last. Answers
+    """Measures models on the task's splits with a rollout pool, always with the weights that were loaded last. Answers
     for the same weights and request are generated once and cached (answer_cache.py)."""
 
     def __init__(self, context: StageContext, sets: int):
@@ -120,11 +120,11 @@ class Measurer:
         self.bar = context.stack.enter_context(context.progress(sets))
 
     def load(self, checkpoint: Path) -> None:
-        """A policy checkpoint."""
+        """Load a policy checkpoint into the pool."""
         self.load_policy(open_policy(checkpoint)[1])
 
     def load_policy(self, policy: Mapping[str, Tensor]) -> None:
-        weights = self.pool.take(1, HeldStream(policy))
+        weights = self.pool.store_weights(1, HeldStream(policy))
         self.pool.load(weights)
         self.weights = weights.digest
 
@@ -142,7 +142,7 @@ class Measurer:
         self.bar.advance(1, accuracy=row.accuracy, depth=row.mean_depth)
 
     def judge(self, model: str, request: GenerationRequest, answered: GenerationResult) -> Measured:
-        """The verdicts on a model's answers as a row; with FLOPs if they are scored."""
+        """Judge a model's answers and summarise them as a row; with FLOPs if they are scored."""
         context, exits = self.context, request.exits
         spec, dims = context.spec, context.source.dims
 
@@ -157,21 +157,21 @@ class Measurer:
         return Measured(exits, row, answers, answered.rollouts)
 
     def scored(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
-        """A model by each of some rules: answers made and timed rule by rule, then scored together."""
+        """Measure a model under several rules: answers are generated and timed rule by rule, then scored together."""
         requests = [self.request(prompts, exits) for exits in rules]
         sets = self.cache.score(self.pool, self.weights, requests, self.progress(model))
         return [self.judge(model, request, one) for request, one in zip(requests, sets, strict=True)]
 
     def try_out(self, model: str, rules: Sequence[ExitRule], prompts: list[Prompt]) -> list[Measured]:
-        """A model by rules that are chosen among. They answer together, so that each prompt is prefilled once for all
-        of them; their speed is not measured."""
+        """Measure a model under candidate rules. They are generated together, so that each prompt is prefilled once;
+        their speed is not measured."""
         request = self.request(prompts, *rules)
         sets = self.cache.answers(self.pool, self.weights, request, self.progress(model))
         return [self.judge(model, request.by(rule), one) for rule, one in zip(rules, sets, strict=True)]
 
     def add_row(self, part: Part, measured: Measured, inspected: Sequence[Inspection] | None = None) -> None:
-        """A row of the results. For the answers that the report shows, what each exit on the way would have written:
-        from `inspected`, if all of the row's answers were."""
+        """Add a row to the results. The answers for the report get the prediction of each exit on the way: from
+        `inspected`, if all of the row's answers were inspected."""
         exits, row, answers, rollouts = measured
         part.rows.append(row)
         part.answers += answers
@@ -184,7 +184,7 @@ class Measurer:
         self.done(row)
 
     def add_wide(self, part: Part, model: str, *rules: ExitRule) -> None:
-        """Rows of the test split's problems on wide operands, if there are any."""
+        """Add rows of the test split's problems on wide operands, if any."""
         for exits, row, answers, _ in self.scored(model, rules, self.wide_test) if self.wide_test else ():
             part.wide_rows.append(row)
             part.wide_answers += answers
@@ -192,7 +192,7 @@ class Measurer:
             self.done(row)
 
     def add_externalisation(self, part: Part, model: str, exits: ExitRule) -> None:
-        """The externalisation metrics of the weights that are loaded, if they are wanted."""
+        """Add the externalisation metrics of the loaded weights, if the settings request them."""
         wanted = self.context.cfg.evaluate.externalisation
         if not wanted:
             return
@@ -216,7 +216,7 @@ class Measurer:
 
 @dataclass(frozen=True)
 class Step:
-    """sets: of answers that the step makes, for the progress bar. run: to its part, given the policies before it."""
+    """A step of the evaluation. sets: number of answer sets. run: computes its part, given the policies before it."""
 
     sets: int
     run: Callable[[Measurer, Sequence[Reference]], Part]
@@ -249,7 +249,8 @@ def teacher_part(measurer: Measurer, known: Sequence[Reference]) -> Part:
 
 
 def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, checkpoint: Path) -> Part:
-    """At full depth, with sampled exits, and at the threshold that validation chooses, on the test split."""
+    """Measure a policy at full depth, with sampled exits and at the threshold chosen by validation, on the test
+    split."""
     part, context = Part(), measurer.context
     measurer.load(checkpoint)
     chosen = choose(measurer, part, model)
@@ -271,8 +272,8 @@ def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, c
 
 
 def choose(measurer: Measurer, part: Part, model: str) -> Measured:
-    """The threshold that the answers to all validation problems, wide ones among them, choose for the loaded weights,
-    measured on the validation split's own problems."""
+    """Choose the loaded weights' threshold on all validation problems, wide ones included, and measure it on the
+    validation split's own problems."""
     e = measurer.context.cfg.evaluate
     rules = [Threshold(t) for t in e.thresholds]
     tried = measurer.try_out(model, rules, measurer.validation)
@@ -293,7 +294,7 @@ def choose(measurer: Measurer, part: Part, model: str) -> Measured:
 
 
 def controls_part(measurer: Measurer, known: Sequence[Reference], *, checkpoints: dict[str, Path]) -> Part:
-    """The last policy against exit rules that know less."""
+    """Compare the last policy with exit rules that have less information."""
     context, reference = measurer.context, known[-1]
     exits, given = context.spec.layout, stages.control_policy(context.cfg)
     other = (stages.trained_as(given), given) if given else None
@@ -305,7 +306,7 @@ def controls_part(measurer: Measurer, known: Sequence[Reference], *, checkpoints
 def styles_part(
     measurer: Measurer, known: Sequence[Reference], *, models: Sequence[str], checkpoints: Mapping[str, Path]
 ) -> Part:
-    """Which style `models` answer in, sampled as RL samples: the problems of the families that RL answers."""
+    """Measure which style `models` choose, sampled as in RL, on the problems of RL's families."""
     cfg, spec, task = measurer.context.cfg, measurer.context.spec, cast(ChainTask, measurer.task)
     rl, by_model, wanted = cfg.rl, dict[str, Any](), cfg.evaluate.style_choice
     assert wanted is not None
@@ -335,7 +336,7 @@ def styles_part(
 
 
 def choosing(cfg: RunConfig, checkpoints: Collection[str]) -> list[str]:
-    """The models whose choice of style is measured, in the order of the method; without RL the last is its start."""
+    """Models whose choice of style is measured, in the order of the method; without RL the last is its start."""
     last = "reinforced" if "reinforced" in checkpoints else "start"
     models = {"": (), "reinforced": (last,), "all": ("teacher", "start", last)}
     return list(dict.fromkeys(models[cfg.evaluate.style_choice.models if cfg.evaluate.style_choice else ""]))

@@ -1,4 +1,4 @@
-"""Before stage 0: convert a checkpoint of a pretraining run to a Hugging Face directory.
+"""Stage before stage 0: convert a Megatron checkpoint of a pretraining run to a Hugging Face directory.
 
 The checkpoint's training figures are written beside it, so that a sweep over checkpoints has them in its table.
 """
@@ -25,7 +25,7 @@ that the checkpoint lacks is left out."""
 
 
 def import_model(cfg: RunConfig) -> Path:
-    """Run or resume the stage: bit for bit what `convert` writes. Returns the model's directory.
+    """Run or resume the stage: the same bytes as `convert` writes. Returns the model's directory.
 
     Raises what `open_source` does, and OSError: disk full.
     """
@@ -46,7 +46,7 @@ def import_model(cfg: RunConfig) -> Path:
 
 
 def open_source(cfg: RunConfig) -> MegatronTensors:
-    """The checkpoint at model.checkpoint, its tensors by their Hugging Face names; no weights are read yet.
+    """Open the checkpoint at model.checkpoint, tensors by their Hugging Face names; no weights are read yet.
 
     Raises FileNotFoundError or ValueError, one line: none named, no such checkpoint, one of another shape than
     model.path's config.json says, gates or adapters of its own, no tokenizer at model.path.

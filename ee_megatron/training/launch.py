@@ -1,4 +1,4 @@
-"""Starting stages: in this process, on ranks of its own, or as one rank of a Slurm step."""
+"""Start stages: in this process, on several ranks, or as one rank of a Slurm step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ QUIET = {
 
 
 def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
-    """Run one stage to its end; does nothing if it has already finished with the same settings.
+    """Run one stage to its end; skip it if it has finished with the same settings.
 
     A learning stage with several ranks is started as so many processes, unless this already is one of them (RANK, or
     SLURM_PROCID in a step of several tasks); raises SystemExit with the code of the rank that failed. In a Slurm step a
@@ -95,7 +95,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
 
 
 def may_fork(cfg: RunConfig) -> bool:
-    """Whether stages and ranks may be forked off this process, which then has imported what they need.
+    """Whether stages and ranks may be forked from this process, which has then imported what they need.
 
     Not with GPUs: CUDA doesn't survive a fork. Nor if this process may have computed on several threads: a child would
     wait forever for OpenMP threads that it doesn't have.
@@ -108,7 +108,7 @@ def may_fork(cfg: RunConfig) -> bool:
 
 
 def import_ahead() -> None:
-    """Import what stages need on a CPU. From then on this process computes on one thread (`may_fork`)."""
+    """Import in this process what stages need on a CPU. Afterwards it computes on one thread (`may_fork`)."""
     quiet_libraries()
     import torch
 
@@ -183,7 +183,7 @@ def _on_ranks(stage: str, cfg: RunConfig, overrides: list[str], world: int, fork
 
 
 def run_method(cfg: RunConfig, overrides: list[str]) -> None:
-    """Every stage in order, each in processes of its own, then the exported model and the report."""
+    """Run every stage in order, each in its own processes, then export the model and write the report."""
     follow_parent()
     from ..config.derive import read_dims
     from ..config.validate import validate
@@ -247,7 +247,7 @@ def _run_child(arguments: list[str], forks: bool) -> int:
 
 
 def export(cfg: RunConfig) -> Path:
-    """The reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold.
+    """Export the reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold.
 
     Its name follows the RL stage, but the threshold comes from the evaluation: an existing export from another
     evaluation or policy, by its manifest, is replaced.

@@ -1,4 +1,4 @@
-"""All that can be known of a run before anything starts: its settings, its model, the files that they name, its data.
+"""Checks before a run starts: its settings, its model, the files that they name, its data.
 
 Everything is looked at and said at once. No torch, unless a policy or a Megatron checkpoint to start from has to be
 read.
@@ -38,7 +38,7 @@ class Preflight:
     def faults(
         self, loaded: Attempt, wanted: Sequence[str], *, inputs: bool = False, here: list[str] | None = None
     ) -> list[str]:
-        """All that `look` finds."""
+        """All faults that `look` finds."""
         return [*itertools.chain(*self.look(loaded, wanted, inputs=inputs, here=here))]
 
     def look(
@@ -126,7 +126,7 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
 
 
 def check_runs(runs: str) -> None:
-    """Raises ValueError if no directories can be made there."""
+    """Raises ValueError if no directory can be made at `runs`."""
     there = next(path for path in (Path(runs).absolute(), *Path(runs).absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"runs={runs}: {there} is no directory; name one that can be made")
@@ -137,8 +137,8 @@ def check_runs(runs: str) -> None:
 
 
 def check_task(cfg: RunConfig, reading: Sequence[str]) -> None:
-    """Raises ValueError or FileNotFoundError unless the data is there, can be read and is enough for the stages that
-    read it."""
+    """Raises ValueError or FileNotFoundError unless the data exists, is readable and has enough problems for the stages
+    that read it."""
     path = cfg.task.path
     if path and not Path(path).exists():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Before stage 0: a model trained on the task's worked problems, from random weights (the size ladder) or from a
+"""Stage before stage 0: train a model on the task's worked problems, from random weights (the size ladder) or from a
 pretrained model, which learns the answer styles that it later chooses from.
 
 texts <- question and worked answer of every training problem
@@ -80,7 +80,7 @@ def pretrain(cfg: RunConfig, initial: Path) -> None:
 
 
 def plan(count: int, p: PretrainConfig) -> np.ndarray:
-    """Which texts make up each update, int64 [steps, batch_size]: passes over all texts, each shuffled anew."""
+    """Assign texts to updates, int64 [steps, batch_size]: passes over all texts, each shuffled anew."""
     generator = np.random.default_rng(p.seed)
     wanted = p.steps * p.batch_size
     order = np.concatenate([generator.permutation(count) for _ in range(-(-wanted // count))])
@@ -88,7 +88,7 @@ def plan(count: int, p: PretrainConfig) -> np.ndarray:
 
 
 def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int]]:
-    """The texts of a split as int64 tokens, and how many of these are the question's."""
+    """Tokenise the texts of a split, int64 each, and count the question's tokens."""
 
     def tokens(texts: list[str]) -> list[list[int]]:
         return context.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -101,7 +101,7 @@ def tokenised(context: StageContext, split: Split) -> list[tuple[np.ndarray, int
 
 
 def make_batch(texts: list[np.ndarray], num_layers: int) -> ReplayBatch:
-    """Every token but the first is predicted; no gate decides."""
+    """Batch of texts in which every token but the first is predicted; no gate decides."""
     batch = pack([text[:1] for text in texts], [text[1:] for text in texts], None, num_layers)
     return replace(batch, gate_mask=torch.zeros_like(batch.gate_mask))
 
@@ -127,8 +127,8 @@ def held_out(context: StageContext, learner: Learner) -> dict[str, float]:
 
 
 def draw_model(cfg: RunConfig, path: Path) -> Path:
-    """Make `path`, if it is not there, from model.path/config.json: weights by pretrain.seed and, unless model.path has
-    one, a tokenizer trained on the training problems. Returns `path`.
+    """Make `path`, if it does not exist, from model.path/config.json: weights by pretrain.seed and, unless model.path
+    has one, a tokenizer trained on the training problems. Returns `path`.
 
     Raises FileNotFoundError or ValueError: a shape that is not supported, a vocabulary too small for all bytes.
     """
@@ -149,8 +149,9 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
 
 
 def draw_weights(dims: ModelDims, seed: int) -> dict[str, Tensor]:
-    """Float32 tensors by their Hugging Face names: normal, deviation sqrt(2 / (5 D)) (Nguyen and Salazar 2019, arXiv
-    1910.05895), over sqrt(2 L) where they write into the residual stream (Radford et al. 2019); norms 1, biases 0."""
+    """Draw float32 weights by their Hugging Face names: normal, deviation sqrt(2 / (5 D)) (Nguyen and Salazar 2019,
+    arXiv 1910.05895), over sqrt(2 L) where they write into the residual stream (Radford et al. 2019); norms 1, biases
+    0."""
     generator = torch.Generator().manual_seed(seed)
     deviation = math.sqrt(2 / (5 * dims.hidden))
     tensors: dict[str, Tensor] = {}
@@ -164,14 +165,15 @@ def draw_weights(dims: ModelDims, seed: int) -> dict[str, Tensor]:
 
 
 def worked_texts(cfg: RunConfig) -> list[str]:
-    """Question and worked answer of every training problem, a line's end behind it: what rollouts stop at."""
+    """Question and worked answer of every training problem, ended by a line break, at which rollouts stop."""
     task = task_of(cfg, model_dir(cfg))
     return [f"{prompt.text}{answer}\n" for prompt, answer in task.worked("train")]
 
 
 def write_tokenizer(texts: Iterable[str], vocab: int, folder: Path) -> None:
-    """Byte-level BPE, digits one by one, of at most `vocab` tokens: all bytes, so that it can write anything, merges by
-    frequency (Sennrich et al. 2016), an end of text. Raises ValueError below 257 tokens."""
+    """Train and write a byte-level BPE tokenizer of at most `vocab` tokens, digits one by one: all bytes, so that it
+    can write anything, merges by frequency (Sennrich et al. 2016), an end of text. Raises ValueError below 257
+    tokens."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab <= len(alphabet):
         raise ValueError(f"vocab_size={vocab} in config.json: a byte-level tokenizer needs {len(alphabet) + 1} or more")

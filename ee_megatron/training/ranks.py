@@ -55,7 +55,7 @@ NUMBERS = (
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Raises ValueError if a launcher's variables are malformed or contradict each other."""
+    """Raises ValueError if a launcher's environment variables are malformed or contradict each other."""
     for name in NUMBERS:
         text = environment.get(name, "0")
         if not re.fullmatch(r"[0-9]{1,9}", text):
@@ -133,7 +133,7 @@ class Listener:
         self._at_once = False
 
     def listen(self) -> None:
-        """From now on signals are recorded instead of ending the process."""
+        """Record signals from now on instead of ending the process."""
         for number in SIGNALS:
             signal.signal(number, self._hear)
 
@@ -148,7 +148,7 @@ class Listener:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises `Stopped` wherever the main thread is: for work that may be abandoned half-way."""
+        """Context in which a signal raises `Stopped` at once: for work that may be abandoned half-way."""
         if self.last_signal:
             raise self._stopped()
         self._at_once = True
@@ -173,8 +173,8 @@ def keeping_signals() -> Iterator[None]:
 
 
 def follow_parent() -> None:
-    """If WITH_PARENT is set: from now on TERM arrives when that parent dies, or at once if it is dead already. Linux
-    only; elsewhere this does nothing."""
+    """If WITH_PARENT is set: make TERM arrive when that parent dies, or at once if it is dead already. Linux only;
+    elsewhere this does nothing."""
     parent = os.environ.pop(WITH_PARENT, "")
     if not parent or sys.platform != "linux":
         return
@@ -353,12 +353,12 @@ class Distributed:
 
     @property
     def meet(self) -> Callable[[], None] | None:
-        """Waits for rank 0 as long as it gives signs of life; None for a single rank."""
+        """Wait for rank 0 as long as it gives signs of life; nothing for a single rank."""
         return self.heartbeat.meet if self.heartbeat else None
 
     def broadcast_from_rank0(self, make: Callable[..., T] | None, *arguments: Any) -> T:
-        """The result of `make(*arguments)` on rank 0, on every rank; other ranks' arguments are ignored. Plain records
-        only. The others wait as long as rank 0 lives: any deadline is `make`'s own."""
+        """Call `make(*arguments)` on rank 0 and return its result on every rank; other ranks' arguments are ignored.
+        Plain records only. The others wait as long as rank 0 lives: any deadline is `make`'s own."""
         box: list[Any] = [make(*arguments) if self.leads and make else None]
         if self.heartbeat is not None:
             from torch import distributed as dist

@@ -90,8 +90,8 @@ def reinforce(cfg: RunConfig, model_path: Path, start: Path) -> None:
 def learn(
     context: StageContext, learner: Learner, groups: list[Group], step: int, controller: LambdaController
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Score a step's rollouts and update the policy on them -> (metrics, seconds by phase). Every rank calls it with
-    the same groups."""
+    """Score a step's rollouts and update the policy on them; returns metrics and seconds by phase. Every rank calls it
+    with the same groups."""
     cfg, rl, layout = context.cfg, context.cfg.rl, context.spec.layout
     begun = time.monotonic()
     batch = collate(groups, layout.num_layers, layout.first_token, gates=not rl.fixed_depth)
@@ -123,7 +123,7 @@ def learn(
 
 
 def score(learner: Learner, packed: PackedBatch, rl: RLConfig) -> StepScores:
-    """What the objective needs before the first update: the policy's scores, the reference's log-probabilities."""
+    """Compute the scores that the objective needs before the first update: of the policy and of the reference."""
     wanted = scoring(rl)
     policy = reference = None
     if wanted.policy:
@@ -136,7 +136,7 @@ def score(learner: Learner, packed: PackedBatch, rl: RLConfig) -> StepScores:
 
 @dataclass
 class LambdaController:
-    """lambda of each step. With `rl.depth_penalty.target.margin` it follows the accuracy that is left above the target.
+    """Sets lambda of each step. With `rl.depth_penalty.target.margin` it follows the accuracy above the target.
 
     `reference`: by prompt id, the share of the reference's answers that are right; None without a target. `state` is
     saved in every checkpoint, so that a resumed run continues with the same lambda.

@@ -1,4 +1,4 @@
-"""Metrics of an RL step, computed from its records. Only the log reads them.
+"""Metrics of an RL step, computed from its records for the log alone.
 
 FLOPs and padding depend on seed and settings alone and are in metrics.jsonl; times are in timings.jsonl.
 """
@@ -50,7 +50,7 @@ def step_metrics(
     lambda_depth: float,
     target: TargetState | None,
 ) -> dict[str, float]:
-    """All metrics of a step but its costs."""
+    """All metrics of a step except its costs."""
     values = advantage_metrics(batch, advantages, lambda_depth)
     difference, policy = result.logprob_diff, scores.policy
     if policy is not None:
@@ -95,7 +95,7 @@ def advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) ->
 
 
 def rollout_metrics(batch: ReplayBatch, groups: Sequence[Group], num_layers: int) -> dict[str, float]:
-    """Metrics of the rollouts alone."""
+    """Metrics computed from the rollouts alone."""
     counts, lengths = batch.loss_mask, batch.loss_mask.sum(1).float()
     fraction = batch.exit_depths.float()[counts] / num_layers
     depths, hits = torch.unique(batch.exit_depths[counts], return_counts=True)

@@ -1,4 +1,4 @@
-"""Traces, rollouts and evaluated answers on disk; samples of rollouts for the report.
+"""Store traces, rollouts and evaluated answers on disk; samples of rollouts for the report.
 
 NAME.safetensors: all sequences end to end; NAME.jsonl: one JSON line per sequence. No pickle.
 """
@@ -25,13 +25,13 @@ _OF_SCORES = ("policy_logprobs", "exit_logprobs", "teacher_logprobs", "teacher_e
 
 
 def save_traces(directory: Path, traces: Sequence[Trace]) -> None:
-    """Write traces.safetensors and traces.jsonl (of at least one trace) as a directory that appears whole."""
+    """Write traces.safetensors and traces.jsonl (at least one trace) as a directory that appears atomically."""
     lines = [{"id": t.prompt_id, "correct": bool(t.correct), "text": t.text} for t in traces]
     _save(directory, "traces", traces, _OF_TRACES, lines)
 
 
 def load_traces(directory: Path) -> list[Trace]:
-    """Read what `save_traces` wrote."""
+    """Read the traces that `save_traces` wrote."""
     lines, pieces, _ = _load(directory, "traces", _OF_TRACES)
     return [
         Trace(prompt_id=line["id"], correct=line["correct"], text=line["text"], **piece)
@@ -40,8 +40,8 @@ def load_traces(directory: Path) -> list[Trace]:
 
 
 def save_rollouts(directory: Path, groups: list[Group]) -> None:
-    """Write one step's groups (at least one) as a directory that appears whole. A rollout's line has its prompt and
-    verdict; the arrays are those of `Rollout`, and `rewards`."""
+    """Write one step's groups (at least one) as a directory that appears atomically. A rollout's line has its prompt
+    and verdict; the arrays are those of `Rollout`, and `rewards`."""
     lines = [
         {
             "prompt": asdict(group.prompt),
@@ -60,7 +60,7 @@ def save_rollouts(directory: Path, groups: list[Group]) -> None:
 
 
 def save_answers(directory: Path, answered: GenerationResult) -> None:
-    """Write a set (at least one answer, no `exits`) as a directory that appears whole."""
+    """Write a set of answers (at least one, no `exits`) as a directory that appears atomically."""
     lines = [
         {"id": r.prompt_id, "text": r.text, "finished": bool(r.finished), "weight_version": int(r.weight_version)}
         for r in answered.rollouts
@@ -72,7 +72,7 @@ def save_answers(directory: Path, answered: GenerationResult) -> None:
 
 
 def load_answers(directory: Path) -> GenerationResult:
-    """Read what `save_answers` wrote. Raises OSError, ValueError, KeyError or SafetensorError for any other content."""
+    """Read the set of `save_answers`. Raises OSError, ValueError, KeyError or SafetensorError for other content."""
     lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
     names = ("text", "finished", "weight_version")
     rollouts = [
@@ -122,13 +122,13 @@ tokens per answer (a longer answer's two ends)."""
 
 
 def sampled_steps(steps: int) -> set[int]:
-    """The steps whose answers are stored, counted from 1."""
+    """Steps whose answers are stored, counted from 1."""
     return {int(step) for step in np.linspace(1, steps, min(STEPS, steps)).round()}
 
 
 def keep_samples(directory: RunDirectory, step: int, groups: Sequence[Group], decode: Callable[[int], str]) -> None:
-    """Write PER_STEP answers, of as many groups as possible, to a file that appears whole; repeating a step writes the
-    same file."""
+    """Write PER_STEP answers, of as many groups as possible, to a file that appears atomically; repeating a step writes
+    the same file."""
     chosen = [(group, k) for k in range(max(len(g.rollouts) for g in groups)) for group in groups]
     chosen = [(group, k) for group, k in chosen if k < len(group.rollouts)][:PER_STEP]
     entries = [_entry(group, k, decode) for group, k in chosen]

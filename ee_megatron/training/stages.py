@@ -1,4 +1,4 @@
-"""What each stage reads and writes, and whether it is there. No torch, so that the command line can check quickly."""
+"""Inputs and outputs of each stage, and whether they exist. No torch, so that the command line can check quickly."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def is_done(cfg: RunConfig, stage: str) -> bool:
 
 
 def source_model(cfg: RunConfig) -> Path:
-    """What the teacher is made of: model.path, or what was imported or pretrained. Raises FileNotFoundError if that is
-    missing."""
+    """The model that the teacher is trained from: model.path, or the imported or pretrained one. Raises
+    FileNotFoundError if it is missing."""
     for stage in FIRST:
         if stage in stage_order(cfg):
             return _finished(cfg, stage) / "model"
@@ -33,7 +33,7 @@ def source_model(cfg: RunConfig) -> Path:
 
 
 def base_model(cfg: RunConfig) -> Path:
-    """The model that traces, calibration and RL build on. Raises FileNotFoundError if it is not made yet."""
+    """The model that traces, calibration and RL build on. Raises FileNotFoundError if it does not exist yet."""
     return _finished(cfg, "teacher") / "model" if cfg.teacher else source_model(cfg)
 
 
@@ -42,20 +42,20 @@ def traces(cfg: RunConfig) -> Path:
 
 
 def calibrated(cfg: RunConfig) -> Path:
-    """The policy checkpoint that RL starts from: `init_policy`, or this configuration's own calibration."""
+    """Policy checkpoint that RL starts from: `init_policy`, or this configuration's own calibration."""
     return (
         policy_at(f"init_policy={cfg.init_policy}", cfg.init_policy) if cfg.init_policy else _trained(cfg, "calibrate")
     )
 
 
 def control_policy(cfg: RunConfig) -> Path | None:
-    """The checkpoint that `evaluate.controls.policy` names. Raises FileNotFoundError if none is there."""
+    """Checkpoint that `evaluate.controls.policy` names. Raises FileNotFoundError if there is none."""
     given = cfg.evaluate.controls.policy if cfg.evaluate.controls else ""
     return policy_at(f"evaluate.controls.policy={given}", given) if given else None
 
 
 def trained_as(checkpoint: Path) -> str:
-    """A label of `checkpoint`'s rl stage, for a table: its fixed depth, or its depth penalty."""
+    """Label of `checkpoint`'s rl stage for a table: its fixed depth, or its depth penalty."""
     stage = checkpoint.absolute().parents[1]
     try:
         rl = read_saved(stage / "config.yaml").rl if stage.name.startswith("rl-") else None

@@ -59,7 +59,7 @@ def train_teacher(cfg: RunConfig, model_path: Path) -> None:
 
 
 def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt tokens without examples, tokens of one right answer) for every problem that was answered right once."""
+    """(Prompt tokens without few-shot examples, tokens of one right answer) for every problem with a right answer."""
     t = context.cfg.teacher
     assert t is not None
     task = context.make_task()
@@ -90,7 +90,7 @@ def sample_examples(context: StageContext) -> list[tuple[np.ndarray, np.ndarray]
 
 
 def make_traces(cfg: RunConfig, model_path: Path) -> None:
-    """Run the stage: an inference job without a learner."""
+    """Run the traces stage: an inference job without a learner."""
     t = cfg.traces
     with listener.at_once(), StageContext(cfg, "traces", model_path, learner=False) as context:
         task = context.make_task()

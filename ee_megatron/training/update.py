@@ -1,4 +1,4 @@
-"""All updates on one step's rollouts."""
+"""The policy updates on one step's rollouts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .advantages import Advantages, behavior_logprobs
 
 @dataclass
 class UpdateResult:
-    """What the updates of a step did. groups: those that entered the loss, by number; rows: their answers.
-    clip_fraction, kl: of each update, the latter the exact divergence from the reference if the loss has one.
-    logprob_diff: of the last update if the rollouts weren't scored before. packing: of the last update."""
+    """Results of a step's updates. groups: those that entered the loss, by number; rows: their answers. clip_fraction,
+    kl: of each update, the latter the exact divergence from the reference if the loss has one. logprob_diff: of the
+    last update if the rollouts weren't scored before. packing: of the last update."""
 
     groups: list[int]
     rows: list[int]

@@ -47,7 +47,7 @@ def test_weights_that_come_in_blocks_are_those_that_come_whole(tmp_path: Path, m
     pool = make_pool(RolloutConfig("local", max_num_seqs=4, threads=0), path, SPEC, torch.float32, "cpu")
     whole = WeightSet(5, initial_policy(HFDirectory(path).dims, SPEC, 0))
     monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 200)
-    taken = pool.take(5, HeldStream(whole.tensors))
+    taken = pool.store_weights(5, HeldStream(whole.tensors))
     assert (taken.version, taken.digest) == (5, whole.digest)
     pool.load(taken)
     assert pool.health()["digest"] == whole.digest

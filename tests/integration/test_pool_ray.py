@@ -93,7 +93,7 @@ def test_weights_go_into_the_store_as_they_come_and_are_those_that_were_sent(
     monkeypatch.setattr("ee_megatron.tensors.BLOCK_BYTES", 1000)
     monkeypatch.setattr("ee_megatron.rollout.pool.ray_pool.pack", partial(pack, chunk_bytes=5000))
     whole, other = policy(path, SPEC, 21), policy(path, SPEC, 22)
-    taken = pool.take(21, HeldStream(whole.tensors))
+    taken = pool.store_weights(21, HeldStream(whole.tensors))
     assert isinstance(taken.tensors, PutTensors) and len(taken.tensors.chunks) > 5
     assert taken.digest == narrowed(whole, pool.sync_dtype, torch.float32).digest
     pool.load(taken)

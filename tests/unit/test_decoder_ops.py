@@ -81,7 +81,7 @@ def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, siz
     skipped, skipped_gain = random(rows, 2 * 2 * heads[1] * size), random(2, size) if gains else None
     found, turned = [], []
     for ops, cache in zip(both(dims, dtype), caches, strict=True):
-        turned.append(torch.cat(ops.turn(fused.clone(), at, q_gain, k_gain), 1))
+        turned.append(torch.cat(ops.split_and_rotate(fused.clone(), at, q_gain, k_gain), 1))
         found.append(ops.attend(fused, cache, 1, at, q_gain, k_gain))
         ops.write_kv(skipped, cache, 1, 2, at, skipped_gain)
         ops.write_kv(skipped[: rows // 2], cache, 0, 2, at, skipped_gain)

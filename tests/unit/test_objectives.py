@@ -60,7 +60,7 @@ def test_loss_averages_by_hand(average: str) -> None:
     ones = torch.ones(batch.loss_mask.shape)
     hazard = torch.ones(*batch.loss_mask.shape, 2)
     objective = plain(beta=0.5, kl=KL_TERMS["exact"], average=average, constant=10)
-    weights, _ = objective.weights(batch, experience_of(batch, ones, 2 * ones, hazard=hazard), ones * 0, ones * 0)
+    weights, _ = objective.weights(batch, experience_of(batch, ones, 2 * ones, firing_cost=hazard), ones * 0, ones * 0)
     for row, share in enumerate((*SHARES[average], [])):
         counted, gate_mask = batch.loss_mask[row], batch.gate_mask[row]
         assert weights.token[row][counted].tolist() == pytest.approx(share)
@@ -128,7 +128,7 @@ def test_costs_at_the_gates_are_not_weighed_by_ratios_but_left_out_where_importa
     importance = torch.rand(shape, generator=generator) + 0.5
     masked = batch.gate_mask & (torch.arange(shape[1]) % 2 == 0)
     experience = experience_of(
-        batch, ones, ones, hazard=hazard, exit_importance=importance.masked_fill(masked, 0.0),
+        batch, ones, ones, firing_cost=hazard, exit_importance=importance.masked_fill(masked, 0.0),
         token_importance=importance,
     )  # fmt: skip
     weights, _ = plain(clip=Clip(0.2, 0.2)).weights(batch, experience, moved, moved)

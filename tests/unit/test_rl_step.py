@@ -287,7 +287,7 @@ def test_with_credit_exit_tokens_answer_for_task_and_depth_and_exits_for_a_share
     saved = 0.6 * 8 / 18
     assert per_answer(batch, experience.token_advantage) == pytest.approx([1 + saved, -1 - saved])
     assert per_answer(batch, experience.exit_advantage) == pytest.approx([0.25, -0.25])
-    assert learned(groups, replace(rl, exit_credit=None))[1].hazard is None
+    assert learned(groups, replace(rl, exit_credit=None))[1].firing_cost is None
 
 
 # Of two answers of three tokens, asked outcomes: depths 2 and 4, 6 and 2.
@@ -302,8 +302,8 @@ def test_with_credit_exit_gates_pay_for_the_layers_of_their_own_token(skip):
     rl = rl_of(depth=0.6, exit_credit=ExitCredit())
     batch, experience, _ = learned([a_group(*TWO)], rl, first=not skip)
     expected = 0.6 / 6 * torch.tensor(LAYERS_SAVED)
-    torch.testing.assert_close(experience.hazard[batch.gate_mask], expected, rtol=1e-5, atol=1e-6)
-    assert not experience.hazard[~batch.gate_mask].any()
+    torch.testing.assert_close(experience.firing_cost[batch.gate_mask], expected, rtol=1e-5, atol=1e-6)
+    assert not experience.firing_cost[~batch.gate_mask].any()
     objective = objective_of(rl, LONGEST)
     weights, _ = objective.weights(batch, experience, experience.old_tokens, experience.old_exits)
     torch.testing.assert_close(weights.hazard[batch.gate_mask], expected / 6, rtol=1e-5, atol=1e-6)
@@ -324,7 +324,7 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
     # Gate 2 fired at 0.8 and 0.4, 0.6 on average, and went on at 0.1 and 0, 0.05; gate 4 fired at 0.1 and went on at 0.
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
     price = 0.6 / 6 * torch.tensor(LAYERS_SAVED) * torch.tensor([[1], [1], [0], [0]])
-    torch.testing.assert_close(experience.hazard[batch.gate_mask], price + caused, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(experience.firing_cost[batch.gate_mask], price + caused, rtol=1e-5, atol=1e-6)
     # Read at every exit that was come by, gate 2 diverges by .5 more than what was taken, gate 4 by .2 more.
     for rollout, row in zip(group.rollouts, range(2), strict=True):
         taken = kl[row][batch.loss_mask[row]].numpy()[:, None]
@@ -334,9 +334,9 @@ def test_with_charge_right_gates_of_wrong_answers_pay_for_divergence_alone():
         rollout.exits = ExitReading(divergences, np.full((rollout.length, 2), 0.5, np.float32))
     caused = torch.tensor([[0.75, 0], [0.5, 0.1], [0.5, 0.2], [0.35, 0]])
     _, read, _ = learned([group], but(rl, exit_credit=dict(divergence="all")), kl=kl, hazards=hazards)
-    torch.testing.assert_close(read.hazard[batch.gate_mask], price + caused, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(read.firing_cost[batch.gate_mask], price + caused, rtol=1e-5, atol=1e-6)
     _, free, _ = learned([group], but(rl, exit_credit=dict(kl_weight=0.0)), kl=kl, hazards=hazards)
-    torch.testing.assert_close(free.hazard[batch.gate_mask], price, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(free.firing_cost[batch.gate_mask], price, rtol=1e-5, atol=1e-6)
 
 
 def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scored_or_not():
@@ -355,14 +355,14 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
     rl = rl_of(depth=0.6, kl=dict(weight=0.5, kind="exact"), exit_credit=ExitCredit(divergence="all"))
     batch, scored, _ = learned([group], rl, hazards=torch.rand(2, 50, 2))
     _, skipped, _ = learned([group], but(rl, skip_scoring=True, loss=dict(importance=None)), first=False)
-    assert torch.equal(scored.hazard, skipped.hazard)
+    assert torch.equal(scored.firing_cost, skipped.firing_cost)
     price = 0.6 * torch.tensor([2 / 6, 4 / 6, 1.0]).expand(*batch.tokens.shape, 3)
     divergence = 0.5 * spread(batch, [r.exits.divergences for r in group.rollouts])
     apart, alike = (
         hazard_costs(batch, LAYOUT, price, divergence, hazards)
         for hazards in (spread(batch, [r.exits.hazards for r in group.rollouts]), None)
     )
-    torch.testing.assert_close(skipped.hazard, apart, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(skipped.firing_cost, apart, rtol=1e-5, atol=1e-6)
     assert (apart - alike)[batch.gate_mask].abs().max() > 0.1
     group.rollouts[1].exits = None
     with pytest.raises(ValueError, match="exits the pool has not read"):
@@ -379,7 +379,7 @@ def test_without_an_exact_divergence_gates_pay_for_the_log_ratio_of_the_token(kl
     first = scores(batch)
     experience, values = credit(batch, [group], first, first.token_logprobs - ratio, rl, 0.0)
     expected = torch.tensor([[0.75, 0], [0.5, 0.1], [0.6, 0.1], [0.35, 0]])
-    torch.testing.assert_close(experience.hazard[batch.gate_mask], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(experience.firing_cost[batch.gate_mask], expected, rtol=1e-5, atol=1e-6)
     assert values["kl_to_reference"] == pytest.approx((1.8 / 3 + 0.8 / 3) / 2)
 
 

@@ -170,7 +170,7 @@ def test_requests_of_every_kind_answer_as_they_would_alone(decoders, tokenizer, 
         for _ in range(n % 3):
             scheduler.advance()
     answers = finish(scheduler, [ids[i] for i in range(20)])
-    assert not scheduler.finished and scheduler.free == in_flight
+    assert not scheduler.finished_rows and scheduler.free == in_flight
     for rollout, other in zip(answers, expected or [alone(decoder, tokenizer, r) for r in requests], strict=True):
         same(rollout, other)
 
@@ -194,7 +194,7 @@ def test_rows_at_different_tokens_and_depths_run_together(decoder, tokenizer):
 
     scheduler._run = watched
     # While all rows are in flight; at the end there is nobody left to wait for.
-    while not scheduler.finished:
+    while not scheduler.finished_rows:
         scheduler.advance()
     # In lock-step at mean depth 0.58 a batch of four would thin out to fewer than three rows on average.
     assert spread > 1 and np.mean(sizes) > 3.8
@@ -220,7 +220,7 @@ def test_requests_join_and_leave_a_running_engine(decoder, tokenizer):
         scheduler.take(late, 0),
         alone(decoder, tokenizer, Request("abc", SamplingParams(1.0, 5), Sample(), 0, "d")),
     )
-    assert scheduler.cancel(second) and not scheduler.finished and scheduler.free == 2
+    assert scheduler.cancel(second) and not scheduler.finished_rows and scheduler.free == 2
 
 
 def test_events_stream_the_answer(decoder, tokenizer):

@@ -19,7 +19,7 @@ from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
 from ...tensors import ModelSource
 from .cache import KVCache, Prefilled
-from .layer_backends import Places, Rows, TorchOps, choose_ops, norm
+from .layer_backends import RotaryPositions, Rows, TorchOps, choose_ops, norm
 from .weights import DecoderWeights, GateWeights, PartialLoad, SkippedKV, gates_from
 
 Prefix = Prefilled | Sequence[Prefilled]
@@ -63,7 +63,7 @@ class Decoder:
     def use(self, ops: TorchOps) -> None:
         """Run layers by these instead of those that were chosen."""
         self.ops = ops
-        ops.take(self.weights.blocks)
+        ops.set_layers(self.weights.blocks)
 
     # ---- weights ----
 
@@ -85,7 +85,7 @@ class Decoder:
         self._loading = None
         self.weights.restore_base()
         self.gates, self._skipped = None, self.weights.merge(None, None, self.layout.depths)
-        self.ops.take(self.weights.blocks)
+        self.ops.set_layers(self.weights.blocks)
 
     def load_chunk(self, tensors: dict[str, Tensor]) -> None:
         """Take some of a policy's tensors. From the first chunk to `finish_load` the decoder answers nothing.
@@ -108,7 +108,7 @@ class Decoder:
         self._loading.check_whole()
         tensors = self._loading.retained
         self._skipped = self.weights.merge(tensors, self.spec, self.layout.depths)
-        self.ops.take(self.weights.blocks)
+        self.ops.set_layers(self.weights.blocks)
         self.gates = gates_from(tensors, self.layout.depths, self.dtype, self.device)
         self._loading = None
 
@@ -219,7 +219,7 @@ class Decoder:
         mask = None if not before else torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
         self._check_ready()
         self._reach(past + T)
-        at = Places(torch.arange(past, past + T, device=self.device).repeat(B), self._cos, self._sin)
+        at = RotaryPositions(torch.arange(past, past + T, device=self.device).repeat(B), self._cos, self._sin)
         ops = self.ops
         # Positions of all sequences one after another; the stream is changed in place.
         stream = self.weights.embedding[tokens.to(self.device)].view(B * T, -1)
@@ -230,7 +230,7 @@ class Decoder:
         for layer, (block, places) in enumerate(zip(self.weights.blocks, running, strict=True)):
             linears = block.linears
             fused = linears["qkv"](ops.add_norm(stream, None, block.attention_norm))
-            turned = ops.turn(fused, at, block.q_norm, block.k_norm)
+            turned = ops.split_and_rotate(fused, at, block.q_norm, block.k_norm)
             q, k, v = (heads.unflatten(0, (B, T)) for heads in turned)
             if keep_kv:
                 keys[layer], values[layer] = k, v

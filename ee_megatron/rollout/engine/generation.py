@@ -17,7 +17,7 @@ from .scheduler import Scheduler
 class GenerationEngine(Protocol):
     """What `answer` needs of an engine."""
 
-    finished: dict[int, Row]
+    finished_rows: dict[int, Row]
 
     def add(self, request: Request) -> int: ...
     def share_prefix(self, tokens: Sequence[int]) -> None: ...
@@ -39,8 +39,8 @@ def answer_requests(
     reported = 0
     while engine.busy:
         engine.advance()
-        if progress and len(engine.finished) > reported:
-            reported = len(engine.finished)
+        if progress and len(engine.finished_rows) > reported:
+            reported = len(engine.finished_rows)
             progress(reported, len(requests))
     return [engine.take(ids[i], version) for i in range(len(requests))]
 

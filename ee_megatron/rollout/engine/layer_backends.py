@@ -25,7 +25,7 @@ POSITIONS = 768
 SHORT = 512
 
 
-class Places:
+class RotaryPositions:
     """Positions int64 [N] of what is computed, and the rotary tables, fp32 [positions, hd / 2]."""
 
     def __init__(self, positions: Tensor, cos: Tensor, sin: Tensor):
@@ -39,7 +39,7 @@ class Places:
         return self._angles
 
 
-class Rows(Places):
+class Rows(RotaryPositions):
     """Where A rows are: what `KVCache.where` says of them, int64 [A, 4 + blocks] on the cache's device; all positions
     lie below `span`."""
 
@@ -67,7 +67,7 @@ def norm(hidden: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     return normed if gain is None else normed * gain
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in Hugging Face's convention (first half of the head paired with the second): x [..., hd], same shape and
     dtype; cos, sin float32 [..., hd / 2]."""
     first, second = x.float().chunk(2, dim=-1)
@@ -88,7 +88,7 @@ class TorchOps:
     def __init__(self, dims: ModelDims):
         self.dims = dims
 
-    def take(self, blocks: Sequence[LayerWeights]) -> None:
+    def set_layers(self, blocks: Sequence[LayerWeights]) -> None:
         """The layers that `run` runs from now on."""
         self.blocks = blocks
 
@@ -131,22 +131,22 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def turn(
-        self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
+    def split_and_rotate(
+        self, fused: Tensor, at: RotaryPositions, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten -> queries [N, H, hd], keys and values
         [N, KVH, hd], queries and keys normed where there are gains, and rotated by their positions."""
         q, k, v = _heads(fused, self.dims)
         if q_gain is not None:
             q, k = norm(q, q_gain, self.dims.rms_eps), norm(k, k_gain, self.dims.rms_eps)
-        return rotate(q, *at.angles()), rotate(k, *at.angles()), v
+        return apply_rope(q, *at.angles()), apply_rope(k, *at.angles()), v
 
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
         """Fused q, k, v [A, (H + 2 KVH) hd] -> attention's output [A, H hd]; the rows' keys and values are in the cache
         when this returns."""
-        q, k, v = self.turn(fused, at, q_gain, k_gain)
+        q, k, v = self.split_and_rotate(fused, at, q_gain, k_gain)
         keys, values = cache.layers[layer].unbind(1)
         keys[at.pages, at.offsets] = k
         values[at.pages, at.offsets] = v
@@ -174,7 +174,7 @@ class TorchOps:
         if k_gain is not None:
             k = norm(k, None, dims.rms_eps) * k_gain[:, None]
         cos, sin = (table[: len(fused), None] for table in at.angles())
-        pairs = torch.stack([rotate(k, cos, sin), v], dim=2)
+        pairs = torch.stack([apply_rope(k, cos, sin), v], dim=2)
         pages, offsets = at.pages[: len(fused)], at.offsets[: len(fused)]
         for layer, pair in zip(cache.layers[first : first + layers], pairs.unbind(1), strict=True):
             layer[pages, :, offsets] = pair
@@ -194,8 +194,8 @@ class KernelOps(TorchOps):
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, blocks: Sequence[LayerWeights]) -> None:
-        super().take(blocks)
+    def set_layers(self, blocks: Sequence[LayerWeights]) -> None:
+        super().set_layers(blocks)
         self._layers = None
         if all(isinstance(linear.matrix, Panels) for block in blocks for linear in block.linears.values()):
             self._layers = (compiled.Layer * len(blocks))(*map(_layer, blocks))
@@ -253,8 +253,8 @@ class KernelOps(TorchOps):
         self.library.silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width)
         return out
 
-    def turn(
-        self, fused: Tensor, at: Places, q_gain: Tensor | None, k_gain: Tensor | None
+    def split_and_rotate(
+        self, fused: Tensor, at: RotaryPositions, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims, positions = self.dims, at.positions.contiguous()
         self.library.turn_heads(

@@ -117,7 +117,7 @@ class Scheduler:
         # One per segment, then the readout.
         self.queues = SegmentQueues(len(decoder.layout.outcomes) + 1, batch)
         self.runner = ModelRunner(decoder, self.slots, in_flight)
-        self.finished: dict[int, Row] = {}
+        self.finished_rows: dict[int, Row] = {}
         self.row_layers = 0
         self._validator = RequestValidator(tokenizer, decoder.eos_ids, decoder.layout, decoder.dims.max_positions)
         self._failed = failed
@@ -140,7 +140,7 @@ class Scheduler:
 
     def cancel(self, request: int) -> bool:
         """Forget a request, in whatever state; False if it is not known (any more)."""
-        if self.finished.pop(request, None) is not None:
+        if self.finished_rows.pop(request, None) is not None:
             return True
         for row in self.waiting:
             if row.id == request:
@@ -156,7 +156,7 @@ class Scheduler:
 
     def take(self, request: int, version: int) -> Rollout:
         """A finished answer, which is forgotten. Raises KeyError for one that isn't finished."""
-        return self.finished.pop(request).rollout(version)
+        return self.finished_rows.pop(request).rollout(version)
 
     @property
     def busy(self) -> bool:
@@ -300,5 +300,5 @@ class Scheduler:
                 continue
             if row.slot >= 0:
                 self.slots.leave(row)
-            self.finished[row.id] = row
+            self.finished_rows[row.id] = row
         return events

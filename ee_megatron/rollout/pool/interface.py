@@ -65,7 +65,7 @@ class Readings(Protocol):
 class RolloutPool(Readings, Protocol):
     """One interface for the pool in process and the pool of actors. Results are in the order of the request."""
 
-    def take(self, version: int, stream: Stream) -> WeightSet:
+    def store_weights(self, version: int, stream: Stream) -> WeightSet:
         """Store a version of the weights where the replicas can load it, block by block as the tensors arrive: at most
         a few blocks are anywhere else. The digest is that of the tensors that the pool sends on."""
 

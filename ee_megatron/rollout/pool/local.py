@@ -59,7 +59,7 @@ class LocalPool(RolloutPool):
     def version(self) -> int:
         return identity(self._weights)[0]
 
-    def take(self, version: int, stream: Stream) -> WeightSet:
+    def store_weights(self, version: int, stream: Stream) -> WeightSet:
         """The tensors, in this process. They are hashed as they come, once."""
         with Hasher(0) as hasher:
             digest = Digest(hasher)

@@ -150,7 +150,7 @@ class RayPool(RolloutPool):
         create = partial(create_replica, ray, self._replica, needs)
         self._driver = Driver(ray, create, RayNodes(ray, needs), rollout, starting)
 
-    def take(self, version: int, stream: Stream) -> WeightSet:
+    def store_weights(self, version: int, stream: Stream) -> WeightSet:
         """Into the object store, one chunk after the other, each while the next one's tensors come: the node's actors
         read it where it lies."""
         chunks, entries = [], {}
@@ -217,7 +217,7 @@ class RayPool(RolloutPool):
         elif identity(weights) not in (self._origin, self._sent.identity):
             put = weights
             if not isinstance(put.tensors, PutTensors):
-                put = self.take(weights.version, HeldStream(weights.tensors))
+                put = self.store_weights(weights.version, HeldStream(weights.tensors))
             assert isinstance(put.tensors, PutTensors)
             self._sent, self._origin = Sent(identity(put), put.tensors.chunks), identity(weights)
         return self._sent

@@ -87,7 +87,7 @@ class VllmEngine:
         self.gated = False
         self._intake = RequestValidator(self.tokenizer, eos_ids, self.spec.layout, self.dims.max_positions)
         self._room = int(self.engine.model_config.max_model_len)
-        self.finished: dict[int, Row] = {}
+        self.finished_rows: dict[int, Row] = {}
         self._rows: dict[int, Row] = {}
         self._next_id = 0
 
@@ -150,7 +150,7 @@ class VllmEngine:
             events.append(row.append(made._replace(finished=row.ending(made.token))))
             if row.finished is not None:
                 self.engine.abort_request([str(row.id)])
-                self.finished[row.id] = self._rows.pop(row.id)
+                self.finished_rows[row.id] = self._rows.pop(row.id)
         return events
 
     @property
@@ -159,7 +159,7 @@ class VllmEngine:
 
     def take(self, request: int, version: int) -> Rollout:
         """As `Scheduler.take`."""
-        return self.finished.pop(request).rollout(version)
+        return self.finished_rows.pop(request).rollout(version)
 
     def share_prefix(self, tokens: Sequence[int]) -> None:
         """Nothing: vLLM finds prompts, and beginnings of prompts, that it has read by itself."""

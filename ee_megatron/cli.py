@@ -28,18 +28,18 @@ STAGES = {
     "import-checkpoint": "convert a Megatron checkpoint (model.checkpoint) to the model that other stages start from",
     "pretrain": "train a small model from random weights on the task's worked problems (size ladder)",
     "teacher": "stage 0: sample answers with examples in the prompt, keep the right ones, fine-tune and merge",
-    "traces": "stage 1a: the teacher's answers with each exit's divergence, kept on disk",
-    "calibrate": "stage 1b: self-distillation of adapters and gates on the traces",
-    "rl": "stage 2: reinforcement learning; right answers are rewarded, depth is charged for",
-    "evaluate": "accuracy against depth of teacher, calibrated and reinforced model",
+    "traces": "stage 1a: generate the teacher's answers and store each exit's divergence from the last layer",
+    "calibrate": "stage 1b: train adapters and gates on the traces (self-distillation)",
+    "rl": "stage 2: reinforcement learning with a penalty on depth",
+    "evaluate": "measure accuracy and depth of the teacher, the calibrated and the reinforced model",
 }
 COMMANDS = {
     "run": "the whole method: every stage in order, then the report; finished stages are skipped",
     **STAGES,
-    "report": "one HTML file (and PNG plots) from what the stages have written; of one run by its settings, or of any "
-    "number, compared, by their directories (runs/<name>: every evaluation in it)",
-    "generate": "answer one prompt, token by token, each with its depth",
-    "serve": "answer over HTTP as OpenAI's API does, with exits as extra fields",
+    "report": "write one HTML file (and PNG plots) of a run's results, or a comparison of several runs, named by their "
+    "directories (runs/<name>: every evaluation in it)",
+    "generate": "answer one prompt and print each token with its exit depth",
+    "serve": "HTTP server with OpenAI's API, with exit depths as extra fields",
     "plan": "layout, parameters, memory, FLOPs and time of an RL run, before anything starts; refuses what will not "
     "fit",
     "slurm-spec": "check a stage's inputs and print the Slurm resources that it needs, as key=value lines",
@@ -47,19 +47,19 @@ COMMANDS = {
 HANDED_ON = {
     "sweep": (
         ".sweeps.command",
-        "a grid of runs: shared stages once, one table; on this machine or as a Slurm job array; status, collect",
+        "run a grid of settings on this machine or as a Slurm job array: shared stages run once, results in one table",
     ),
     "convert": (
         ".convert",
-        "between Hugging Face directories, Megatron checkpoints and policies; reshard, verify, inspect",
+        "convert between Hugging Face models, Megatron checkpoints and policies; reshard, verify, inspect",
     ),
     "scaling": (
         ".scaling.command",
-        "scaling laws from a table of runs: fits with intervals, competing forms, plots",
+        "fit scaling laws to a table of runs: intervals, forecasts, comparison of functional forms, plots",
     ),
     "externalise": (
         ".externalise.command",
-        "whether a price on depth makes a model write its steps down: a study's runs on one page, with a table",
+        "does a depth penalty make a model write out its reasoning? One page and tables from a study's runs",
     ),
 }
 """Commands whose module reads their arguments itself, in its `main`."""
@@ -72,11 +72,11 @@ examples:
   ee-megatron plan experiment=rl_7b --dims DeepSeek-R1-Distill-Qwen-7B
   ee-megatron report experiment=demo_cpu
   ee-megatron sweep experiment=demo_cpu rl.depth_penalty.weight=0,0.3,1 seed=1,2,3 --name front
-  ee-megatron convert --help
-  ee-megatron scaling --help
+  ee-megatron convert export --checkpoint runs/demo_cpu --out exported
   ee-megatron externalise runs
 
-Settings are key=value; `--dry-run` prints all of them. EE_DEBUG=1 shows the full traceback of an error.
+`ee-megatron <command> --help` has each command's options. Settings are key=value; `--dry-run` prints all of them.
+EE_DEBUG=1 shows the full traceback of an error.
 """
 
 
@@ -108,44 +108,44 @@ def build_parser() -> argparse.ArgumentParser:
     for name in ("run", *STAGES):
         command = _add(commands, name, _run)
         command.set_defaults(command=name)
-        text = "check, print settings, ranks, directories and what is missing; start nothing"
+        text = "check and print settings, ranks, directories and missing inputs; start nothing"
         command.add_argument("--dry-run", action="store_true", help=text)
-    page = _add(commands, "report", _report, example="\n  ee-megatron report runs/one runs/two/rl-1a2b3c4d")
+    page = _add(commands, "report", _report, example="\n  ee-megatron report runs/one runs/two --out both.html")
     page.usage = "ee-megatron report [-h] [--out FILE] (key=value ... | RUN ...)"
-    text = "with RUN: the file (default: report.html in the directory above them)"
+    text = "with RUN: output file (default: report.html in the directory above the runs)"
     page.add_argument("--out", type=Path, metavar="FILE", help=text)
     _add_generate(commands)
     serve = _add(commands, "serve", _serve, example="--port 8000 --exits threshold:0.7")
     _add_model(serve)
     _options(
         serve,
-        ("--exits", None, "RULE", "for requests without exit_policy (default: as in generate)"),
+        ("--exits", None, "RULE", "exit rule of requests without exit_policy (default: as in generate)"),
         ("--host", "127.0.0.1", None, "address to listen on (default: 127.0.0.1)"),
-        ("--port", 8000, None, "0 takes a free one (default: 8000)"),
-        ("--rows", 32, None, "requests that run together (default: 32)"),
-        ("--queue", 256, None, "requests that may wait; more get 429 (default: 256)"),
-        ("--cache-gib", 0.0, None, "memory of their cache (default: what is free)"),
-        ("--max-length", 0, None, "tokens of prompt and answer (default: the model's)"),
-        ("--max-new-tokens", 256, None, "of requests that don't say (default: 256)"),
-        ("--grace", 30.0, "SECONDS", "for running requests at the end (default: 30)"),
+        ("--port", 8000, None, "port; 0: any free one (default: 8000)"),
+        ("--rows", 32, None, "sequences generated at the same time (default: 32)"),
+        ("--queue", 256, None, "requests that may wait; further ones get HTTP 429 (default: 256)"),
+        ("--cache-gib", 0.0, None, "memory of the key-value cache (default: all that is free)"),
+        ("--max-length", 0, None, "most tokens of prompt plus answer (default: the model's limit)"),
+        ("--max-new-tokens", 256, None, "for requests without max_tokens (default: 256)"),
+        ("--grace", 30.0, "SECONDS", "time that running requests get after a stop signal (default: 30)"),
     )
-    origins = "web pages that may ask; * for any (repeatable)"
+    origins = "web origin that may send requests; *: any (repeatable)"
     serve.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help=origins)
     plan = _add(commands, "plan", _plan, example="--on cpu")
     _options(
         plan,
         ("--dims", "", "NAME", "a published model instead of model.path"),
-        ("--on", "", "DEVICE", "H100, H200, A100 or cpu (default: by the settings)"),
+        ("--on", "", "DEVICE", "H100, H200, A100 or cpu (default: that of the settings)"),
     )
-    plan.add_argument("--tflops", type=float, help="the device's peak, dense, instead of the data sheet's")
-    plan.add_argument("--memory-gib", type=float, help="the device's memory")
+    plan.add_argument("--tflops", type=float, help="dense peak of the device (default: its data sheet's)")
+    plan.add_argument("--memory-gib", type=float, help="memory of the device (default: its data sheet's)")
     _options(
         plan,
-        ("--prompt-tokens", 200, "N", "default: 200"),
-        ("--answer-tokens", 0, "N", "default: rollout.max_new_tokens"),
-        ("--mean-depth", 0.7, "SHARE", "of the layers (default: 0.7)"),
+        ("--prompt-tokens", 200, "N", "tokens of a prompt (default: 200)"),
+        ("--answer-tokens", 0, "N", "tokens of an answer (default: rollout.max_new_tokens)"),
+        ("--mean-depth", 0.7, "SHARE", "mean exit depth as a share of the layers (default: 0.7)"),
     )
-    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add(commands, "slurm-spec", _slurm_spec)
     # Only for the list of commands: main() hands their arguments on unread.
     for name, (_, text) in HANDED_ON.items():
@@ -169,7 +169,7 @@ def _add(
     )
     if stage:
         parser.add_argument("stage", type=current, choices=list(STAGES), help="the stage that the job runs")
-    text = "experiment=..., group choices and single settings"
+    text = "experiment=NAME and single settings (configs/)"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=text)
     parser.set_defaults(handler=handler)
     return parser
@@ -187,16 +187,16 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     example = r"--exits threshold:0.7 --prompt $'Question: What is 7 times 8?\nAnswer:'"
     example += "\n  ee-megatron generate --model models/SmolLM2-135M-Instruct --prompt 'What is the capital of France?'"
     generate = _add(commands, "generate", _generate, example=example)
-    generate.add_argument("--prompt", required=True, help="text that the model reads")
+    generate.add_argument("--prompt", required=True, help="text to continue or answer")
     _options(
         generate,
-        ("--exits", None, "RULE", f"{exit_rules.usage()} (default: what an export says, else threshold:0.5)"),
-        ("--temperature", 0.0, None, "0 takes the most probable token (default: 0)"),
+        ("--exits", None, "RULE", f"{exit_rules.usage()} (default: the export's, else threshold:0.5)"),
+        ("--temperature", 0.0, None, "sampling temperature; 0: the most probable token (default: 0)"),
     )
-    text = "default: rollout.max_new_tokens; 256 without a run"
+    text = "most tokens of the answer (default: rollout.max_new_tokens; 256 without a run)"
     generate.add_argument("--max-new-tokens", type=int, metavar="N", help=text)
-    text = "the prompt is a user's message in the model's chat template (default: as the run's prompts were; without a "
-    text += "run, for a model that has a template and no gates)"
+    text = "put the prompt into the model's chat template as a user's message (default: as in the run's training; "
+    text += "without a run, if the model has a template and no gates)"
     generate.add_argument("--chat", action=argparse.BooleanOptionalAction, default=None, help=text)
     _add_model(generate)
 
@@ -210,7 +210,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         ),
         ("--policy", None, "DIR", "a policy checkpoint or stage directory (default: the newest)"),
     )  # fmt: skip
-    text = "let the policy run on a model that it was not made on"
+    text = "accept a policy that was trained on another base model"
     parser.add_argument("--base-unchecked", action="store_true", help=text)
 
 

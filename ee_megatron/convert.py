@@ -310,75 +310,88 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, text: str, run: Callable[[argparse.Namespace], int], *examples: str
+    ) -> argparse.ArgumentParser:
+        shown = "".join(f"\n  ee-megatron convert {name} {example}" for example in examples)
+        form = argparse.RawDescriptionHelpFormatter
+        made = commands.add_parser(name, help=text, description=text, epilog=f"examples:{shown}", formatter_class=form)
         made.set_defaults(run=run)
         return made
 
     def policies(add: Any) -> None:
-        add("--base-unchecked", action="store_true", help="take a policy with a model that it was not made on")
+        add("--base-unchecked", action="store_true", help="accept a policy that was trained on another base model")
 
     def writes(add: Any) -> None:
-        add("--out", required=True, help="directory to make")
-        words = f"also {', '.join(SHORT)} for short; auto: as each tensor is stored (default: auto)"
+        add("--out", required=True, help="output directory, which must not exist")
+        words = f"or {', '.join(SHORT)}; auto: each tensor's stored dtype (default: auto)"
         add("--dtype", type=lambda text: SHORT.get(text, text), choices=("auto", *DTYPES), default="auto", help=words)
-        add("--resume", action="store_true", help="go on from what a killed run left")
+        add("--resume", action="store_true", help="continue an interrupted conversion")
         add("--quiet", action="store_true", help="no lines of progress")
 
     def layout(add: Any) -> None:
-        add("--tp", type=int, default=1, help="tensor-parallel degree that the files are cut for")
-        add("--pp", type=int, default=1, help="pipeline-parallel degree; checked against the exits")
-        add("--vpp", type=int, default=1, help="virtual stages per pipeline rank")
+        add("--tp", type=int, default=1, help="tensor-parallel degree of the checkpoint (default: 1)")
+        add("--pp", type=int, default=1, help="pipeline-parallel degree; stages end at exits (default: 1)")
+        add("--vpp", type=int, default=1, help="virtual stages per pipeline rank (default: 1)")
 
-    made = command("import", "Hugging Face or foreign Megatron model -> Megatron checkpoint", _import)
+    made = command(
+        "import", "Hugging Face model, or checkpoint of Megatron-LM or Megatron-Bridge -> Megatron checkpoint", _import,
+        "--hf models/SmolLM2-135M-Instruct --tp 1 --pp 2 --gates fresh --exit-depths 10,15,20 --out megatron",
+        "--megatron other/checkpoint --config models/SmolLM2-135M-Instruct --out megatron",
+    )  # fmt: skip
     base, add = made.add_mutually_exclusive_group(), made.add_argument
     base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
-    base.add_argument("--megatron", help="what Megatron-LM or Megatron-Bridge saved (torch_dist)")
+    base.add_argument("--megatron", help="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist)")
     add("--config", help="with --megatron: directory with the model's config.json and tokenizer")
     writes(add)
     layout(add)
-    words = (
-        "auto: those that --policy or the model brings along, else none; fresh: untrained ones at the default depths; "
-    )
-    add("--gates", choices=("auto", "fresh", "drop"), default="auto", help=f"{words}drop: none (default: auto)")
-    add("--exit-depths", type=_depths, help="fresh gates at these depths, for example 7,14,21")
-    words = "policy checkpoint, stage or run whose adapters and gates are taken along; without --hf a run's base too"
+    words = "auto: those of --policy or the model, if any; fresh: untrained ones; drop: none (default: auto)"
+    add("--gates", choices=("auto", "fresh", "drop"), default="auto", help=words)
+    add("--exit-depths", type=_depths, help="depths of fresh gates, for example 7,14,21 (default: every fifth layer)")
+    words = "policy checkpoint, stage or run whose adapters and gates are included; without --hf a run's base, too"
     add("--policy", help=words)
     policies(add)
 
-    add = command("export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export).add_argument
+    add = command(
+        "export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export,
+        "--checkpoint runs/demo_cpu --out exported", "--checkpoint runs/demo_cpu --adapters keep --out adapter",
+    ).add_argument  # fmt: skip
     words = "run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
     add("--checkpoint", required=True, help=words)
-    add("--hf", help="base model of a policy checkpoint, which it was made on (default: that of its run)")
+    add("--hf", help="base model of a policy checkpoint (default: its run's)")
     policies(add)
     writes(add)
-    add("--adapters", choices=("merge", "keep"), default="merge")
-    words = "auto: embed, or sidecar with --adapters keep; drop where there are none (default: auto)"
+    add("--adapters", choices=("merge", "keep"), default="merge", help="default: merge; keep: a PEFT adapter")
+    words = "embed: in the model; sidecar: a file beside it; drop: none; auto: embed, with --adapters keep sidecar"
     add("--gates", choices=("auto", "embed", "sidecar", "drop"), default="auto", help=words)
     add("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
-    add("--base-name", help="what --adapters keep calls the base model: a name on the hub, or a directory")
+    add("--base-name", help="with --adapters keep: the base model's name on the hub, or its directory")
 
-    add = command("reshard", "Megatron checkpoint -> the same for another parallel layout", _reshard).add_argument
+    words = "Megatron checkpoint -> the same for another parallel layout"
+    add = command("reshard", words, _reshard, "--checkpoint megatron --tp 2 --pp 2 --out resharded").add_argument
     add("--checkpoint", required=True, help="Megatron checkpoint")
     policies(add)
     writes(add)
     layout(add)
 
-    add = command("verify", "whether two checkpoints of any kind are the same model", _verify).add_argument
+    words = "check whether two checkpoints of any kind are the same model (exit code 1: they differ)"
+    add = command("verify", words, _verify, "runs/demo_cpu exported", "a b --no-logits").add_argument
     add("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
     add("b", help="another one")
-    add("--hf", help="base model of policy checkpoints (default: that of their run)")
+    add("--hf", help="base model of policy checkpoints (default: their run's)")
     policies(add)
     add("--no-logits", action="store_true", help="compare tensors only; needs little memory")
 
-    add = command("inspect", "table of tensors, shapes, dtypes, hashes; layout, exit depths", _inspect).add_argument
+    words = "print a model's tensors with shapes, dtypes and hashes, its layout and exit depths"
+    add = command("inspect", words, _inspect, "runs/demo_cpu", "exported --no-hash").add_argument
     add("directory")
-    add("--no-hash", action="store_true", help="read headers only; numbers aren't looked at")
+    add("--no-hash", action="store_true", help="read headers only; values are not checked")
 
-    add = command("roundtrip", "import and export again; every tensor must come back equal", _roundtrip).add_argument
+    words = "import a model, export it again and compare every tensor (exit code 1: some differ)"
+    add = command("roundtrip", words, _roundtrip, "--hf models/SmolLM2-135M-Instruct --pp 2").add_argument
     add("--hf", required=True, help="Hugging Face model directory")
-    add("--tp", type=int, default=1, help="tensor-parallel degree on the way")
-    add("--pp", type=int, default=1, help="pipeline-parallel degree on the way")
-    add("--work", help="where the copies are made (needs twice the model's size)")
+    add("--tp", type=int, default=1, help="tensor-parallel degree in between (default: 1)")
+    add("--pp", type=int, default=1, help="pipeline-parallel degree in between (default: 1)")
+    add("--work", help="directory for the copies, twice the model's size (default: a temporary one)")
     add("--quiet", action="store_true", help="no lines of progress")
     return parser

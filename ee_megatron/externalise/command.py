@@ -1,4 +1,4 @@
-"""`ee-megatron externalise DIRECTORY`: a study's finished evaluations in; one page, tables and figures out."""
+"""`ee-megatron externalise DIRECTORY`: read a study's finished evaluations; write one page, tables and figures."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ ABOUT = "does a depth penalty make a model write out its reasoning? A study's ru
 EPILOG = """\
 reads   every finished evaluation below DIRECTORY (*/evaluate-*/) of runs that measured the choice of style
         (task.name=hops or sums, evaluate.style_choice.models=reinforced or all)
-writes  externalise.html  points, figures, conditions side by side; needs nothing but itself. plots/: figures as PNG
+writes  externalise.html  points, figures, conditions side by side; self-contained. plots/: figures as PNG
         effects.csv       a row per acceptance point: effect, interval, replicates, status
         externalise.csv   a row per run and family of problems: shares, right, depth, length, the closed form's forecast
         laws.csv          a row per model, family and cost of depth: layers that a hop takes, the penalty at which steps
-                          take over, by the closed form and as found
+                          take over, by the closed form and as measured
 
-example: ee-megatron externalise runs --out study
+example:
+  ee-megatron externalise runs --out study
 """
 PARTS = {
     "Points": "Points set before the study ran: the change of a figure under a condition, against another where one is "
@@ -48,14 +49,14 @@ PARTS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns 0. Raises ValueError or FileNotFoundError for what a user can put right."""
+    """Run the command; returns 0. Raises ValueError or FileNotFoundError for errors of the user."""
     parser = Parser(
         prog="ee-megatron externalise", description=ABOUT, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="holds the study's runs, at any depth")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the files go (default: DIRECTORY)")
-    help_level = "share of written steps whose penalty laws.csv has (%(default)s)"
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="contains the study's runs, at any level")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (default: DIRECTORY)")
+    help_level = "laws.csv has the penalty at which this share of the steps is written (default: %(default)s)"
     parser.add_argument("--level", type=float, default=0.5, metavar="SHARE", help=help_level)
     given = parser.parse_args(list(argv))
     if not 0 < given.level < 1:
@@ -97,7 +98,7 @@ def tables(runs: pd.DataFrame, effect_table: pd.DataFrame) -> dict[str, TextTabl
 
 @rc_context(STYLE)
 def draw(runs: pd.DataFrame) -> list[ReportChart]:
-    """A chart for each shape and length of a step."""
+    """Draw a chart for each shape and length of a step."""
     charts = []
     for (shape, tau), rows in runs.sort_values([*SHAPE, "tau"], kind="stable").groupby(["shape", "tau"], sort=False):
         where = [f"tau{tau}", *([str(shape)] if runs["shape"].nunique() > 1 else [])]

@@ -25,11 +25,11 @@ from .table import RunTable, observations, read_table
 MIN_BOOTSTRAP = 200
 METHODS = {"huber": fit_loss_law, "isoflop": fit_isoflop}
 HELP = {
-    "fit": "L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 %% intervals over runs",
-    "predict": "loss of a size and token count, best size of a budget, or any metric of a run to come",
-    "check": "a forecast that predict wrote beside the runs made since: in its intervals or not",
-    "compare": "which form a metric follows: constant, linear, power law, logistic, with lambda; by held-out error",
-    "plot": "the fits with bands, isoFLOP curves, a metric with its best form: PNG files",
+    "fit": "fit L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 %% intervals over runs",
+    "predict": "forecast a planned run's loss or other metric, or the best model size for a compute budget",
+    "check": "compare a stored forecast with later runs: are they within its intervals?",
+    "compare": "compare forms of a metric (constant, linear, power law, logistic, with lambda) by held-out error",
+    "plot": "draw fits with confidence bands, isoFLOP curves, a metric with its best form: PNG files",
 }
 EPILOG = """\
 examples:
@@ -69,29 +69,29 @@ def main(argv: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     rows, draws, metric, laws, check, predict = (Parser(add_help=False) for _ in range(6))
-    where = "use such rows only: status=finished, status!=failed, params<1e9, loss>=2 (may be repeated)"
+    where = "use only rows with status=finished, status!=failed, params<1e9, loss>=2, ... (repeatable)"
     rows.add_argument("table", type=Path, metavar="TABLE", help="a .csv or .parquet file, one row per measurement")
     rows.add_argument("--where", action="append", default=[], metavar="CONDITION", help=where)
-    rows.add_argument("--run", metavar="COL", help="runs, whose rows share their noise (default: run, else each row)")
+    rows.add_argument("--run", metavar="COL", help="column of runs, resampled whole (default: run, else each row)")
     rows.add_argument("--out", type=Path, metavar="DIR", help="write the results there as files")
-    draws.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default: 1000)")
-    draws.add_argument("--seed", type=int, default=0, help="of resamples and folds (default: 0)")
-    metric.add_argument("--metric", metavar="COL", help="what is to be explained, e.g. mean_depth")
-    metric.add_argument("--against", metavar="COL[,COL]", help="by what, e.g. params,lambda")
-    metric.add_argument("--lambda", metavar="COL", help="depth penalty of --against, may be 0 (default: lambda)")
+    draws.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="bootstrap resamples (default: 1000)")
+    draws.add_argument("--seed", type=int, default=0, help="seed of resamples and folds (default: 0)")
+    metric.add_argument("--metric", metavar="COL", help="column to explain, e.g. mean_depth")
+    metric.add_argument("--against", metavar="COL[,COL]", help="columns that explain it, e.g. params,lambda")
+    metric.add_argument("--lambda", metavar="COL", help="column of --against that may be 0 (default: lambda)")
     for option in ("params", "tokens", "flops", "loss"):
         laws.add_argument(f"--{option}", metavar="COL", help=f"column of {option} (default: {option})")
-    laws.add_argument("--method", choices=[*METHODS, "all"], default="all", help="default: all")
-    laws.add_argument("--budget", metavar="COL", help="isoflop: rows of one value are one compute budget")
-    at = "a run to come: parameters and tokens, or with --metric a value for each column of --against"
+    laws.add_argument("--method", choices=[*METHODS, "all"], default="all", help="how to fit (default: all)")
+    laws.add_argument("--budget", metavar="COL", help="isoflop: column of compute budgets")
+    at = "a planned run: parameters and tokens, or with --metric a value for each column of --against"
     predict.add_argument("--at", action="append", default=[], metavar="N,D", help=at)
-    predict.add_argument("--compute", action="append", default=[], metavar="C", help="FLOPs of a budget to come")
-    predict.add_argument("--again", action="store_true", help="replace the forecast that --out holds")
+    predict.add_argument("--compute", action="append", default=[], metavar="C", help="a planned compute budget, FLOPs")
+    predict.add_argument("--again", action="store_true", help="replace the forecast in --out")
     check.add_argument("forecast", type=Path, metavar="FORECAST", help="predict.json, as predict wrote it")
-    check.add_argument("--within", type=float, default=0.01, help="rows within this share of a point (default: 0.01)")
+    check.add_argument("--within", type=float, default=0.01, help="relative distance from a point (default: 0.01)")
     form = argparse.RawDescriptionHelpFormatter
     parser: argparse.ArgumentParser = Parser(prog="ee-megatron scaling", formatter_class=form, epilog=EPILOG)
-    parser.description = "Scaling laws from a table of runs."
+    parser.description = "Fit scaling laws to a table of runs."
     # For commands that don't have these options.
     parser.set_defaults(bootstrap=MIN_BOOTSTRAP, seed=0, metric=None, against=None)
     commands = parser.add_subparsers(title="commands", metavar="<command>", required=True)

@@ -50,21 +50,21 @@ def main(arguments: Sequence[str]) -> int:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="ee-megatron sweep",
-        description="A grid of runs: checked as a whole, shared stages made once, one table.",
+        description="Run a grid of settings: all points are checked first, shared stages run once, one result table.",
         usage="%(prog)s key=a,b,c ... [options]\n       %(prog)s status NAME\n       %(prog)s collect NAME",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; several values make an axis")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="a setting; several values make an axis")
     parser.add_argument("--name", default="", help="results go to runs/NAME (default: the experiment's name)")
     text = "stage to end with (default: evaluate)"
     parser.add_argument("--last", default="evaluate", type=current, choices=STAGES, help=text)
-    parser.add_argument("--zip", action="append", default=[], metavar="key,key", help="axes that run together")
-    parser.add_argument("--executor", default="local", choices=("local", "slurm"))
+    parser.add_argument("--zip", action="append", default=[], metavar="key,key", help="axes that vary together")
+    parser.add_argument("--executor", default="local", choices=("local", "slurm"), help="default: local")
     parser.add_argument("--max-parallel", type=int, metavar="N", help="tasks at a time (default: local 1, slurm 256)")
-    parser.add_argument("--slurm", action="append", default=[], metavar="key=value", help="an option of sbatch")
-    parser.add_argument("--extend", action="store_true", help="add these points to the sweep that the name has")
-    parser.add_argument("--retry-failed", action="store_true", help="start failed runs again too")
+    parser.add_argument("--slurm", action="append", default=[], metavar="key=value", help="sbatch option (repeatable)")
+    parser.add_argument("--extend", action="store_true", help="add these points to the existing sweep of that name")
+    parser.add_argument("--retry-failed", action="store_true", help="also start failed runs again")
     parser.add_argument("--dry-run", action="store_true", help="check and list the points; start and write nothing")
     options, rest = parser.parse_known_args(arguments)
     if wrong := [text for text in rest if text.startswith("-")]:

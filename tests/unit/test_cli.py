@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import resource
 import shlex
@@ -16,6 +18,7 @@ from omegaconf import OmegaConf
 from ee_megatron import cli, convert
 from ee_megatron.config import load as loading
 from ee_megatron.config.validate import validate
+from ee_megatron.scaling import command as scaling
 from ee_megatron.sweeps import command as sweeps
 from tests.processes import ee_megatron
 
@@ -180,7 +183,19 @@ def words_of(text: str) -> list[str] | None:
     return words[: words.index("|")] if "|" in words and "convert" not in words else words
 
 
-QUOTED = list(quoted())
+def examples() -> Iterator[tuple[str, list[str], bool]]:
+    """Commands that end the `--help` of each command, as `quoted` has them."""
+    inner = {"convert": ("import", "export", "reshard", "verify", "inspect", "roundtrip")}
+    for name in (*cli.COMMANDS, *cli.HANDED_ON):
+        for words in ([name], *([name, sub] for sub in inner.get(name, ()))):
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+                cli.main([*words, "--help"])
+            shown = re.findall(r"^  ee-megatron (.*)", out.getvalue(), re.MULTILINE)
+            assert shown or words == ["convert"], f"{' '.join(words)} --help has no example"
+            yield from ((f"{' '.join(words)} --help", words_of(text) or [], False) for text in shown)
+
+
+QUOTED = [*quoted(), *examples()]
 
 
 def check_quoted(name: str, *words: str) -> None:
@@ -192,6 +207,8 @@ def check_quoted(name: str, *words: str) -> None:
             validate(loading.load(grid.overrides(point)), None)
     elif name == "convert" and not any("[" in word for word in words):
         convert._parser().parse_args(words)
+    elif name == "scaling" and not any("[" in word for word in words):
+        scaling._parser().parse_args(words)
     elif name not in cli.HANDED_ON:
         options, rest = cli.build_parser().parse_known_args([name, *words])
         assert not [word for word in rest if word.startswith("-")]
@@ -201,7 +218,7 @@ def check_quoted(name: str, *words: str) -> None:
 
 
 @pytest.mark.parametrize(("words", "fails"), [pytest.param(*rest, id=where) for where, *rest in QUOTED])
-def test_commands_that_the_pages_quote_are_taken(words: list[str], fails: bool) -> None:
+def test_commands_that_pages_and_help_quote_are_taken(words: list[str], fails: bool) -> None:
     try:
         check_quoted(*words)
     except (ValueError, SystemExit) as error:

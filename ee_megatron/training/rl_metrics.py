@@ -55,14 +55,14 @@ def step_metrics(
     difference, policy = result.logprob_diff, scores.policy
     if policy is not None:
         seen = LogprobDiff.of(batch, rollouts_of(groups), policy)
-        values |= {"token_mismatch": seen.token, "exit_mismatch": seen.exit}
+        values |= {"logprob_diff": seen.token, "exit_logprob_diff": seen.exit}
         values["token_entropy"] = float(policy.token_entropy[batch.loss_mask].mean())
         values["exit_entropy"] = float(policy.exit_entropy[batch.loss_mask].mean())
     values |= rollout_metrics(batch, groups, num_layers)
     if target is not None:
         values |= {"accuracy_running": target.running, "accuracy_goal": target.goal}
     if difference is not None:
-        values |= {"token_mismatch": difference.token, "exit_mismatch": difference.exit}
+        values |= {"logprob_diff": difference.token, "exit_logprob_diff": difference.exit}
     if result.kl:
         values["kl_exact"] = float(np.mean(result.kl))
         values.setdefault("kl_to_reference", result.kl[0])
@@ -72,7 +72,7 @@ def step_metrics(
         "updates": float(sum(u.applied for u in result.updates)),
         "updates_left_out": float(sum(not u.applied for u in result.updates)),
         "groups_dropped": float(len(groups) - len(result.groups)),
-        "clipped": float(np.mean(result.clip_fraction)) if result.clip_fraction else 0.0,
+        "clip_fraction": float(np.mean(result.clip_fraction)) if result.clip_fraction else 0.0,
     }
 
 
@@ -84,7 +84,7 @@ def advantage_metrics(batch: ReplayBatch, x: Advantages, lambda_depth: float) ->
         "task_reward": float(x.task_reward.mean()),
         "depth_cost": float(x.depth_cost.mean()),
         "lambda": lambda_depth,
-        "advantage_spread": float(x.advantage.std(unbiased=False)),
+        "advantage_std": float(x.advantage.std(unbiased=False)),
         "charged": float(x.penalized.float().mean()),
         "filtered": float((~x.loss_included).float().mean()),
         "importance_ratio_mean": float(ratio.mean()),

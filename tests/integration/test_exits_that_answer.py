@@ -128,7 +128,7 @@ def test_a_step_that_scores_nothing_first_still_shows_how_far_learner_and_pool_a
     rows = read_metrics(finish([*made, *settings], tmp_path) / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
-        assert 0 < row["token_mismatch"] < 1e-4 and row["exit_mismatch"] < 1e-4
+        assert 0 < row["logprob_diff"] < 1e-4 and row["exit_logprob_diff"] < 1e-4
         assert row["kl_to_reference"] == row["kl_exact"] > 0 and row["grad_norm"] > 0
         # What only a pass before the update could tell.
         assert "token_entropy" not in row

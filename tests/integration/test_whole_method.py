@@ -136,7 +136,7 @@ def test_learner_and_pool_agree_at_every_step(finished):
     rows = read_metrics(only(folder, "rl") / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
-        assert row["token_mismatch"] < 1e-5 and row["exit_mismatch"] < 1e-5
+        assert row["logprob_diff"] < 1e-5 and row["exit_logprob_diff"] < 1e-5
         assert row["importance_ratio_max"] < 1.001
         assert row["grad_norm"] > 0
 
@@ -279,7 +279,7 @@ def test_full_fine_tuning_goes_on_from_a_checkpoint_with_rollouts_made_ahead(fin
     undisturbed = read_metrics(stage / "metrics.jsonl")
     end = load_file(stage / "checkpoints" / "step_4" / "policy.safetensors")
     assert "model.embed_tokens.weight" in end
-    assert all(row["exit_mismatch"] < 0.1 for row in undisturbed)
+    assert all(row["exit_logprob_diff"] < 0.1 for row in undisturbed)
     (stage / "DONE").unlink()
     shutil.rmtree(stage / "checkpoints" / "step_4")
     shutil.rmtree(stage / "ahead" / "version_4")

@@ -33,7 +33,7 @@ def test_each_stage_goes_by_the_command_that_a_dry_run_prints(site):
     # The price starts where it is set, and then follows the accuracy that is to be kept.
     assert rows[0]["lambda"] == 0.3
     for row in rows:
-        assert row["token_mismatch"] < 1e-5 and row["actors_alive"] == 1 and row["accuracy_goal"] < 1
+        assert row["logprob_diff"] < 1e-5 and row["actors_alive"] == 1 and row["accuracy_goal"] < 1
     (logs,) = (directory / "slurm").iterdir()
     # The token is gone.
     names = ["rank-0.log", "rank-1.log", "ray-node1.log", "ray-node2.log"]

@@ -1,4 +1,4 @@
-"""The policy's own tensors: their names, their start values, the identity of a version.
+"""The policy's tensors: names, initial values, and the identity of a version.
 
 With adapters the base stays frozen, so adapters and gates are all that travels from the learner to the rollout pool and
 all that a checkpoint has to hold. Under full fine-tuning the policy is every tensor of the base (by its Hugging Face
@@ -32,7 +32,7 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """Which tensors a policy has: adapters or the whole base, and gates.
+    """Spec of a policy's tensors: adapters or the whole base, and gates.
 
     exit_depths as in `ExitLayout`; rank 0 means no adapters; `targets` are linear names within a block; the LoRA
     product is scaled by alpha / rank. `full`: full fine-tuning, without adapters (rank 0). `gate_input` is "normalised"

@@ -1,4 +1,4 @@
-"""The statistics behind every reported figure: scipy's tests and intervals, and bootstraps that resample clusters.
+"""Statistics of every reported figure: scipy's tests and intervals, and bootstraps that resample clusters.
 
 scipy.stats takes a second to import and is imported where it is used.
 """
@@ -26,7 +26,7 @@ class Estimate(NamedTuple):
 
 
 class PairedTest(NamedTuple):
-    """only_first, only_second: items that one of the two got right and the other did not; p_value, two-sided."""
+    """A paired test. only_first, only_second: items that only one of the two got right; p_value, two-sided."""
 
     only_first: int
     only_second: int
@@ -47,9 +47,9 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> Interval:
 
 
 def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
-    """Whether two models differ in accuracy on the same items (bool [n] each), by the discordant pairs alone: McNemar,
-    Psychometrika 12 (1947), with the binomial distribution instead of its chi-square approximation. Raises ValueError
-    for unequal lengths."""
+    """Test whether two models differ in accuracy on the same items (bool [n] each), by the discordant pairs alone:
+    McNemar, Psychometrika 12 (1947), with the binomial distribution instead of its chi-square approximation. Raises
+    ValueError for unequal lengths."""
     only_first = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
     only_second = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
     if not only_first + only_second:

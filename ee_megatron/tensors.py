@@ -1,4 +1,4 @@
-"""Named tensors that may be larger than memory: read in parts, streamed in blocks of rows, hashed as they pass."""
+"""Named tensors that may be larger than memory: read in parts, streamed in blocks of rows, hashed while streaming."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class Block:
-    """Rows `first` .. first + len(data) - 1 of tensor `name`, whose whole shape is `shape`, on the CPU."""
+    """A part of a tensor, on the CPU: rows `first` .. first + len(data) - 1 of `name`, whose whole shape is `shape`."""
 
     name: str
     shape: Shape
@@ -48,7 +48,7 @@ class Stream(Protocol):
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read when needed, not cached. `entries`: dtype and shape of each, known without reading it."""
+    """Tensors that are read on access, not cached. `entries`: dtype and shape of each, known without reading it."""
 
     entries: Entries
 
@@ -126,8 +126,8 @@ def map_file(path: Path, offset: int, dtype: torch.dtype, shape: Shape, soon: bo
 
 
 class FileTensors(LazyTensors):
-    """The tensors of a safetensors file, or of several: name -> file. Only requested parts are read, whole files
-    are never mapped. `dtype`: what they are converted to; None: as they are stored.
+    """Tensors of one or several safetensors files: name -> file. Only requested parts are read, whole files are never
+    mapped. `dtype`: to convert to; None: as they are stored.
 
     Raises ValueError or FileNotFoundError for a file that is missing, damaged or of unsupported dtypes."""
 
@@ -158,7 +158,7 @@ class FileTensors(LazyTensors):
 
 
 class LayeredTensors(LazyTensors):
-    """Some tensors, and for the names that they lack those of another mapping."""
+    """Some tensors, with those of another mapping for missing names."""
 
     def __init__(self, over: Mapping[str, Tensor], under: Mapping[str, Tensor]):
         self._over, self._under = over, under
@@ -170,26 +170,26 @@ class LayeredTensors(LazyTensors):
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> Entries:
-    """Dtype and shape of each tensor; none is read for that."""
+    """Dtype and shape of each tensor, without reading it."""
     if isinstance(tensors, LazyTensors):
         return tensors.entries
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> Shape:
-    """A tensor's shape; it is not read for that."""
+    """Shape of a tensor, without reading it."""
     return tensors.shape(name) if isinstance(tensors, LazyTensors) else tuple(tensors[name].shape)
 
 
 def part_of(tensors: Mapping[str, Tensor], name: str, *where: slice) -> Tensor:
-    """A part of a tensor, a range per dimension; no more than that is read."""
+    """Read a part of a tensor, a range per dimension."""
     if isinstance(tensors, LazyTensors):
         return tensors.part(name, *where)
     return tensors[name][where] if where else tensors[name]
 
 
 def row_blocks(tensors: Mapping[str, Tensor], name: str) -> Iterator[Block]:
-    """One tensor in blocks of rows of at most BLOCK_BYTES in float32 (or of one row); the same for every dtype."""
+    """Yield one tensor in blocks of rows of at most BLOCK_BYTES in float32 (or one row); the same for every dtype."""
     shape = shape_of(tensors, name)
     rows = max(1, BLOCK_BYTES // max(1, 4 * math.prod(shape[1:]))) if shape else 1
     if not shape or rows >= shape[0]:
@@ -200,13 +200,13 @@ def row_blocks(tensors: Mapping[str, Tensor], name: str) -> Iterator[Block]:
 
 
 def blocks_of(tensors: Mapping[str, Tensor]) -> Iterator[Block]:
-    """All tensors, in name order, in `row_blocks`."""
+    """Iterate over all tensors, in name order, in `row_blocks`."""
     for name in sorted(tensors):
         yield from row_blocks(tensors, name)
 
 
 def prefetch(items: Iterable[Any]) -> Iterator[Any]:
-    """The same items, each made AHEAD items before it is used: of what is mapped the system reads that much ahead."""
+    """Iterate AHEAD items ahead of the consumer: of mapped files the system reads that much in advance."""
     waiting: deque[Any] = deque()
     for item in items:
         waiting.append(item)
@@ -218,7 +218,7 @@ def prefetch(items: Iterable[Any]) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class HeldStream:
-    """`Stream` of tensors that are there."""
+    """`Stream` of tensors in memory."""
 
     tensors: Mapping[str, Tensor]
 
@@ -232,7 +232,7 @@ class HeldStream:
 
 @dataclass(frozen=True)
 class ChangedStream:
-    """Another stream, each block with other numbers."""
+    """`Stream` of another stream's blocks with changed numbers."""
 
     stream: Stream
     change: Callable[[Block], Tensor]
@@ -247,7 +247,7 @@ class ChangedStream:
 
 
 def drain(stream: Iterable[Block]) -> None:
-    """Iterate to the end: a rank's part of a stream whose blocks go to another, or are not wanted."""
+    """Iterate to the end: a rank's part of a stream whose blocks go to another, or are not used."""
     for _ in stream:
         pass
 
@@ -292,7 +292,7 @@ class Hasher:
 
 
 class Digest:
-    """SHA-256 of tensors that come in blocks. A block must not change before `hexdigest`."""
+    """Computes the SHA-256 of tensors that come in blocks. A block must not change before `hexdigest`."""
 
     def __init__(self, hasher: Hasher):
         self._hasher, self._sha = hasher, hashlib.sha256()
@@ -313,7 +313,7 @@ class Digest:
             yield block
 
     def hexdigest(self) -> str:
-        """Waits for the blocks so far."""
+        """Wait for the blocks so far and return the digest."""
         if self._last is not None:
             self._last.result()
         return self._sha.hexdigest()
@@ -333,7 +333,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes in name order: two sides hold the same weights iff digests agree."""
+    """SHA-256 over names, shapes, dtypes and bytes in name order: two sides have the same weights iff digests agree."""
     sha = hashlib.sha256()
     blocks = blocks_of(tensors)
     for block in prefetch(blocks) if isinstance(tensors, LazyTensors) else blocks:

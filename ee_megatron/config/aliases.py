@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 
 
 class Removed(NamedTuple):
-    """A removed setting. `default`: the value that it now always has, accepted for one release; `instead`: advice for
-    other values; `hashed`: it is still part of the identity of results (identity.py), with that value."""
+    """A removed setting. `default`: its fixed value now, accepted for one release; `instead`: advice for other values;
+    `hashed`: that value is still part of the identity of results (identity.py)."""
 
     default: Any
     instead: str = "leave it out"
@@ -107,8 +107,8 @@ REWRITTEN: dict[str, Callable[[Any], list[Given]]] = {
 
 
 def modern(key: str, value: Any, warns: bool) -> list[Given]:
-    """(key, value, when) under today's names; `warns`: warn about an older name. Raises ValueError for a removed
-    setting, unless it has the value that is now its only one."""
+    """Translate a setting to today's names: (key, value, when). `warns`: warn about an older name. Raises ValueError
+    for a removed setting, unless it has the value that is now its only one."""
     if gone := REMOVED.get(key):
         if value != gone.default:
             raise ValueError(f"{key}={value}: was removed and is always {gone.default} now; {gone.instead}")
@@ -138,8 +138,8 @@ def warn(text: str) -> None:
 
 
 def modernise(config: dict[str, Any], *, warns: bool) -> list[str]:
-    """Give a nested configuration today's names, in place. Returns a fault for each removed setting, unless it has the
-    value that is now its only one."""
+    """Translate a nested configuration to today's names, in place. Returns a fault for each removed setting, unless it
+    has the value that is now its only one."""
     faults, settings = list[str](), list[Given]()
     for key in (*REWRITTEN, *REMOVED, *RENAMED, *SWITCHES):
         *path, name = key.split(".")

@@ -1,4 +1,4 @@
-"""Which nodes and devices of a Slurm job do what, and the sbatch options of jobs beside nodes.
+"""Assigns nodes and devices of a Slurm job to ranks and actors, and sets the sbatch options of jobs beside nodes.
 
 Learner ranks take the first nodes of a job, rollout actors the last: cluster.rollout_nodes of their own or, where that
 is 0, all of them, beside the ranks.
@@ -23,9 +23,9 @@ MOST_VERIFIERS = 16
 
 @dataclass(frozen=True)
 class JobShape:
-    """`ranks` on the first `learner_nodes` of `nodes`, at most `ranks_per_node` each; actors on the last
-    `rollout_nodes` (0: none by Ray), at most `actors_per_node` each, on that node's devices from `first_device` on.
-    `gpus_per_node` 0: a cluster without GPUs."""
+    """Nodes and devices of a job: `ranks` on the first `learner_nodes` of `nodes`, at most `ranks_per_node` each;
+    actors on the last `rollout_nodes` (0: none by Ray), at most `actors_per_node` each, on that node's devices from
+    `first_device` on. `gpus_per_node` 0: a cluster without GPUs."""
 
     nodes: int
     learner_nodes: int
@@ -44,7 +44,7 @@ class JobShape:
 
 
 def job_shape(cfg: RunConfig, stage: str) -> JobShape:
-    """What a job of this stage needs. The configuration must be valid (validate.py)."""
+    """Compute the shape of this stage's job. The configuration must be valid (validate.py)."""
     cluster, rollout = cfg.job, cfg.rollout
     own = cluster.rollout_nodes
     needs_actors = has_actors(rollout) and stage not in ("import-checkpoint", "pretrain", "calibrate")
@@ -72,7 +72,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
 
 
 def verifier_workers(cfg: RunConfig, stage: str, device: str, environment: Mapping[str, str], cores: int) -> int:
-    """How many of rank 0's `cores` no other process on its node needs: at least 1, at most MOST_VERIFIERS. `device`:
+    """Number of rank 0's `cores` that no other process on its node needs: at least 1, at most MOST_VERIFIERS. `device`:
     of ranks and actors, "cpu" or "cuda"."""
     busy = 1
     # srun binds a rank to cores of its own; elsewhere all processes of a node share the same cores.
@@ -85,7 +85,7 @@ def verifier_workers(cfg: RunConfig, stage: str, device: str, environment: Mappi
 
 
 def seats(devices: int, share: float) -> int:
-    """How many actors that take `share` of a device each (or `share` whole ones) fit on so many devices."""
+    """Number of actors, each with a `share` of a device (or `share` whole ones), that fit on so many devices."""
     if devices <= 0:
         return 0
     # 1 / 0.1 and its like may come out a hair below the whole number.
@@ -119,8 +119,8 @@ SETTINGS = ("nodes", "ntasks", "ntasks-per-node", "array")
 
 
 def site_options(environment: Mapping[str, str]) -> dict[str, str]:
-    """EE_SBATCH as option -> value, "" for one without. Raises ValueError for a word that is not --option=value, an
-    option that follows from the settings, and an alternative (SAME) to an option of the scripts' #SBATCH lines."""
+    """Parse EE_SBATCH as option -> value, "" for one without. Raises ValueError for a word that is not --option=value,
+    an option that follows from the settings, an alternative (SAME) to an option of the scripts' #SBATCH lines."""
     options: dict[str, str] = {}
     text = environment.get(SITE, "")
     try:
@@ -141,7 +141,7 @@ def site_options(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def merged(*given: Mapping[str, str]) -> dict[str, str]:
-    """All options; a later one replaces its alternatives (SAME)."""
+    """Merge options; a later one replaces its alternatives (SAME)."""
     union: dict[str, str] = {}
     for options in given:
         for key, value in options.items():
@@ -153,5 +153,5 @@ def merged(*given: Mapping[str, str]) -> dict[str, str]:
 
 
 def as_options(options: Mapping[str, str]) -> list[str]:
-    """As on a command line."""
+    """Options as words of a command line."""
     return [f"--{key}={value}" if value else f"--{key}" for key, value in options.items()]

@@ -1,4 +1,4 @@
-"""Where the configs are that come along. Without Hydra: vLLM's own environment asks too, and has none."""
+"""Path of the shipped configs. Without Hydra, which vLLM's own environment doesn't have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ENVIRONMENT_VARIABLE = "EE_CONFIG_DIR"
 
 
 def find_config_dir(config_dir: Path | None = None) -> Path:
-    """The directory that holds config.yaml, absolute. Raises FileNotFoundError that says where it was looked for."""
+    """The directory that holds config.yaml, absolute. Raises FileNotFoundError with the places that were searched."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     directory = config_dir or (Path(named) if named else _own_configs())
     directory = Path(directory).resolve()
@@ -29,7 +29,7 @@ def _own_configs() -> Path:
 
 
 def shipped(path: str) -> Path:
-    """A path of a setting as it is; configs/... is in the package's own where the working directory has none."""
+    """Resolve a setting's path: configs/... is the package's own if the working directory has none."""
     given = Path(path)
     if given.parts[:1] != ("configs",) or given.exists():
         return given

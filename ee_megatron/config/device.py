@@ -1,4 +1,4 @@
-"""CPU or GPU: what the settings ask for, whether this node has it, and if not why, in one line.
+"""Choice of CPU or GPU: the settings' request, whether this node can meet it, and if not why, in one line.
 
 torch is imported only when a node is examined, and nvidia-smi run only if something is missing.
 """
@@ -22,12 +22,12 @@ SMI_S = 20.0
 
 
 def asks_for_gpus(cfg: RunConfig) -> bool:
-    """device=cuda, or device=auto where the cluster's nodes have GPUs: a CPU is no substitute then."""
+    """Whether the settings require GPUs: device=cuda, or device=auto with a cluster's nodes that have some."""
     return cfg.device == "cuda" or (cfg.device == "auto" and cfg.job.gpus_per_node > 0)
 
 
 def pick_device(cfg: RunConfig, count: int = 1) -> str:
-    """ "cuda" or "cpu" for `count` processes of this node, which take a GPU each.
+    """Choose "cuda" or "cpu" for `count` processes of this node, which use a GPU each.
 
     Raises ValueError, one line, if GPUs are required, or used because they are there, and there are fewer than `count`.
     """
@@ -43,7 +43,7 @@ def pick_device(cfg: RunConfig, count: int = 1) -> str:
 
 
 def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
-    """model.dtype; auto is bfloat16 where processors multiply it faster than float32, a GPU always."""
+    """Dtype by model.dtype; auto is bfloat16 on a GPU and on processors that multiply it faster than float32."""
     import torch
 
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,7 +52,7 @@ def pick_dtype(cfg: RunConfig, device: str) -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """This CPU has instructions for products of bfloat16 (AMX, AVX512-BF16), which beat those of float32."""
+    """Whether this CPU has instructions for products of bfloat16 (AMX, AVX512-BF16), which beat those of float32."""
     import torch
 
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -73,7 +73,7 @@ def require_gpus(count: int, request: str) -> None:
 
 
 def gpu_files() -> list[str]:
-    """The numbers of this machine's NVIDIA GPUs, by their device files."""
+    """Numbers of this machine's NVIDIA GPUs, from their device files."""
     files = Path("/dev").glob("nvidia[0-9]*") if Path("/dev").is_dir() else []
     return sorted((file.name.removeprefix("nvidia") for file in files), key=int)
 
@@ -95,7 +95,7 @@ def _too_few(count: int, usable: int) -> str:
 
 
 def hides_all(visible: str | None) -> bool:
-    """Whether a value of CUDA_VISIBLE_DEVICES (None: not set) leaves no GPU to be seen."""
+    """Whether a value of CUDA_VISIBLE_DEVICES (None: not set) hides all GPUs."""
     return visible is not None and (not visible.strip() or visible.startswith(("-", "NoDevFiles")))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 
 class Faults(ValueError):
-    """One line per fault, in `lines`, each once. As text: the line, or all of them with semicolons between."""
+    """All faults of the settings as one error: `lines`, each once. As text: all lines, with semicolons between."""
 
     def __init__(self, lines: Iterable[str]):
         self.lines = list(dict.fromkeys(lines))
@@ -21,7 +21,7 @@ def refuse(lines: Iterable[str]) -> None:
 
 
 def faults_of(check: Callable[[], object]) -> Iterator[str]:
-    """The error lines of a check that raises for its first fault, or for all of them (Faults)."""
+    """Error lines of a check that raises for its first fault, or for all of them (Faults)."""
     try:
         check()
     except (ValueError, FileNotFoundError) as error:

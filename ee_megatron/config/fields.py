@@ -1,4 +1,4 @@
-"""Fields of the settings: their defaults, their rules, how they are walked, and how a section is switched off."""
+"""Fields of the settings: defaults, rules, iteration over them, sections that can be switched off."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOUNDS = {"above": (">", gt), "at_least": (">=", ge), "below": ("<", lt), "at_mo
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules beyond a field's type: its allowed values, and how it enters the identity of results."""
+    """Rules beyond a field's type: allowed values, and how it enters the identity of results."""
 
     choices: Collection[str | int] = ()
     above: float | None = None
@@ -42,24 +42,24 @@ class Rules:
 
 
 def setting(default: Any = MANDATORY, **rules: Any) -> Any:
-    """A field of a section: its default, a list too, and its `Rules`. Without a default it has to be given."""
+    """Declare a field of a section: its default, a list too, and its `Rules`. Without a default it is mandatory."""
     return field(default_factory=lambda: copy.copy(default), metadata={"rules": Rules(**rules)})
 
 
 def section(kind: type) -> Any:
-    """A field that is a section."""
+    """Declare a field that is a section."""
     return field(default_factory=kind)
 
 
 def optional(kind: type, was: str = "", *, on: bool = False, bound: bool = True) -> Any:
-    """A section that may be switched off (null, false), and is off by default unless `on`; true, or a field of it,
-    switches it on. `was`: the older true/false switch; `bound`: its fields' older names don't switch it on."""
+    """Declare a section that may be switched off (null, false), and is off by default unless `on`; true, or a field of
+    it, switches it on. `was`: the older true/false switch; `bound`: its fields' older names don't switch it on."""
     given = {"default_factory": kind} if on else {"default": None}
     return field(**given, metadata={"kind": kind, "was": was, "bound": bound})
 
 
 def section_of(entry: Any) -> type | None:
-    """The dataclass of a field that is a section."""
+    """Dataclass of a field that is a section."""
     kind = entry.metadata.get("kind", entry.default_factory)
     return kind if is_dataclass(kind) and isinstance(kind, type) else None
 
@@ -96,7 +96,7 @@ class Setting(NamedTuple):
 
 
 def all_settings(kind: type, prefix: str = "", inside: tuple[str, ...] = (), bound: bool = False) -> Iterator[Setting]:
-    """Every key of a section's type, also of sections that are switched off."""
+    """Iterate over all keys of a section's type, also of sections that are switched off."""
     for entry in fields(kind):
         key, inner = f"{prefix}{entry.name}", section_of(entry)
         on = entry.default is MISSING if "kind" in entry.metadata else None
@@ -109,14 +109,14 @@ def all_settings(kind: type, prefix: str = "", inside: tuple[str, ...] = (), bou
 
 
 def find(part: Any, key: str) -> Any:
-    """The value at a dotted key; None in a section that is off."""
+    """Value at a dotted key; None in a section that is off."""
     for name in key.split("."):
         part = getattr(part, name, None)
     return part
 
 
 def fault(key: str, value: Any, rules: Rules) -> str | None:
-    """The fault of a single value, or None."""
+    """Fault of a single value, or None."""
     items = value if isinstance(value, list) else [value]
     numbers = [item for item in items if isinstance(item, int | float)]
     shown_as_is = rules.kind in ("text", "name") or all(item.isprintable() for item in items if isinstance(item, str))

@@ -1,4 +1,4 @@
-"""Where a stage's results live: one directory per set of settings that can change them.
+"""Result directories of stages: one per set of settings that can change the results.
 
 A run with other ranks, actors or deadlines resumes in the same directory; one with another learning rate has its own,
 and so has one whose data set has changed: a hash of the data that a stage was made from is recorded in its directory.
@@ -44,7 +44,7 @@ _digests: dict[tuple[object, ...], str] = {}
 
 
 def stage_dir(cfg: RunConfig, stage: str) -> Path:
-    """<runs>/<name>/<stage>-<8 hex digits>; nothing is created. Raises ValueError for an unknown stage.
+    """<runs>/<name>/<stage>-<8 hex digits>, where a stage's results go. Raises ValueError for an unknown stage.
 
     The digits are those of the settings; where the directory of that name was made from another content of task.path,
     those of settings and content.
@@ -67,7 +67,7 @@ def _digits(settings: dict[str, Any]) -> str:
 
 
 def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
-    """The settings that `stage` and the stages before it depend on, as plain JSON values by section."""
+    """Settings that the result of `stage` depends on, earlier stages' included, as plain JSON values by section."""
     if stage not in STAGES:
         raise ValueError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
     names, every = list(STAGES), _results(cfg)
@@ -124,7 +124,7 @@ def _put(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a data set's files, by name and content; of a single file by its content alone. "" if there are none.
+    """SHA-256 of a data set's files, by name and content; of a single file by its content alone. "" without files.
 
     Files are read once per process unless their sizes or times change.
     """
@@ -148,6 +148,6 @@ def digest(path: str) -> str:
 
 
 def recorded(stage: Path) -> str:
-    """The hash of the data that a stage was made from; "" if unknown."""
+    """Hash of the data that a stage was made from; "" if unknown."""
     file = stage / RECORD
     return str(json.loads(file.read_text())["sha256"]) if file.is_file() else ""

@@ -1,5 +1,5 @@
-"""Command-line settings -> one `RunConfig`: Hydra composes the chosen files, the settings override them, and the result
-is checked against the schema key by key and merged into it, whether a value came from a file or the command line."""
+"""Load command-line settings as a `RunConfig`: Hydra composes the chosen files, the settings override them, and the
+result is checked against the schema key by key and merged into it, wherever a value is from."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load(overrides: list[str], config_dir: Path | None = None) -> RunConfig:
 
 
 def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
-    """`load` that continues after errors, so that all are reported. Raises FileNotFoundError (no configs)."""
+    """Load as `load`, but continue after errors, so that all are reported. Raises FileNotFoundError (no configs)."""
     directory = find_config_dir(config_dir)
     groups = list_groups(directory)
     chosen, given = list[str](), list[Given]()
@@ -115,7 +115,7 @@ def _merged(
 
 
 def read_saved(path: Path) -> RunConfig:
-    """A configuration as a stage saved it. Missing fields get their defaults.
+    """Read a configuration that a stage saved. Missing fields get their defaults.
 
     Raises ValueError if the file is not a configuration, or has settings that this version lacks.
     """
@@ -223,7 +223,7 @@ MISSING = object()
 
 
 def settings_of(cfg: RunConfig) -> list[str] | None:
-    """The shortest list of settings for which `load` gives `cfg`: an experiment and the differences from it. None if
+    """Shortest list of settings for which `load` returns `cfg`: an experiment and the differences from it. None if
     there is none: the configuration files are missing, or a value can't be written on a command line."""
     wanted = dict(_flat(dataclasses.asdict(cfg)))
     try:

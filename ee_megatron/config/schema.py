@@ -78,7 +78,7 @@ class AdapterConfig:
 
 @dataclass
 class DatasetNames:
-    """Dots lead into nested columns: extra.question."""
+    """Names of a data set's columns and splits. Dots lead into nested columns: extra.question."""
 
     question_column: str = setting("question", was="task.question_column")
     answer_column: str = setting("answer", was="task.answer_column")
@@ -317,7 +317,7 @@ class RLConfig:
 
     @property
     def credit(self) -> str:
-        """An exit's credit, of CREDITS: its answer's depth, the depth from it on, or its own cost."""
+        """Credit of an exit, of CREDITS: its answer's depth, its own depth and later tokens', or its own cost."""
         return "exit" if self.exit_credit else self.depth_penalty.credit
 
 
@@ -389,7 +389,7 @@ class Externalisation:
 
 @dataclass
 class StyleChoice:
-    """Tasks with styles: which one a model answers in, and what each costs it, sampled as RL samples."""
+    """Tasks with styles: measure which style a model chooses and what each costs it, sampled as in RL."""
 
     models: str = setting(choices=("reinforced", "all"), added_later=True, was="evaluate.choice", off="")
     """Of the last model (reinforced), or also of the teacher and of the policy that RL starts from (all)."""
@@ -473,7 +473,7 @@ class RunConfig:
 
     @property
     def job(self) -> ClusterConfig:
-        """A job's resources; without `cluster` one node without GPUs of its own."""
+        """Resources of a job; without `cluster` one node without GPUs."""
         return self.cluster or ClusterConfig()
 
 

@@ -1,4 +1,4 @@
-"""Validation of settings: each by the rules on its field, then against each other and the model.
+"""Validates settings: each by the rules on its field, then against each other and the model.
 
 All faults are reported at once. A fault of a single setting hides those that follow from it: a check of several
 settings runs with the default in place of a faulty one, and reports nothing about that one.
@@ -71,13 +71,13 @@ def validate(cfg: RunConfig, dims: ModelDims | None) -> None:
 
 
 def alone(cfg: RunConfig) -> dict[str, str]:
-    """Settings that break their field's own rules: key -> fault."""
+    """Settings that violate their own field's rules: key -> fault."""
     faults = {key: text for key, value, rules in settings(cfg) if (text := fault(key, value, rules))}
     return faults if cfg.model.path else faults | {"model.path": "model.path: empty; expected a Hugging Face directory"}
 
 
 def check_name(what: str, text: str) -> None:
-    """Raises ValueError for what is no plain name. Names become directories, jobs and lines of job scripts."""
+    """Raises ValueError unless the name is plain. Names become directories, jobs and lines of job scripts."""
     if not NAME.fullmatch(text):
         raise ValueError(wrong_name(what, text))
 
@@ -94,7 +94,7 @@ def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
 
 
 def unless_about(entries: Iterable[Clash | str], keys: Collection[str]) -> list[str]:
-    """The lines of entries that don't involve these settings; a plain line is about the setting that it begins with."""
+    """Lines of entries that don't involve these settings; a plain line is about the setting that it begins with."""
     each = [entry if isinstance(entry, Clash) else Clash(entry, (re.split("[=:]", entry)[0],)) for entry in entries]
     return [text for text, about in each if not set(about).intersection(keys)]
 
@@ -283,7 +283,7 @@ def nearest(choices: Sequence[int], wanted: int) -> str:
 
 
 def model_faults(cfg: RunConfig, dims: ModelDims) -> Iterator[Clash]:
-    """Settings that don't fit the model."""
+    """Settings that contradict the model."""
     from ..exits import gate_units
 
     # auto: the smaller dtype; the pool checks again with the real one (rollout/pool).

@@ -1,4 +1,4 @@
-"""What megatron-core 0.16 takes from CUDA without asking, provided on a CPU. Inert where CUDA is there.
+"""CPU replacements for the CUDA calls that megatron-core 0.16 makes unconditionally. Inert with CUDA.
 
 Kept in one place, so that an upgrade of megatron-core has one file to check.
 """
@@ -16,8 +16,8 @@ _installed = False
 
 @contextlib.contextmanager
 def lean_imports() -> Iterator[None]:
-    """For imports of megatron-core and DeepSpeed on a CPU: a quarter of a rank's start goes into Inductor, which they
-    bring in by passing fused kernels to `torch.compile` (none is called on a CPU), and into wandb."""
+    """Context for imports of megatron-core and DeepSpeed on a CPU: a quarter of a rank's start goes into Inductor,
+    which they bring in by passing fused kernels to `torch.compile` (none is called on a CPU), and into wandb."""
     if torch.cuda.is_available():
         yield
         return

@@ -1,4 +1,4 @@
-"""Starting and ending the ranks' process groups, and the view of them that DeepSpeed asks for."""
+"""Start and end the ranks' process groups, and present them to DeepSpeed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import cpu_shims
 
 @dataclass(frozen=True)
 class Degrees:
-    """How many ranks and what each kind is for; ranks = tensor * pipeline * data."""
+    """Parallel degrees; ranks = tensor * pipeline * data."""
 
     tensor: int = 1
     pipeline: int = 1

@@ -1,4 +1,4 @@
-"""Waiting for the leader: for as long as it gives signs of life, however long its work takes.
+"""Wait for rank 0 as long as it gives signs of life, however long its work takes.
 
 What rank 0 does alone (rollouts, verdicts, checkpoints read and written) has deadlines of its own, which a collective's
 deadline must not contradict. So before a collective that follows such work all ranks `meet`; the collective itself then
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeat:
-    """One per rank of the default process group, over its store. `silence_s`: the longest without a sign of life."""
+    """One per rank of the default process group, over its store. `silence_s`: longest time without a sign of life."""
 
     def __init__(self, silence_s: float):
         self._leads, self._silence_s = dist.get_rank() == 0, silence_s
@@ -34,7 +34,7 @@ class Heartbeat:
             threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def meet(self) -> None:
-        """Return on every rank once the leader has come here too; all ranks call it equally often.
+        """Return on every rank once rank 0 has called this, too; all ranks call it equally often.
 
         Raises RuntimeError if the leader is silent for too long, or has taken the store along."""
         self._meetings += 1
@@ -56,7 +56,7 @@ class Heartbeat:
             raise RuntimeError(f"rank 0 is gone: {self._lost}") from self._lost
 
     def close(self) -> None:
-        """No more signs of life."""
+        """Stop the signs of life."""
         self._ended.set()
 
     def _listen(self, place: str, came: threading.Event) -> None:

@@ -30,8 +30,8 @@ NOTHING = -1e4
 
 @dataclass(frozen=True)
 class Against:
-    """A divergence over the whole vocabulary from what a teacher's head makes of its hidden states [N, D]; `weight`
-    fp32 [N]: what each position's counts in the loss."""
+    """A divergence over the whole vocabulary from a teacher's distribution, given its head and hidden states [N, D];
+    `weight` fp32 [N]: each position's in the loss."""
 
     head: Head
     hidden: Tensor
@@ -63,8 +63,8 @@ class Head(nn.Module):
 
     @torch.no_grad()
     def score(self, hidden: Tensor, ids: Tensor, against: Against | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """log p at ids int64 [N, k] -> fp32 [N, k], the distribution's entropy, nats, fp32 [N], and its divergence
-        from a teacher's, nats, fp32 [N], zeros without one; no gradient."""
+        """Log-probabilities at ids int64 [N, k], fp32 [N, k], the distribution's entropy, nats, fp32 [N], and its
+        divergence from a teacher's, nats, fp32 [N], zeros without one; no gradient."""
         log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         entropy, divergence = log_probs.new_zeros(2, len(ids))
         readings = _Readings.of(self, against)
@@ -124,13 +124,13 @@ class Head(nn.Module):
         return loss, log_probs, divergence
 
     def entering(self, hidden: Tensor) -> Tensor:
-        """hidden, such that its gradient is the sum over ranks where that is this module's task."""
+        """`hidden`, with its gradient summed over ranks where that is this module's task."""
         if self.replicated_input:
             return copy_to_tensor_model_parallel_region(hidden, group=self.group)
         return hidden
 
     def logits(self, products: Products, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, D] -> this rank's logits fp32 [n, V_local], -inf at padded rows, and their maximum over ranks [n, 1]."""
+        """This rank's logits of [n, D], fp32 [n, V_local], -inf at padded rows, and their maximum over ranks [n, 1]."""
         logits = products(hidden)
         if self.temperature != 1.0:
             logits.div_(self.temperature)
@@ -141,18 +141,18 @@ class Head(nn.Module):
         return logits, top
 
     def total(self, *addends: Tensor) -> Tensor:
-        """Addends [n, ...] -> their sums over the ranks, side by side."""
+        """Sum addends [n, ...] over the ranks, side by side."""
         sums = torch.cat(addends, dim=1)
         if self.ranks > 1:
             dist.all_reduce(sums, group=self.group)
         return sums
 
     def chunks(self, hidden: Tensor) -> list[slice]:
-        """Positions that are read out together."""
+        """Positions per chunk of logits."""
         return [slice(i, i + self.chunk) for i in range(0, hidden.size(0), self.chunk)]
 
     def log_softmax(self, products: Products, hidden: Tensor) -> Tensor:
-        """log p over this rank's rows [n, V_local], fp32; -inf at padded rows."""
+        """Log-probabilities of this rank's rows, fp32 [n, V_local]; -inf at padded rows."""
         logits, top = self.logits(products, hidden)
         total = (logits - top).exp_().sum(-1, keepdim=True)
         return logits.sub_(self.total(total).log() + top)

@@ -1,4 +1,4 @@
-"""Answers as the page shows them: token by token, two models side by side, and what every exit would have written."""
+"""Answers for the report page: token by token, two models side by side, and every exit's prediction."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STEPS = 5
 
 
 def problems(results: Results) -> list[dict[str, Any]]:
-    """The answers of results.json by prompt, one column per model, its exit rules one below the other: {"heading",
-    "prompt", "reference", "columns": {model: [{"model", "exits", "text", …}]}}; tokens as of `shown_answer`."""
+    """Answers of results.json by prompt, one column per model, its exit rules below each other: {"heading", "prompt",
+    "reference", "columns": {model: [{"model", "exits", "text", …}]}}; tokens as of `shown_answer`."""
     by_prompt: dict[str, dict[str, Any]] = {}
     for answer in results.answers:
         prompt = answer["prompt"]
@@ -35,13 +35,13 @@ def problems(results: Results) -> list[dict[str, Any]]:
 
 
 def heading(prompt: str) -> str:
-    """A prompt, or its end where it is long."""
+    """A prompt, or the end of a long one."""
     return prompt if len(prompt) <= PROMPT_SHOWN else "… " + prompt[-PROMPT_SHOWN:].lstrip()
 
 
 def shown_answer(answer: Mapping[str, Any], outcomes: Sequence[int]) -> dict[str, Any]:
-    """The answer with "mean", its mean depth in words, and "tokens" as [{"text", "index": of its depth, "tip"}];
-    "left_out": how many tokens are missing in the middle."""
+    """An answer with "mean", its mean depth as text, and "tokens" as [{"text", "index": of its depth, "tip"}];
+    "left_out": number of tokens omitted in the middle."""
     tokens = answer["tokens"]
     depths = [token["depth"] for token in tokens]
     return {
@@ -72,7 +72,7 @@ def _place(depth: float, outcomes: Sequence[int]) -> int:
 
 
 def visible(text: str) -> str:
-    """A token with signs for what has none."""
+    """A token's text with symbols for invisible characters."""
     return text.replace("\n", "↵\n").replace("\t", "⇥") or "∅"
 
 
@@ -81,8 +81,8 @@ def _quoted(text: str) -> str:
 
 
 def differences(results: Results, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What the page's script needs to compare two models' answers (`lines` of answers.jsonl), or None without two
-    models that answered the same problems.
+    """Data for the page's script to compare two models' answers (`lines` of answers.jsonl), or None without two models
+    that answered the same problems.
 
     {"labels", "first", "second": which two are compared to begin with, "count", "cut": whether answers lost their
     middle, "data": JSON that is safe within a script element}. Of an answer: [right, tokens, mean depth as a share of
@@ -115,7 +115,7 @@ def differences(results: Results, lines: Sequence[Mapping[str, Any]]) -> dict[st
 
 
 def embedded(value: Any) -> Markup:
-    """JSON that ends no script element, whatever it holds."""
+    """JSON that can't end a script element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

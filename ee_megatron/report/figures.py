@@ -1,4 +1,4 @@
-"""Charts by matplotlib, as SVG for a page and as PNG: parts of results.json, training curves.
+"""Charts of results.json and training curves by matplotlib, as SVG for a page and as PNG.
 
 Draw within `matplotlib.rc_context(STYLE)`. A function that may find nothing to draw returns a list, then an empty one.
 """
@@ -51,7 +51,7 @@ Tips = Mapping[Artist, Sequence[str]]
 
 
 class Point(NamedTuple):
-    """A value with its interval (nan: none) and a word that stands beside it."""
+    """A value with its interval (nan: none) and a label."""
 
     x: float
     y: float
@@ -71,7 +71,7 @@ class ChartLine(NamedTuple):
 
 
 class ReportChart(NamedTuple):
-    """A drawing for the page and for the file plots/NAME.png."""
+    """A figure for the page and for the file plots/NAME.png."""
 
     name: str
     title: str
@@ -86,7 +86,7 @@ def scale(count: int) -> list[str]:
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance, 0..1 (WCAG 2.2)."""
+    """Relative luminance of a colour, 0..1 (WCAG 2.2)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
@@ -97,20 +97,20 @@ def ink(colour: str) -> str:
 
 
 def stylesheet(count: int) -> Markup:
-    """CSS: text on the scale of `count` depths (classes k0, k1, …); the variable --c of series (s0, s1, …)."""
+    """CSS for text coloured by depth (`count` classes k0, k1, …) and the variable --c of series (s0, s1, …)."""
     depths = [f".k{i}{{background:{c};color:{ink(c)}}}" for i, c in enumerate(scale(count))]
     return Markup("".join([*depths, *(f".s{i}{{--c:{c}}}" for i, c in enumerate(SERIES))]))
 
 
 def figure(width: float = 4.6, height: float = 3.3, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `width` × `height` inches without a window, and its axes side by side."""
+    """Make a figure of `width` × `height` inches without a window, and its axes side by side."""
     made = Figure(figsize=(width, height), layout="constrained")
     return made, list(made.subplots(1, columns, squeeze=False).flat)
 
 
 def figure_svg(figure: Figure, alt: str, tips: Tips = MappingProxyType({})) -> Markup:
-    """The figure as an <svg> element for a page; text stays text. The same figure gives the same bytes. Texts may hold
-    anything. alt: what a screen reader says instead; tips become `data-tip`, which page.js shows."""
+    """Render a figure as an <svg> element for a page; text stays text. The same figure gives the same bytes. Texts may
+    hold anything. alt: text for screen readers; tips become `data-tip`, which page.js shows."""
     for i, artist in enumerate(tips):
         artist.set_gid(f"tip-{i}")
     buffer = io.StringIO()
@@ -136,7 +136,7 @@ def figure_svg(figure: Figure, alt: str, tips: Tips = MappingProxyType({})) -> M
 
 
 def figure_png(figure: Figure) -> bytes:
-    """The figure on white, for slides. The same figure gives the same bytes."""
+    """Render a figure on white, for slides. The same figure gives the same bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -147,8 +147,8 @@ def figure_png(figure: Figure) -> bytes:
 def line_chart(
     name: str, title: str, lines: Iterable[ChartLine], x: str, y: str, note: str = "", *, unit: bool = False
 ) -> list[ReportChart]:
-    """Lines with marks and intervals; `unit`: both axes from 0 to 1 with the diagonal. Values of a wide range get a
-    logarithmic axis."""
+    """Draw lines with marks and intervals; `unit`: both axes from 0 to 1 with the diagonal. Values of a wide range get
+    a logarithmic axis."""
     lines = [line for line in lines if line.points]
     named = sum(1 for line in lines if line.name)
     if not lines:
@@ -186,12 +186,12 @@ def line_chart(
 
 
 def row_point(row: Mapping[str, Any], word: str = "") -> Point:
-    """A row's mean depth, and its accuracy with its interval."""
+    """A row's mean depth, and its accuracy with the interval, as a point."""
     return Point(row["mean_depth"], row["accuracy"], row["low"], row["high"], word)
 
 
 def front(name: str, series: int, points: Sequence[Point], on_front: Sequence[bool]) -> list[ChartLine]:
-    """The points that no other beats, joined by depth, and the rest, loose."""
+    """Pareto front of the points as a line, joined by depth, and the other points, not joined."""
     rest = list(compress(points, (not on for on in on_front)))
     return [ChartLine(name, series, sorted(compress(points, on_front))), ChartLine("", series, rest, None)]
 
@@ -212,7 +212,7 @@ def _estimates(xs: Iterable[float], entries: Iterable[Mapping[str, Any]], key: s
 
 
 def result_charts(results: Results) -> list[ReportChart]:
-    """Accuracy against depth, depth against entropy, and where tokens exit."""
+    """Charts of accuracy against depth, depth against entropy, and exit shares."""
     by_model: dict[str, list[Point]] = {model: [] for model in results.models}
     for i, row in enumerate(results.rows, start=1):
         by_model[row["model"]].append(row_point(row, str(i)))
@@ -261,7 +261,7 @@ def _histogram(results: Results) -> list[ReportChart]:
 
 
 def exit_charts(results: Results) -> list[ReportChart]:
-    """Fronts over thresholds, the gates' reliability, and KL to the teacher by exit."""
+    """Charts of fronts over thresholds, the gates' reliability, and KL to the teacher by exit."""
     fronts: list[ChartLine] = []
     for model, part in results.pareto.items():
         points = [row_point(entry) for entry in part]
@@ -284,7 +284,7 @@ def exit_charts(results: Results) -> list[ReportChart]:
 
 
 def externalisation_charts(results: Results) -> list[ReportChart]:
-    """Answers after a chain that was cut short, and what a linear probe reads of later tokens."""
+    """Charts of answers after a truncated chain, and of a linear probe's accuracy on later tokens."""
     cut, probes = {}, {}
     for model, part in results.externalisation.items():
         curve = part.get("truncation") or {}
@@ -301,7 +301,7 @@ def externalisation_charts(results: Results) -> list[ReportChart]:
 
 
 def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list[ReportChart]:
-    """The policy's accuracy minus each control's at equal depth; hollow where the depth was missed."""
+    """Forest plot of the policy's accuracy minus each control's at equal depth; hollow where the depth was missed."""
     entries: list[tuple[Mapping[str, Any], float, float, float]] = []
     for e in controls:
         value, low, high = (or_nan(e["comparison"]["difference"].get(key)) for key in ("value", "low", "high"))
@@ -324,8 +324,8 @@ def forest(name: str, title: str, controls: Iterable[Mapping[str, Any]]) -> list
 
 
 def training_curve(alt: str, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Markup:
-    """A small chart of one metric over steps, each run's by its series; values that aren't finite leave a gap. alt: as
-    of `figure_svg`; a page has no other of the same."""
+    """Small chart of one metric over steps, a series per run; values that aren't finite leave a gap. alt: as of
+    `figure_svg`; unique on a page."""
     drawn, (axes,) = figure(2.7, 1.4)
     drawn.set_layout_engine("none")
     axes.set_position((0.17, 0.17, 0.8, 0.76))

@@ -1,4 +1,4 @@
-"""What the report reads: stage directories of one run or several in, plain records out.
+"""Reads the report's inputs: stage directories of one run or several, as plain records.
 
 Runs are named by their configuration or by directories. A missing or damaged file becomes a remark. What several runs
 share stands once; their other models are named after the settings in which the runs differ.
@@ -34,8 +34,8 @@ MISSING = "nan"
 
 @dataclass(frozen=True)
 class ReportRun:
-    """One run to report: its stages' directories by name, and, among several, what it is called and where its settings
-    differ from those of the others. `coming`: stages that have not finished but will, of a run under way."""
+    """One run to report: its stages' directories by name and, among several runs, its label and its settings that
+    differ from the others'. `coming`: stages that have not finished but will, of a run under way."""
 
     stages: Mapping[str, Path]
     label: str = ""
@@ -46,8 +46,8 @@ class ReportRun:
 
 @dataclass
 class StageData:
-    """A stage's configuration text, metrics, clocks, and the rollouts that RL stored (training/samples.py). `run` says
-    whose it is where there are several."""
+    """A stage's configuration text, metrics, clocks, and the rollouts that RL stored (training/samples.py). `run`:
+    label of its run if there are several."""
 
     name: str
     directory: Path
@@ -60,8 +60,8 @@ class StageData:
 
 @dataclass
 class Inputs:
-    """What the report is made of. `results`: of all runs together; `by_run`: each run's results, with its label;
-    `problems`, `lens`: answers.jsonl and lens.json (evaluation/records.py makes them)."""
+    """All inputs of a report. `results`: of all runs together; `by_run`: each run's results, with its label;
+    `problems`, `lens`: answers.jsonl and lens.json (evaluation/results.py writes them)."""
 
     stages: list[StageData] = field(default_factory=list)
     results: Results = field(default_factory=Results)
@@ -83,7 +83,7 @@ class Inputs:
 
 
 def runs_in(named: Sequence[Path]) -> tuple[list[ReportRun], list[Path]]:
-    """All runs that the directories hold, and their last stages' directories.
+    """Find all runs in the directories, and their last stages' directories.
 
     A directory is a stage's, which stands for the run that made it, or holds such directories: then every run in it
     that was evaluated, or, if none was, every one at its last stage. Raises ValueError or FileNotFoundError.
@@ -124,7 +124,7 @@ def _stage_of(path: Path) -> str:
 
 
 def stages_of(cfg: RunConfig, directory: Path) -> dict[str, Path]:
-    """Those that exist, looked for in `directory`: a run's directory may have been moved since."""
+    """Existing stage directories of a run, looked up in `directory`: a run's directory may have been moved since."""
     named = {stage: directory / stage_dir(cfg, stage).name for stage in stage_order(cfg)}
     return {stage: path for stage, path in named.items() if path.is_dir()}
 
@@ -149,7 +149,7 @@ def _word(value: Any) -> str:
 
 
 def settings_label(settings: Mapping[str, str]) -> str:
-    """ "key=value, key=value"."""
+    """Format settings as "key=value, key=value"."""
     return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
@@ -157,8 +157,8 @@ def settings_label(settings: Mapping[str, str]) -> str:
 
 
 def read_inputs(runs: Sequence[ReportRun]) -> Inputs:
-    """What the stages of the runs have written. Raises ValueError if a run has no directory, and for runs of different
-    numbers of layers, whose depths are not the same thing."""
+    """Read the files of the runs' stages. Raises ValueError if a run has no directory, and for runs of different
+    numbers of layers, whose depths can't be compared."""
     read = [(run, _read_run(run)) for run in runs]
     layers = {run.label: inputs.results.num_layers for run, inputs in read if inputs.results.rows}
     if len(set(layers.values())) > 1:

@@ -1,4 +1,4 @@
-"""The report's page: what there is of the runs, as sections of tables and charts, then answers, training and files."""
+"""The report's page: sections of tables and charts, then answers, training and files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PHASE = "Median over steps; FLOPs by the lengths and exits that there were, reco
 
 
 class ReportSection(NamedTuple):
-    """What stands under one heading. `tables`: caption and table each."""
+    """Content under one heading. `tables`: caption and table each."""
 
     title: str
     tables: list[tuple[str, TextTable]]
@@ -63,13 +63,13 @@ class ReportSection(NamedTuple):
 
 
 def style() -> Markup:
-    """The style sheet of the report, and of pages that are to look like it; no colours of series or depths."""
+    """Style sheet of the report and of pages like it; without colours of series or depths."""
     return Markup((FOLDER / "page.css").read_text(encoding="utf-8"))
 
 
 def render(template: Path, **context: Any) -> str:
-    """The page of a Jinja template, which may import from parts.html.j2. What it is given is escaped unless it is
-    Markup; what it lacks is an error."""
+    """Render a Jinja template, which may import from parts.html.j2. Its values are escaped unless they are Markup; a
+    missing value is an error."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, FOLDER]), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -78,8 +78,8 @@ def render(template: Path, **context: Any) -> str:
 
 
 def report_run(cfg: RunConfig, coming: Sequence[str] = ()) -> Path:
-    """report.html of one configuration, from whatever stages there are. `coming`: stages that will finish yet, with
-    which there may be none. Raises ValueError if there is none else."""
+    """Write report.html of one configuration, from the stages that exist. `coming`: stages that will finish later; with
+    them there may be none. Raises ValueError if no stage exists otherwise."""
     folder = report_path(cfg).parent
     stages = stages_of(cfg, folder)
     if not stages and not coming:
@@ -88,7 +88,7 @@ def report_run(cfg: RunConfig, coming: Sequence[str] = ()) -> Path:
 
 
 def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
-    """One report of all runs that the directories hold (`inputs.runs_in`); `out` is by default report.html in the
+    """Write one report of all runs in the directories (`inputs.runs_in`); `out` is by default report.html in the
     deepest directory that holds them all. Raises ValueError or FileNotFoundError."""
     runs, ends = runs_in(named)
     common = os.path.commonpath([end.parent.resolve() for end in ends])
@@ -141,7 +141,7 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
 
 
 def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, ReportSection]:
-    """Those that there is something to show in, by name."""
+    """Sections with content, by name."""
     results = inputs.results
     made = {name: ReportSection(title, [], []) for name, title in TITLES.items()}
     if results.compared:
@@ -173,7 +173,7 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, ReportSecti
 
 
 def verdict(compared: Mapping[str, Mapping[str, Any]]) -> TextTable:
-    """What changed from each model to the one before it: effect, 95 % interval, and whether that excludes zero."""
+    """Change from each model to the one before it as text: effect, 95 % interval, and whether that excludes zero."""
     rows = []
     for label, contrast in compared.items():
         for measure, form in MEASURES.items():
@@ -241,7 +241,7 @@ def _training(inputs: Inputs) -> list[dict[str, Any]]:
 
 
 def links(inputs: Inputs, output: Path) -> list[tuple[str, str]]:
-    """Address, relative to the page, and name of the files that the stages left."""
+    """Address, relative to the page, and name of the stages' files."""
     entries = []
     for stage in inputs.stages:
         for file in (stage.directory / name for name in FILES if (stage.directory / name).is_file()):

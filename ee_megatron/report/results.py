@@ -1,4 +1,4 @@
-"""results.json: its parts by name, and queries on them."""
+"""The parts of results.json by name, and queries on them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONAL = ("compared", "wide", "gates", "pareto", "externalisation", "controls"
 
 @dataclass
 class Results:
-    """The parts of results.json under the names that they have there, empty where missing.
+    """Parts of results.json under their names there, empty if missing.
 
     The keys of all but NOT_BY_MODEL are models ("calibrated") or labels ("calibrated, hazard > 0.5").
     """
@@ -52,11 +52,11 @@ class Results:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Results:
-        """Parts that are null count as missing; unknown keys are left out."""
+        """Read from JSON. Null parts count as missing; unknown keys are left out."""
         return cls(**{part.name: data[part.name] for part in fields(cls) if data.get(part.name)})
 
     def to_json(self) -> dict[str, Any]:
-        """All parts, but for OPTIONAL ones that are empty."""
+        """All parts, without OPTIONAL ones that are empty."""
         return {name: part for name, part in vars(self).items() if part or name not in OPTIONAL}
 
     @property
@@ -70,18 +70,18 @@ class Results:
 
     @property
     def models(self) -> list[str]:
-        """In the order of the method, "calibrated (seed=1)" of several runs with its like; unknown names last."""
+        """Models in the order of the method, "calibrated (seed=1)" beside its like; unknown names last."""
         names = dict.fromkeys(row["model"] for row in (*self.rows, *self.answers))
         places = {model: place for place, model in enumerate(MADE_BY)}
         return sorted(names, key=lambda name: places.get(name.split(" (")[0], len(places)))
 
     def rank(self, label: str) -> int:
-        """Place of the model that a label begins with; behind all for a stranger."""
+        """Sort key of a label: the place of the model that it begins with; unknown models are last."""
         models = self.models
         return next((i for i, m in enumerate(models) if label == m or label.startswith(f"{m}, ")), len(models))
 
     def in_order(self) -> Results:
-        """The same with every part by model, models in order."""
+        """A copy with every part by model, models in order."""
         for name, part in vars(self).items():
             if name in ("rows", "answers"):
                 part.sort(key=lambda row: self.rank(row["model"]))
@@ -90,7 +90,7 @@ class Results:
         return self
 
     def last_chosen(self) -> dict[str, Any] | None:
-        """The row of the last model for which validation chose a threshold, at this threshold."""
+        """Row of the last model for which validation chose a threshold, at this threshold."""
         for model in reversed(self.models):
             rule = f"hazard > {self.meta.get(f'threshold_{model}')}"
             for row in self.rows:
@@ -100,12 +100,12 @@ class Results:
 
 
 def report_path(cfg: RunConfig) -> Path:
-    """Where a run's report is written."""
+    """Path of a run's report."""
     return Path(cfg.runs) / cfg.name / "report.html"
 
 
 def strict_json(value: Any) -> Any:
-    """The value with null for every float that isn't finite, which some readers of JSON refuse; keys become strings."""
+    """Replace floats that aren't finite by null, since some readers of JSON refuse them; keys become strings."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -116,7 +116,7 @@ def strict_json(value: Any) -> Any:
 
 
 def pareto_front(costs: Iterable[float], values: Iterable[float]) -> list[bool]:
-    """Which of n points no other beats: none costs no more, is worth no less, and is better in one of the two.
+    """Which of n points are Pareto-optimal: no other costs no more, is worth no less, and is better in one of the two.
 
     Of equal points all stand. Pareto efficiency; bool [n].
     """

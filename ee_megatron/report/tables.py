@@ -1,4 +1,4 @@
-"""Numbers in words, and parts of results.json as tables of words, the same for the terminal and the report."""
+"""Numbers as text, and parts of results.json as tables of text, the same for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ EXTERNALISATION = {
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells in words. `names`: how many leading columns hold names and stand left; figures stand right."""
+    """Table of texts. `names`: number of leading columns with names, aligned left; figures are aligned right."""
 
     heads: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     names: int = 1
 
     def text(self) -> str:
-        """Aligned columns under a ruled head."""
+        """The table as text: aligned columns under a ruled head."""
         widths = [max(len(line[i]) for line in (self.heads, *self.rows)) for i in range(len(self.heads))]
 
         def line(cells: Sequence[str]) -> str:
@@ -78,22 +78,22 @@ class TextTable:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """A finite number, which a truth value is not."""
+    """Whether a value is a finite number; a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def or_nan(value: Any) -> float:
-    """The number as a float; nan for what is none."""
+    """The number as a float; nan for anything else."""
     return float(value) if is_number(value) else math.nan
 
 
 def number(value: float) -> str:
-    """Three significant digits; whole from a thousand on."""
+    """Format with three significant digits; whole from a thousand on."""
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def cell(value: Any, path: str = "", form: str = "{:.2f}", *interval: str) -> str:
-    """A figure as a `Column` names it, an estimate as "value [low, high]"; a dash where there is none."""
+    """Format a figure as its `Column` says, an estimate as "value [low, high]"; a dash if it is missing."""
     parent: Any = {}
     for key in path.split("/") if path else ():
         parent, value = value, value.get(key) if isinstance(value, Mapping) else None
@@ -108,13 +108,13 @@ def cell(value: Any, path: str = "", form: str = "{:.2f}", *interval: str) -> st
 def figures_table(
     names: Sequence[str], entries: Iterable[tuple[Sequence[str], Mapping[str, Any]]], columns: Sequence[Column]
 ) -> TextTable:
-    """A row per entry: its names, then the figure of each column."""
+    """Table with a row per entry: its names, then the figure of each column."""
     rows = [(*of, *(cell(entry, *column[1:]) for column in columns)) for of, entry in entries]
     return TextTable((*names, *(column[0] for column in columns)), rows, names=len(names))
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], paired: Part) -> TextTable:
-    """The results' rows, numbered; the difference to the teacher with its interval over groups of problems."""
+    """Table of the result rows, numbered; the difference to the teacher with its interval over groups of problems."""
     entries = []
     for i, row in enumerate(rows, start=1):
         paired_row = paired.get(f"{row['model']}, {row['exits']}")
@@ -123,8 +123,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], paired: Part) -> TextTable:
 
 
 def phase_table(timings: Mapping[str, float]) -> TextTable:
-    """An RL step by phase, by timings.jsonl: seconds; tokens of its answers and FLOPs per second and device;
-    MFU, what these are of the device's peak. Dashes: not known, or not of this phase."""
+    """Table of an RL step by phase, from timings.jsonl: seconds; tokens of its answers and FLOPs per second and device;
+    MFU, the share of the device's peak. Dashes: not known, or not of this phase."""
     whole = timings["seconds_step"]
     spent = {phase: timings[f"seconds_{phase}"] for phase in PHASES if f"seconds_{phase}" in timings}
     entries = []
@@ -142,7 +142,7 @@ def phase_table(timings: Mapping[str, float]) -> TextTable:
 
 
 def controls_table(entries: Iterable[Mapping[str, Any]]) -> TextTable:
-    """The policy under test and its controls; (!) where the target depth was not reached."""
+    """Table of the policy under test and its controls; (!) where the target depth was not reached."""
     rows = []
     for entry in entries:
         matched = entry["matched_by"]
@@ -153,7 +153,7 @@ def controls_table(entries: Iterable[Mapping[str, Any]]) -> TextTable:
 
 
 def externalisation_table(models: Part) -> TextTable:
-    """Value and 95 % interval per figure and model; the probe's best depth for each distance. Dashes: not defined."""
+    """Table of value and 95 % interval by figure and model; of the probe its best depth. Dashes: not defined."""
     heads = ("figure", *(f"{model}, {entry['exits']}" for model, entry in models.items()))
     rows = [(name, *(cell(entry, path) for entry in models.values())) for name, path in EXTERNALISATION.items()]
     probes = [entry.get("planning_probe") or [] for entry in models.values()]
@@ -166,8 +166,8 @@ def externalisation_table(models: Part) -> TextTable:
 
 
 def choice_tables(choice: Mapping[str, Any]) -> list[tuple[str, TextTable]]:
-    """Caption and table each: the styles of free answers; the styles one by one, also at other depths; answers after a
-    first step that was made wrong. Dashes: not measured; a table without rows: no run measured it."""
+    """Tables of style choice, with captions: styles of free answers; the styles one by one, also at other depths;
+    answers after a wrong first step. Dashes: not measured; a table without rows: no run measured it."""
     styles, free, forced, wrong, depths = choice["styles"], [], [], [], dict[str, None]()
     for model, of in choice["models"].items():
         for family, figures in of["families"].items():
@@ -200,12 +200,12 @@ def _by_label(part: Part, columns: Sequence[Column], name: str = "model, exits")
 
 
 def wide_table(wide: Part) -> TextTable:
-    """Accuracy and depth on wide operands, and the difference to the teacher over groups of problems."""
+    """Table of accuracy and depth on wide operands, and the difference to the teacher over groups of problems."""
     return _by_label(wide, WIDE, "on wide operands")
 
 
 def task_table(tasks: Part) -> TextTable:
-    """Accuracy with its interval, and mean depth in layers: a row per task and "model, exits"."""
+    """Table of accuracy with its interval, and mean depth in layers: a row per task and "model, exits"."""
     entries = [
         ((task, label), entry[task])
         for task in _keys(tasks.values())
@@ -217,7 +217,7 @@ def task_table(tasks: Part) -> TextTable:
 
 
 def depth_table(depth: Part) -> TextTable:
-    """Depth in layers by what a token is, and FLOPs per answer, per "model, exits"."""
+    """Table of depth in layers by kind of token, and FLOPs per answer, per "model, exits"."""
     classes = _keys(entry.get("classes") or {} for entry in depth.values())
     columns = [("all tokens", "mean", "{:.1f}"), ("median", "quantiles/0.5", "{:g}"), ("0.9", "quantiles/0.9", "{:g}")]
     columns += [("final answer", "answer", "{:.1f}"), *((name, f"classes/{name}/depth", "{:.1f}") for name in classes)]
@@ -225,14 +225,14 @@ def depth_table(depth: Part) -> TextTable:
 
 
 def correlation_table(correlations: Part) -> TextTable:
-    """Spearman's rank correlation of depth with the teacher's entropy and the token's surprisal, by kind of token."""
+    """Table of Spearman's rank correlation of depth with teacher's entropy and token's surprisal, by kind of token."""
     groups = _keys(value for entry in correlations.values() for value in entry.values())
     entries = [((label, of), value) for label, entry in correlations.items() for of, value in entry.items() if value]
     return figures_table(("model, exits", "depth with"), entries, [(group, group, "{:.2f}") for group in groups])
 
 
 def gates_table(gates: Part) -> TextTable:
-    """Expected calibration error of the gates, and their mean error against the target hazard; then by exit."""
+    """Table of the gates' expected calibration error and mean error against the target hazard; then by exit."""
     by_exit = {m: {**figures, **{str(e["depth"]): e for e in figures.get("exits", [])}} for m, figures in gates.items()}
     columns = [("ECE", "ece", "{:.3f}"), ("mean error", "mean_error", "{:.3f}"), ("asked", "asked", "{:,}")]
     depths = sorted({int(e["depth"]) for figures in gates.values() for e in figures.get("exits", [])})

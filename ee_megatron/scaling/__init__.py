@@ -1,1 +1,1 @@
-"""Scaling laws of a table of runs: fits, comparisons of forms, pictures."""
+"""Scaling laws of a table of runs: fits, comparisons of forms, plots."""

@@ -1,4 +1,4 @@
-"""Intervals for every fit by one bootstrap: resampled residuals of whole runs, and quantiles of the fits to them.
+"""Intervals for every fit by one bootstrap: residuals of whole runs are resampled, and fits to them give quantiles.
 
 Shape suffixes: S resamples, R rows, G runs.
 """
@@ -17,11 +17,11 @@ LEVEL = 0.95
 
 
 class Refused(ValueError):
-    """The data do not determine the requested quantity; says what they hold, what is needed, what to do."""
+    """Error: the data do not determine the requested quantity; says what they contain, what is needed, what to do."""
 
 
 def resample(fitted: Array, residual: Array, runs: Array, parameters: int, draws: int, seed: int) -> Array:
-    """Data [S, R] as other seeds might have given them: fitted values [R] plus residuals [R] of runs drawn at random.
+    """Resampled data [S, R]: fitted values [R] plus residuals [R] of runs drawn at random, as if from other seeds.
 
     runs: int [R], 0..G-1. The rows of a run take, in their order, the residuals of one drawn run (from the first again
     if it has fewer), so rows that share a run go on sharing its noise (Davison and Hinkley 1997, sections 3.8 and 6.3).
@@ -39,15 +39,15 @@ def resample(fitted: Array, residual: Array, runs: Array, parameters: int, draws
 
 
 def percentile_interval(draws: Array, freedom: int, level: float = LEVEL) -> tuple[float, float]:
-    """Quantiles of draws [S] at Student's instead of the normal distribution's, since the noise of few runs is itself
-    uncertain (Hesterberg, The American Statistician 69, 2015). `freedom`: runs less fitted parameters."""
+    """Quantiles of draws [S] at Student's instead of the normal distribution's levels, since the noise of few runs is
+    itself uncertain (Hesterberg, The American Statistician 69, 2015). `freedom`: runs less fitted parameters."""
     tail = float(ndtr(-stdtrit(max(freedom, 1), (1 + level) / 2)))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def interval_table(values: Mapping[str, Array], freedom: int) -> pd.DataFrame:
-    """Columns value, low and high (95 %), a row for each of `values` [1 + S]: an estimate, then its resamples."""
+    """Columns value, low and high (95 %); a row for each of `values` [1 + S]: an estimate, then its resamples."""
     rows = {name: (each[0], *percentile_interval(each[1:], freedom)) for name, each in values.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"], dtype=float)
 

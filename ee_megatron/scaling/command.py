@@ -1,4 +1,4 @@
-"""`ee-megatron scaling fit | predict | check | compare | plot`: a table of runs in, fits or refusals out."""
+"""`ee-megatron scaling fit | predict | check | compare | plot`: fit a table of runs, or refuse with the reason."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ Result = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one sub-command; returns 0. Raises ValueError (Refused among them) or FileNotFoundError for what a user can
-    put right."""
+    """Run one sub-command; returns 0. Raises ValueError (Refused included) or FileNotFoundError for errors of the
+    user."""
     given = _parser().parse_args(list(argv))
     if given.bootstrap < MIN_BOOTSTRAP or given.seed < 0:
         wanted = f"expected at least {MIN_BOOTSTRAP} resamples, for a 2.5 % quantile, and a seed >= 0"

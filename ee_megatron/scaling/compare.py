@@ -1,4 +1,4 @@
-"""Which form a metric (mean depth, accuracy) follows in size, tokens and penalty, judged by runs left out of the fit.
+"""Compare functional forms of a metric (mean depth, accuracy) in size, tokens and penalty, by runs left out of the fit.
 
 Columns enter as t = ln x, the penalty lambda as itself since it may be 0; less their means while fitting. Shape
 suffixes: S resamples, P parameters, R rows, C columns, G runs, F forms.
@@ -24,8 +24,8 @@ MAX_FOLDS = 50
 
 @dataclass(frozen=True)
 class MetricForm:
-    """A family of curves, a `link` of a linear predictor; `inverse` of the metric starts the search for it. `low` and
-    `high` are what no value of the form leaves."""
+    """A family of curves: a `link` of a linear predictor; the fit's search starts at `inverse` of the metric. `low` and
+    `high`: bounds of the form's values."""
 
     name: str
     formula: str
@@ -65,7 +65,7 @@ FORMS = (
 
 @dataclass
 class FormComparison:
-    """Forms of a metric, fitted and judged.
+    """Fitted forms of a metric, and their comparison.
 
     columns: a column for each of `against`, a row for each of the metric's `values` and `runs` [R]; raw [C, R]: the
     same as ln x, or lambda as it is; penalty: its name. forms: a row per form's name, best first, with columns
@@ -97,7 +97,7 @@ class FormComparison:
 
     @property
     def best(self) -> str:
-        """Of the forms that beat the constant, the one that predicts left-out runs best; else the constant."""
+        """The form that predicts left-out runs best among those that beat the constant; else the constant."""
         winners = self.forms.index[self.forms["beats_constant"]]
         return str(winners[0]) if len(winners) else "constant"
 
@@ -121,7 +121,7 @@ class FormComparison:
         return np.array([theta, *(form.fit(design, y, theta) for y in np.clip(data, form.low, form.high))])
 
     def predict(self, name: str, raw: Array) -> Array:
-        """The metric [1 + S, R'] by a form and by its fits to resampled runs, at raw columns [C, R']."""
+        """Predict the metric [1 + S, R'] by a form and by its fits to resampled runs, at raw columns [C, R']."""
         form, _ = self.fits[name]
         return form.link(self.sample(name) @ self.design(form, raw))
 

@@ -1,4 +1,4 @@
-"""Pictures of fits as matplotlib figures; curves are dashed beyond the data. Draw within `matplotlib.rc_context`."""
+"""Plots of fits as matplotlib figures; curves are dashed beyond the data. Draw within `matplotlib.rc_context`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _curve(axes: Axes, x: Array, curves: Array, known: Array, colour: str) -> No
 
 
 def loss_law(fit: ScalingFit, obs: pd.DataFrame) -> Figure:
-    """Loss against N: measured losses, and a curve with its band per token count (at most eight of them)."""
+    """Plot loss against N: measured losses, and a curve with its band per token count (at most eight of them)."""
     drawn, (axes,) = figure(6, 4.2)
     counts = np.unique(obs["tokens"])
     shown = counts[np.unique(np.linspace(0, len(counts) - 1, MAX_CURVES).round().astype(int))]
@@ -41,7 +41,7 @@ def loss_law(fit: ScalingFit, obs: pd.DataFrame) -> Figure:
 
 
 def isoflop(fit: ScalingFit, obs: pd.DataFrame) -> Figure:
-    """Left: losses at equal FLOPs with their curves and minima. Right: the minima and their power law."""
+    """Plot, left, losses at equal FLOPs with their curves and minima; right, the minima and their power law."""
     drawn, (left, right) = figure(10.5, 4.2, 2)
     budgets = [rows for _, rows in obs.groupby("budget") if rows["params"].nunique() > 1]
     for rows, colour in zip(budgets, colormaps["viridis"](np.linspace(0, 0.9, len(budgets))), strict=True):
@@ -60,7 +60,7 @@ def isoflop(fit: ScalingFit, obs: pd.DataFrame) -> Figure:
 
 
 def metric(comparison: FormComparison) -> Figure:
-    """The metric against each column, with the best form's curve where the others have their means."""
+    """Plot the metric against each column, with the best form's curve at the others' means."""
     drawn, panels = figure(1.5 + 4.5 * len(comparison.against), 4.2, len(comparison.against))
     for column, (axes, name) in enumerate(zip(panels, comparison.against, strict=True)):
         x, show = comparison.raw[column], np.asarray if name == comparison.penalty else np.exp

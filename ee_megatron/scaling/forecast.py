@@ -1,4 +1,4 @@
-"""Forecasts of runs that have not been made, and their check against later runs.
+"""Forecasts of planned runs, and their check against later runs.
 
 A forecast is a record: method, at (a value for each column), quantity, value, 95 % intervals of the law and of one run
 (which has a run's noise besides; None for N_opt, which no run measures), and what of it lies beyond the table.
@@ -25,7 +25,7 @@ Forecast = dict[str, Any]
 
 
 def forecast_losses(fit: ScalingFit, obs: pd.DataFrame, points: Sequence[Sequence[float]], seed: int) -> list[Forecast]:
-    """Losses at points (N, D). A run's noise is drawn from the residuals of ln loss, enlarged by what the fit took."""
+    """Forecast losses at points (N, D). A run's noise: residuals of ln loss, enlarged by what the fit took."""
     enlarged = fit.residuals * np.sqrt(obs["run"].nunique() / fit.freedom)
     noise = np.exp(np.random.default_rng(seed).choice(enlarged, size=len(fit.theta) - 1))
     records = []
@@ -37,15 +37,15 @@ def forecast_losses(fit: ScalingFit, obs: pd.DataFrame, points: Sequence[Sequenc
 
 
 def forecast_optimum(method: str, fit: ScalingFit, obs: pd.DataFrame, flops: float) -> Forecast:
-    """The best size at a budget of C FLOPs."""
+    """Forecast the best size for a budget of C FLOPs."""
     value, *draws = fit.optima(flops)
     ends = [*percentile_interval(np.array(draws), fit.freedom), None, None]
     return _record(method, {"flops": flops}, "N_opt", value, ends, obs)
 
 
 def forecast_metric(comparison: FormComparison, point: Sequence[float]) -> list[Forecast]:
-    """The metric at a point [C], by the best form and by those not distinguished from it; where there are such, last
-    the best form's value with intervals that hold all of theirs ("any of these").
+    """Forecast the metric at a point [C], by the best form and by those not distinguished from it; if there are any,
+    last the best form's value with intervals that contain all of theirs ("any of these").
 
     A run's noise is the held-out error, added as independent errors are.
     """
@@ -80,7 +80,7 @@ def _record(
 
 
 def read_forecast(path: Path) -> dict[str, Any]:
-    """What `scaling predict --out` wrote. Raises FileNotFoundError, or ValueError for another file."""
+    """Read the file of `scaling predict --out`. Raises FileNotFoundError, or ValueError for another file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such forecast; expected the predict.json of `ee-megatron scaling predict`")
     try:
@@ -95,8 +95,8 @@ def read_forecast(path: Path) -> dict[str, Any]:
 def check_forecast(
     stored: Mapping[str, Any], table: RunTable, run: str | None, within: float
 ) -> tuple[list[Forecast], str]:
-    """Each forecast of a run beside the mean of the runs at its point (rows whose columns differ by a share `within`),
-    and a note on what a run is.
+    """Compare each forecast of a run with the mean of the runs at its point (rows whose columns differ by a share
+    `within`); with a note on what a run is.
 
     Raises ValueError for the forecast's own table, a missing column, and if no row lies at any of its points.
     """

@@ -58,18 +58,18 @@ class ScalingFit:
     budgets: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def optima(self, flops: float) -> Array:
-        """N_opt at a budget of C FLOPs, of the fit and then of its resamples: [1 + S]."""
+        """N_opt at a budget of C FLOPs, by the fit and then by its resamples: [1 + S]."""
         return np.asarray(np.exp(self.lines[:, 0] + self.lines[:, 1] * np.log(flops)))
 
 
 def predict(theta: Array, params: Array, tokens: Array) -> Array:
-    """Loss [S, R] of laws [S, 5] (PARAMETERS) at N [R] and D [R]."""
+    """Predict loss [S, R] of laws [S, 5] (PARAMETERS) at N [R] and D [R]."""
     e, a, b, alpha, beta = (column[:, None] for column in theta.T)
     return np.asarray(e + a * params**-alpha + b * tokens**-beta)
 
 
 def fit_loss_law(obs: pd.DataFrame, draws: int, seed: int) -> ScalingFit:
-    """Fit by Huber's loss of ln L(N, D) - ln loss, with intervals from `draws` resamples of whole runs.
+    """Fit the loss law by Huber's loss of ln L(N, D) - ln loss, with intervals from `draws` resamples of whole runs.
 
     obs: see `table.observations`. Raises Refused if the data do not determine a parameter.
     """

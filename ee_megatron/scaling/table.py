@@ -31,14 +31,14 @@ _COMPARE = {
 
 @dataclass(frozen=True)
 class RunTable:
-    """One row per measurement. `name` and `digest` (SHA-256) identify the file, `frame` has its cells unconverted."""
+    """A table, one row per measurement. `name` and `digest` (SHA-256) identify the file, `frame` has its raw cells."""
 
     name: str
     digest: str
     frame: pd.DataFrame
 
     def column(self, column: str, option: str) -> pd.Series:
-        """A column's cells. Raises ValueError that names the nearest column if there is none of this name."""
+        """Cells of a column. Raises ValueError that names the nearest column if there is none of this name."""
         if column in self.frame:
             return self.frame[column]
         near = difflib.get_close_matches(column, self.frame.columns, n=1, cutoff=0.0)[0]
@@ -62,8 +62,8 @@ class RunTable:
         return values
 
     def where(self, conditions: Sequence[str]) -> RunTable:
-        """The rows in which every condition holds: COLUMN=VALUE and COLUMN!=VALUE compare text, <, <=, >, >= numbers.
-        Raises ValueError for a malformed condition, a cell that is not a number, and if no row is left."""
+        """Select the rows in which every condition holds: COLUMN=VALUE and COLUMN!=VALUE compare text, <, <=, >, >=
+        numbers. Raises ValueError for a malformed condition, a cell that is not a number, and if no row is left."""
         table = self
         for condition in conditions:
             parts = _CONDITION.fullmatch(condition)
@@ -109,7 +109,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def run_index(table: RunTable, columns: Columns) -> tuple[Array, str]:
-    """The run 0..G-1 of each row (int [R]), and a note on what a run is. Without such a column each row is one."""
+    """Index of each row's run, 0..G-1 (int [R]), and a note on what a run is. Without such a column each row is one."""
     name = columns.get("run") or "run"
     if name not in table.frame and not columns.get("run"):
         return np.arange(len(table.frame)), "each row is a run of its own (--run COLUMN names runs)"
@@ -117,7 +117,7 @@ def run_index(table: RunTable, columns: Columns) -> tuple[Array, str]:
 
 
 def observations(table: RunTable, columns: Columns) -> tuple[pd.DataFrame, list[str]]:
-    """What the loss laws are fitted to, and notes on what was derived.
+    """Data to fit the loss laws to, and notes on derived columns.
 
     Columns of the frame: params N, tokens D, flops C, loss (nats), run and budget (int from 0). Without tokens
     D = C/(6N); without FLOPs C = 6ND. Raises ValueError for missing columns and values that are not > 0.

@@ -1,4 +1,4 @@
-"""`ee-megatron sweep`: check every point of a grid, start what is not finished; `status` and `collect` of a sweep."""
+"""`ee-megatron sweep`: check every point of a grid, start unfinished ones; `status` and `collect` of a sweep."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def to_start(sweep: Sweep, queue: dict[str, str], retry_failed: bool) -> list[StageTask]:
-    """Unfinished tasks that are neither running nor queued, and need no failed task. `queue`: of slurm.queued."""
+    """Unfinished tasks that are neither running nor queued, nor wait for a failed one. `queue`: of slurm.queued."""
     free = [task for task in sweep.tasks.values() if sweep.task_state(task, queue) not in (FINISHED, RUNNING, QUEUED)]
     return [task for task in free if retry_failed or not sweep.failure(task)]
 
@@ -169,8 +169,8 @@ def _look(command: str, *arguments: str) -> int:
 
 
 def listing(sweep: Sweep, queue: dict[str, str], starting: Sequence[StageTask] = ()) -> str:
-    """A line for each task: its state (or "start" if it is `starting`), its run if it has a single one, its stages and
-    host, a finished run's metrics. `queue`: of slurm.queued."""
+    """Text with a line for each task: its state (or "start" if it is `starting`), its run if it has a single one, its
+    stages and host, a finished run's metrics. `queue`: of slurm.queued."""
     lines, runs, jobs = list[str](), {run.task: run for run in sweep.runs}, sweep.submitted()
     keys = {task.key for task in starting}
     for task in sweep.tasks.values():

@@ -1,4 +1,4 @@
-"""The grid of a sweep: settings with several values, from the command line or a YAML file -> points.
+"""The grid of a sweep: settings with several values, from the command line or a YAML file, and its points.
 
 Hydra's grammar reads both: a comma outside brackets and quotes separates values (`a=1,2`), and `range(start,stop,step)`
 and `choice(...)` are axes too. A YAML file has the sections settings, axes, zip and isoflop (docs/sweeps.md).
@@ -34,7 +34,7 @@ MOST_POINTS = 10**5
 
 @dataclass(frozen=True)
 class Value:
-    """`text` as it stands behind "=" in a setting; `plain` as a Python value, for tables and comparisons."""
+    """A value of a setting. `text` as it stands behind "="; `plain` as a Python value, for tables and comparisons."""
 
     text: str
     plain: Any
@@ -42,8 +42,8 @@ class Value:
 
 @dataclass
 class IsoFlop:
-    """`budget`, in FLOPs, is spent on the setting `set`: rl.steps, calibrate.epochs or pretrain.steps. The others are
-    the section isoflop: what has to be assumed of the data; answer_tokens 0 stands for rollout.max_new_tokens."""
+    """Equal compute: `budget`, in FLOPs, is spent on the setting `set`: rl.steps, calibrate.epochs or pretrain.steps.
+    The others are the section isoflop, assumptions about the data; answer_tokens 0: rollout.max_new_tokens."""
 
     budget: float
     set: str = "rl.steps"
@@ -83,8 +83,8 @@ class IsoFlop:
 
 @dataclass
 class Grid:
-    """`fixed` settings are every point's. An axis is a list of entries, each a setting or several that change together
-    (zip); a point takes one entry of each axis, the last axis running fastest."""
+    """A grid of settings. `fixed` settings are every point's. An axis is a list of entries, each a setting or several
+    that change together (zip); a point takes one entry of each axis, the last axis running fastest."""
 
     fixed: dict[str, Value] = field(default_factory=dict)
     axes: list[list[dict[str, Value]]] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Grid:
             self.fixed[key] = values[0]
 
     def zip(self, keys: Sequence[str]) -> None:
-        """Make these axes run together, in the place of the first. Raises ValueError."""
+        """Make these axes vary together, in the place of the first. Raises ValueError."""
         alone = {key: axis for axis in self.axes if len(axis[0]) == 1 for key in axis[0]}
         lengths = {key: len(alone.get(key, ())) for key in keys}
         if len(keys) < 2 or len(lengths) < len(keys) or len(set(lengths.values())) > 1 or 0 in lengths.values():
@@ -119,7 +119,7 @@ class Grid:
         self.axes = [merged if keys[0] in axis[0] else axis for axis in others]
 
     def points(self) -> list[dict[str, Value]]:
-        """Raises ValueError for too many, and for `seed` beside what it stands for."""
+        """All points. Raises ValueError for too many, and for `seed` beside the settings that it stands for."""
         given = {*self.fixed, *self.keys}
         if SEED in given and given & {*SEEDS}:
             raise ValueError(f"seed stands for {' and '.join(SEEDS)}; leave these out, or seed")
@@ -129,7 +129,7 @@ class Grid:
         return [_merged(entries) for entries in itertools.product(*self.axes)]
 
     def overrides(self, point: dict[str, Value]) -> list[str]:
-        """The point as settings that `config.load` takes, `seed` spelt out, without those of a budget."""
+        """A point as settings that `config.load` takes, `seed` spelt out, without those of a budget."""
         settings = {key: value for key, value in (self.fixed | point).items() if not self._of_budget(key)}
         names = {key: SEEDS if key == SEED else (key,) for key in settings}
         return [f"{name}={value.text}" for key, value in settings.items() for name in names[key]]
@@ -139,7 +139,7 @@ class Grid:
         return key == BUDGET or (key.startswith(ISOFLOP) and BUDGET in (*self.fixed, *self.keys))
 
     def budget(self, point: dict[str, Value]) -> IsoFlop | None:
-        """The point's budget, if it has one. Raises ValueError for a wrong one, and beside a value of what it buys."""
+        """A point's budget, if it has one. Raises ValueError for a wrong one, and beside a value of `set`."""
         values = self.fixed | point
         if BUDGET not in values:
             return None
@@ -158,7 +158,7 @@ def _merged(entries: Sequence[Mapping[str, Value]]) -> dict[str, Value]:
 
 
 def parse(text: str) -> tuple[str, list[Value], bool]:
-    """One setting -> (key, values, whether they are several). Raises ValueError."""
+    """Parse one setting as (key, values, whether they are several). Raises ValueError."""
     try:
         override = OverridesParser.create().parse_override(text)
         several, key = override.is_sweep_override(), override.key_or_group
@@ -176,8 +176,8 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
 
 
 def read_grid(settings: Sequence[str], zips: Sequence[str] = ()) -> Grid:
-    """From a command line: settings, of which `sweep=NAME` stands for a file's grid; `zips`: keys with commas between
-    them. Settings replace those of the same key in the file. Raises ValueError, or FileNotFoundError for no file."""
+    """Read a grid from a command line's settings, of which `sweep=NAME` stands for a file's grid; `zips`: keys with
+    commas between them. Settings replace those of the same key in the file. Raises ValueError, or FileNotFoundError."""
     files = [text for text in settings if text.startswith(f"{GROUP}=")]
     if len(files) > 1:
         raise ValueError(f"{' '.join(files)}: expected one grid file at most")
@@ -217,8 +217,8 @@ class _Sections:
 
 
 def read_file(path: Path, given: Collection[str] = ()) -> Grid:
-    """A grid from YAML, without the keys that are `given` elsewhere. Raises FileNotFoundError, or ValueError naming the
-    file and the part."""
+    """Read a grid from YAML, without the keys in `given`. Raises FileNotFoundError, or ValueError naming the file and
+    the part."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such grid file; name a .yaml file or a grid of configs/{GROUP}")
     grid = Grid()

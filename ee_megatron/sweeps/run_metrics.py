@@ -1,5 +1,4 @@
-"""Metrics of a finished run, from its stages' files, and the table of a sweep's runs. The same files give the same
-bytes.
+"""Metrics of a finished run, from its stages' files, and the table of a sweep's runs. Equal files give equal bytes.
 
 FLOPs of RL and of answers are those that the stages counted, from the exits taken.
 """
@@ -37,7 +36,7 @@ TAIL = 0.25
 
 
 def measure(sweep: Sweep, run: SweepRun, cfg: RunConfig) -> None:
-    """Write the result of a finished run."""
+    """Write the metrics of a finished run."""
     sweep.write_result(run, figures_of(cfg, {step.stage: sweep.path(step) for step in run.steps}))
 
 
@@ -58,7 +57,7 @@ def figures_of(cfg: RunConfig, stages: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def imported(figures: Mapping[str, int]) -> dict[str, Any]:
-    """Updates and tokens behind an imported checkpoint, where it records them."""
+    """Updates and tokens of an imported checkpoint's training, if it records them."""
     names = {"iteration": "iteration", "tokens": "tokens_pretrain"}
     return {column: figures[name] for name, column in names.items() if name in figures}
 
@@ -74,7 +73,7 @@ def pretrained(figures: Mapping[str, float], cfg: RunConfig, dims: ModelDims) ->
 
 
 def evaluated(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The last model at its chosen threshold; beside it the same model at full depth and sampled, and the teacher."""
+    """Results of the last model at its chosen threshold, at full depth and sampled, and of the teacher."""
     rows = results["rows"]
     model = rows[-1]["model"]
     by_exits = {row["exits"]: row for row in rows if row["model"] == model}
@@ -106,8 +105,8 @@ def reinforced(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
-    """Elements by kind. `parameters_embedding`: embedding and, where it is not tied, head; the rest of the base are
-    layers and the last norm."""
+    """Number of parameters by kind. `parameters_embedding`: embedding and, where it is not tied, head; the rest of the
+    base are layers and the last norm."""
     count = rank_parameters(layout, 0)
     embedding = dims.vocab * dims.hidden * (1 if dims.tied else 2)
     return {
@@ -123,7 +122,7 @@ def parameters(dims: ModelDims, layout: Layout) -> dict[str, int]:
 
 
 def rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """The table's rows in the grid's order. A run without a result has only its settings, status and error.
+    """Rows of the table in the grid's order. A run without a result has only its settings, status and error.
 
     A setting's column has its full name, so that no metric replaces it: `steps` is not `rl.steps`.
     """
@@ -147,8 +146,8 @@ def _cell(value: Any) -> Any:
 
 
 def collect(sweep: Sweep, out: Path | None = None) -> Path:
-    """Write table.csv into `out`, or the sweep's directory, and return its path. Numbers are by repr, so that they read
-    back exactly; missing values are empty."""
+    """Write table.csv into `out`, or the sweep's directory, and return its path. Numbers are written by repr, so that
+    they are read back exactly; missing values are empty."""
     table, folder = rows(sweep), out or sweep.directory
     names = [*dict.fromkeys(name for row in table for name in row if name != "error"), "error"]
     folder.mkdir(parents=True, exist_ok=True)

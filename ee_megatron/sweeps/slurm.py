@@ -1,4 +1,4 @@
-"""A sweep's tasks as Slurm jobs, through submitit: one job array per level of tasks; what Slurm has of them now."""
+"""A sweep's tasks as Slurm jobs, through submitit: submit one job array per level of tasks, and query their state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PARTING_S = 30
 
 
 class SlurmTask:
-    """The task that submitit runs on a node; after a requeue it calls the one that `checkpoint` returned."""
+    """A task as submitit runs it on a node; after a requeue submitit calls the one that `checkpoint` returned."""
 
     def __init__(self, directory: Path, key: str, warning_s: float):
         self.directory, self.key, self.warning_s = directory, key, warning_s
@@ -125,8 +125,8 @@ def make_executor(sweep: Sweep, options: Mapping[str, str], parallel: int, reque
 
 
 def sbatch_options(tasks: Sequence[StageTask], options: Mapping[str, str]) -> dict[str, str]:
-    """sbatch's options for one array of tasks: what the settings and the job scripts say, then the site (EE_SBATCH),
-    then `options`. Raises ValueError for a wrong EE_SBATCH."""
+    """Options of sbatch for one array of tasks: from the settings and the job scripts, then the site (EE_SBATCH), then
+    `options`. Raises ValueError for a wrong EE_SBATCH."""
     steps = [step for task in tasks for step in task.steps]
     gpus = max(step.gpus for step in steps)
     settings = {
@@ -139,7 +139,7 @@ def sbatch_options(tasks: Sequence[StageTask], options: Mapping[str, str]) -> di
 
 
 def minutes_of(text: str) -> int:
-    """Slurm's ways to write a time limit -> minutes: "90", "2:00:00", "1-12". Raises ValueError."""
+    """Minutes of a time limit as Slurm writes it: "90", "2:00:00", "1-12". Raises ValueError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         raise ValueError(f"--slurm time={text}: expected minutes, hours:minutes:seconds or days-hours")
@@ -150,8 +150,8 @@ def minutes_of(text: str) -> int:
 
 
 def queued(sweep: Sweep) -> dict[str, str]:
-    """Tasks that Slurm still has: key -> PENDING, RUNNING, ... Empty where there is no Slurm or nothing was submitted.
-    Raises RuntimeError if Slurm does not answer."""
+    """Tasks in Slurm's queue: key -> PENDING, RUNNING, ... Empty without Slurm or submitted tasks. Raises RuntimeError
+    if Slurm does not answer."""
     jobs = sweep.submitted()
     if not jobs:
         return {}

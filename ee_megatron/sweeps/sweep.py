@@ -1,4 +1,4 @@
-"""A sweep: its points as runs, the stages that runs share as tasks, and what is on disk of them.
+"""A sweep: its points as runs, the stages that runs share as tasks, and their files.
 
 A run's stages form a chain, and runs with equal settings upstream have equal stage directories. A task is a stretch of
 stages that the same runs need: shared ones come first, each run's own stretch last. Files, each whole or not there:
@@ -36,7 +36,7 @@ WAITING, QUEUED, RUNNING, STOPPED, KILLED, FAILED, FINISHED = STATES = (
 
 
 class RunStage(NamedTuple):
-    """A stage of a run, its directory's name, and what a Slurm job of it asks for (slots and gpus are per node)."""
+    """A stage of a run: its directory's name and the resources of its Slurm job (slots and gpus are per node)."""
 
     stage: str
     directory: str
@@ -47,8 +47,8 @@ class RunStage(NamedTuple):
 
 @dataclass
 class SweepRun:
-    """One grid point. `id`: the hash in its last stage directory's name; `settings`: what varies, as in the table;
-    `overrides`: what starts it; `steps`: its stages in order."""
+    """One grid point. `id`: the hash in its last stage directory's name; `settings`: its values of the axes, as in the
+    table; `overrides`: settings that start it; `steps`: its stages in order."""
 
     id: str
     settings: dict[str, Any]
@@ -57,14 +57,14 @@ class SweepRun:
 
     @property
     def task(self) -> str:
-        """Key of the task that only this run needs."""
+        """Key of the task that this run alone needs."""
         return self.steps[-1].directory
 
 
 @dataclass
 class StageTask:
-    """Stages to be made one after another. `key`: the last one's directory; needs: the task before it, "" for none;
-    level: how many come before it; overrides: of the first run that needs it; runs: ids of all that do."""
+    """Stages that run one after another. `key`: the last one's directory; needs: the task before it, "" for none;
+    level: number of tasks before it; overrides: of the first run that needs it; runs: ids of all that do."""
 
     key: str
     steps: list[RunStage]
@@ -76,9 +76,9 @@ class StageTask:
 
 @dataclass
 class TaskRecord:
-    """tasks/<task>.json, the outcome of a task. state: running, stopped (on request, with a checkpoint), killed (by a
-    signal), failed (by itself) or finished; stage: the last one started; code: its exit code; host, job (Slurm's, as
-    12 or 12_3): where it was started."""
+    """Outcome of a task, tasks/<task>.json. state: running, stopped (on request, with a checkpoint), killed (by a
+    signal), failed (by itself) or finished; stage: the last one started; code: its exit code; host, job (Slurm's, as 12
+    or 12_3): where it was started."""
 
     state: str
     stage: str = ""
@@ -91,7 +91,7 @@ class TaskRecord:
 
 @dataclass
 class Sweep:
-    """`directory`: <runs>/<name>/sweep-<last>; stage directories are its siblings. `last`: the stage
+    """A sweep on disk. `directory`: <runs>/<name>/sweep-<last>; stage directories are its siblings. `last`: the stage
     that runs end with; `tasks` by key, those that others need first."""
 
     directory: Path
@@ -108,11 +108,11 @@ class Sweep:
         return {run.id for run in self.runs}
 
     def chain(self, task: StageTask) -> list[StageTask]:
-        """The tasks that `task` needs, in order, and the task itself."""
+        """The tasks that `task` depends on, in order, and the task itself."""
         return [*(self.chain(self.tasks[task.needs]) if task.needs else []), task]
 
     def describe(self, task: StageTask) -> str:
-        """Its stages, and the settings that all of its runs have in common."""
+        """The sweep's stages, and the settings that all of its runs have in common."""
         stages = "+".join(step.stage for step in task.steps)
         first, *others = (run.settings for run in self.runs if run.id in task.runs)
         shared = spelt({key: value for key, value in first.items() if all(o.get(key) == value for o in others)})
@@ -148,7 +148,7 @@ class Sweep:
         _write(self.directory / "results" / f"{run.id}.json", values)
 
     def submitted(self) -> dict[str, str]:
-        """Task key -> the Slurm job that it was last submitted as."""
+        """Slurm job of each task's last submission, by task key."""
         return _read(self.directory / "submitted.json") or {}
 
     def note_submitted(self, jobs: Mapping[str, str]) -> None:
@@ -157,8 +157,8 @@ class Sweep:
     # ---- states ----
 
     def task_state(self, task: StageTask, queue: Mapping[str, str] | None = None) -> str:
-        """A task's state from the files and, in `queue`, from Slurm (slurm.queued). A record that says "running" counts
-        while a local sweep holds the lock."""
+        """State of a task from the files and, in `queue`, from Slurm (slurm.queued). A record that says "running"
+        counts while a local sweep holds the lock."""
         if self.is_done(task):
             return FINISHED
         record, there = self.record(task.key), (queue or {}).get(task.key)
@@ -173,7 +173,7 @@ class Sweep:
         return KILLED if claims else record.state
 
     def failure(self, task: StageTask) -> str:
-        """Why the task, or else the first of those that it needs, has failed; "" if none has."""
+        """Why the task, or the first failed one that it depends on, has failed; "" if none has."""
         for each in self.chain(task):
             record = self.record(each.key)
             if record is not None and record.state == FAILED and not self.is_done(each):
@@ -182,25 +182,25 @@ class Sweep:
         return ""
 
     def run_state(self, run: SweepRun, queue: Mapping[str, str] | None = None) -> str:
-        """finished, failed (also if a task that it needs has), or the state of its own task."""
+        """State of a run: finished, failed (also if a task that it needs has), or that of its own task."""
         if self.is_done(run):
             return FINISHED
         own = self.tasks[run.task]
         return FAILED if self.failure(own) else self.task_state(own, queue)
 
     def counts(self, queue: Mapping[str, str] | None = None) -> str:
-        """For example "11 finished, 1 failed"."""
+        """Number of runs by state, for example "11 finished, 1 failed"."""
         number = Counter(self.run_state(run, queue) for run in self.runs)
         return ", ".join(f"{number[state]} {state}" for state in reversed(STATES) if number[state])
 
 
 def spelt(settings: Mapping[str, Any]) -> str:
-    """{"a": 1, "b": [2]} -> "a=1 b=[2]"."""
+    """Format settings: {"a": 1, "b": [2]} -> "a=1 b=[2]"."""
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def cut(runs: list[SweepRun]) -> dict[str, StageTask]:
-    """Chains of stages -> tasks, by level."""
+    """Cut the runs' chains of stages into tasks, by level."""
     users: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         for step in run.steps:
@@ -264,7 +264,7 @@ def _step(cfg: RunConfig, stage: str) -> RunStage:
 
 
 def stages_of(cfg: RunConfig, last: str) -> list[str]:
-    """A run's stages up to `last`. Raises ValueError if `last` is not one of them."""
+    """Stages of a run up to `last`. Raises ValueError if `last` is not one of them."""
     stages = [stage for stage in stage_order(cfg) if not (cfg.init_policy and stage in ("traces", "calibrate"))]
     if last not in stages:
         raise ValueError(f"--last {last}: this run's stages are {', '.join(stages)}")
@@ -275,7 +275,7 @@ def stages_of(cfg: RunConfig, last: str) -> list[str]:
 
 
 def open_sweep(directory: Path) -> Sweep:
-    """Raises FileNotFoundError or ValueError."""
+    """Read a sweep from its directory. Raises FileNotFoundError or ValueError."""
     file = directory / MANIFEST
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a sweep's directory")
@@ -293,7 +293,7 @@ def open_sweep(directory: Path) -> Sweep:
 
 
 def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
-    """A sweep by its runs' name or by its directory; `last`: of several, the one that ends with that stage.
+    """Find a sweep by its runs' name or by its directory; `last`: of several, the one that ends with that stage.
 
     Raises FileNotFoundError if there is none, ValueError if several match."""
     for directory in (Path(name), runs / name):
@@ -310,7 +310,7 @@ def find_sweep(name: str, runs: Path, last: str = "") -> Sweep:
 
 
 def placed(new: Sweep, extend: bool) -> Sweep:
-    """The sweep on disk that a grid's runs belong to, with all runs of both; `new` itself if its name has none.
+    """Merge a grid's sweep with the one of its name on disk, if any: all runs of both; else `new` itself.
 
     A name has one sweep for each last stage. A grid that has all of its runs extends it, and one that has some of them
     is a part of it. Others are added with `extend` only. Nothing is written. Raises ValueError for others without it.

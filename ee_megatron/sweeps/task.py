@@ -41,7 +41,7 @@ _loading = threading.Lock()
 
 
 class StageEnded(Exception):
-    """A stage, or this task, ended with `code`; the text says why."""
+    """Raised when a stage, or this task, ended with `code`; the text says why."""
 
     def __init__(self, code: int, text: str = ""):
         super().__init__(text)
@@ -51,7 +51,7 @@ class StageEnded(Exception):
 def run_task(
     sweep: Sweep, task: StageTask, stop: Callable[[], bool], *, grace_s: float = GRACE_S, devices: str | None = None
 ) -> TaskRecord:
-    """Make the task's missing stages and write the results of the runs that end with it. Returns the record, which is
+    """Run the task's missing stages and write the results of the runs that end with it. Returns the record, which is
     also on disk.
 
     stop: called several times a second. Once it returns true the running stage is stopped at its next step, or killed
@@ -163,7 +163,7 @@ def _kill_group(child: subprocess.Popen) -> None:
 
 
 def command_of(cfg: RunConfig, stage: str, overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """A stage's command and environment. In a Slurm job several ranks or nodes are steps of the allocation, started by
+    """Command and environment of a stage. In a Slurm job several ranks or nodes are steps of the allocation, started by
     the job scripts' functions; the command line starts everything else."""
     # Requeueing is submitit's part.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "EE_REQUEUE": "no"}
@@ -176,8 +176,8 @@ def command_of(cfg: RunConfig, stage: str, overrides: Sequence[str]) -> tuple[li
 
 
 def last_words(log: Path, offset: int, code: int) -> str:
-    """The error line of a stage that ended with `code`, or else the log's last line. `offset`: where its part of the
-    log begins, in bytes."""
+    """Error line of a stage that ended with `code`, or else the log's last line. `offset`: where its part of the log
+    begins, in bytes."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     with log.open("rb") as file:
@@ -228,8 +228,8 @@ def run_here(sweep: Sweep, tasks: Sequence[StageTask], parallel: int) -> bool:
 
 
 def device_shares(environment: Mapping[str, str], parallel: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of `parallel` tasks: an even share of this machine's GPUs each, or one that tasks share
-    where GPUs are fewer. None: the environment's own, where there is nothing to share out."""
+    """Values of CUDA_VISIBLE_DEVICES for `parallel` tasks: an even share of this machine's GPUs each, or one that tasks
+    share where GPUs are fewer. None: the environment's own, where there is nothing to share."""
     given = environment.get("CUDA_VISIBLE_DEVICES")
     devices = gpu_files() if given is None else [part for part in given.split(",") if part]
     if not devices or parallel == 1:

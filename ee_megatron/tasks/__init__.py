@@ -14,8 +14,8 @@ __all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", 
 
 
 def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
-    """The task that a section names; docs/tasks.md says what each is. `chat` renders messages with a model's chat
-    template; without it prompts are plain text.
+    """Make the task that a section names (docs/tasks.md). `chat` renders messages with a model's chat template; without
+    it prompts are plain text.
 
     Raises ValueError for an unknown task or family, a missing path, package or column, or more problems than there are;
     FileNotFoundError.
@@ -27,7 +27,7 @@ def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
 
 
 def task_of(cfg: RunConfig, model_path: Path) -> Task:
-    """The task of a configuration; the chat template, if one is requested, is the model's. Raises as `make_task`."""
+    """Make the task of a configuration, with the model's chat template if that is requested. Raises as `make_task`."""
     if cfg.rollout.prompt_template != "chat":
         return make_task(cfg.task)
     from transformers import AutoTokenizer

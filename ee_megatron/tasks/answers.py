@@ -54,7 +54,7 @@ _DEEPEST = 8
 
 
 def answer_part(text: str) -> str | None:
-    """What of a text is the answer: after a reasoning model's reasoning block, before a run-on next question.
+    """The part of a text that may hold the answer: behind a reasoning block, before a run-on next question.
 
     None if a reasoning block was opened and never closed: the answer had not begun.
     """
@@ -68,7 +68,7 @@ def answer_part(text: str) -> str | None:
 
 
 def final_answer(text: str) -> tuple[str, bool] | None:
-    """(answer as written, whether it was marked), or None.
+    """Extract (answer as written, whether it was marked); None without an answer.
 
     Marked: \\boxed{...}, "The answer is ...", "Answer: ..." or "#### ..."; the last mark in the text counts, unless the
     last line is nothing but another number. Without a mark it is the last line if that is nothing but a number, else
@@ -111,7 +111,7 @@ def _taken_back(before: str) -> str:
 
 
 def same_answer(written: str, reference: str) -> bool:
-    """Whether an answer as written equals the reference: as numbers, as a choice, as the same words, as expressions."""
+    """Whether an answer as written equals the reference: as number, choice, words or expression."""
     target = plain_number(reference)
     if target is not None:
         value = _number_at_start(written)
@@ -206,7 +206,7 @@ def _as_latex(text: str) -> str:
 def verify_solution(
     reference: str, text: str, *, vocabulary: Set[str] = frozenset(), also: Sequence[str] = ()
 ) -> Verdict:
-    """The verdict on a free-form solution. Well formed: its final answer is marked (see `final_answer`).
+    """Judge a free-form solution. Well formed: its final answer is marked (see `final_answer`).
 
     `vocabulary`: all words that could be the answer, where they are known; then an answer that isn't the bare word, but
     names exactly one of them, is that one, badly formed. `also`: other ways to write the reference.
@@ -271,7 +271,7 @@ _NOISE = re.compile(r"\\text\s*\{|\\mathrm\s*\{|\\textbf\s*\{|\\left|\\right|\\[
 
 
 def plain_number(text: str) -> Decimal | None:
-    """The value of a text that is one number and nothing but sign, currency, thousands commas and a unit; else None.
+    """Value of a text that is one number and nothing but sign, currency, thousands commas and a unit; else None.
 
     "$1,200.50", "-3", "18 dollars per day", "**42**", "1{,}200", "\\text{18 km/h}" are numbers;
     "3 x 8", "2 thousand", "1/2" and
@@ -297,7 +297,7 @@ def last_number(text: str) -> str | None:
 
 
 def number_value(written: str) -> Decimal | None:
-    """The value of a number from `last_number`; None if it is too long to be compared or its commas are misplaced."""
+    """Value of a number from `last_number`; None if it is too long or its commas are misplaced."""
     bare = written.translate({ord(sign): None for sign in "$€£¥₹"})
     if "," in bare and not re.fullmatch(r"[-\u2212]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", bare):
         bare = bare.rsplit(",", 1)[1]

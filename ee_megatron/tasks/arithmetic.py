@@ -90,7 +90,8 @@ class Kind:
     words: bool = False
 
     def render(self, a: int, b: int, rng: random.Random, inside: Callable[[int, int], bool]) -> Problem | None:
-        """None where a draw does not work. `inside`: whether a pair belongs to the split that is being drawn."""
+        """Render a problem; None if a draw does not work. `inside`: whether a pair belongs to the split that is being
+        drawn."""
         if self.symbols == "-":
             a, b = max(a, b), min(a, b)
             if a == b:
@@ -146,7 +147,7 @@ _MARK = "The answer is"
 
 
 class PairSplit:
-    """Which split an unordered pair of operands belongs to, in whatever family or template it occurs.
+    """Assigns each unordered pair of operands to one split, for all families and templates.
 
     The small pairs (2..12), of which there are only 66, are dealt out in exact shares; all others by a hash.
     """
@@ -166,7 +167,7 @@ class PairSplit:
 
 @register("arithmetic")
 class ArithmeticTask(ProceduralTask):
-    """`Prompt.group` lists the operand pairs of the problem, "3,8" or, for a chain, "3,8;5,24"."""
+    """Built-in arithmetic. `Prompt.group` lists a problem's operand pairs, "3,8" or, for a chain, "3,8;5,24"."""
 
     name = "arithmetic"
     instruction = 'Write the calculation on one line and end it with "The answer is <number>".'
@@ -201,7 +202,7 @@ class ArithmeticTask(ProceduralTask):
 
 
 def verify_line(reference: str, text: str) -> Verdict:
-    """The verdict on the first line of an answer; what comes after it (a run-on second question) does not count.
+    """Judge the first line of an answer; later text (a run-on second question) does not count.
 
     Well formed: the line ends in "The answer is N", N an integer. Otherwise the line's last number is the answer.
     """

@@ -1,4 +1,4 @@
-"""What a task is: prompts divided by split, worked examples, and a verdict on an answer.
+"""The interface of a task: prompts divided by split, worked examples, and a verdict on an answer.
 
 Nothing in this folder imports torch: verifier processes must start in a fraction of a second.
 """
@@ -64,7 +64,7 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 
 
 def register(*names: str) -> Callable[[Maker], Maker]:
-    """Decorate what makes the tasks of these names, a class for one. Raises ValueError for a name that is taken."""
+    """Decorator that registers what makes the tasks of these names. Raises ValueError for a name that is taken."""
 
     def add(maker: Maker) -> Maker:
         for name in names:
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
 
 
 class Task:
-    """Prompts and their verifier; the problems are held in memory, by split and prompt id. Picklable and cheap to
+    """A task's prompts and verifier; the problems are held in memory, by split and prompt id. Picklable and cheap to
     unpickle: `verify` runs in another process.
 
     A subclass builds a split's problems (`_build`) or sets `_problems` itself. `known`: the families that task.families
@@ -134,7 +134,7 @@ class Task:
         raise NotImplementedError
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """The verdict on a generated answer (without the prompt). Pure."""
+        """Judge a generated answer (without the prompt). Pure."""
         raise NotImplementedError
 
     def render(self, question: str, examples: Sequence[Problem] = ()) -> str:
@@ -176,7 +176,7 @@ class Task:
 
 
 class ProceduralTask(Task):
-    """A task that makes up its problems, deterministic in its section: families in turn, worked examples set aside.
+    """A task that generates its problems, deterministic in its section: families in turn, worked examples set aside.
 
     A subclass says its `name`, `instruction` and families (`known`), makes a family's problems and verifies answers.
     `Prompt.id` is "<name>/<family>/<split>/<number>" and `Prompt.task` "<name>.<family>".
@@ -220,7 +220,7 @@ class ProceduralTask(Task):
 
 
 def split_of(text: str, shares: Mapping[str, float] = SHARES) -> str:
-    """The split that a hash of `text` gives it, by these shares: the same however many problems are requested."""
+    """Split of a problem by a hash of `text` and these shares: the same however many problems are requested."""
     point = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2**32
     for split, share in shares.items():
         if point < share:

@@ -1,4 +1,4 @@
-"""Tasks with a choice of style: chains of hops that a model may follow in its activations or in writing.
+"""Tasks with a choice of style: chains of hops that a model may compute in its activations or in writing.
 
 A problem is a chain of operations and a start, the answer what comes out at the end. The start stands last in the
 prompt, so that no earlier position can compute the answer. A worked answer is, whatever the number of hops, in one of
@@ -27,7 +27,7 @@ HELD_OUT = {"validation": 0.05, "evaluation": 0.1, "train": 0.85}
 
 
 class ChainTask(Task):
-    """Deterministic in its section. `Prompt.group` is the problem itself, which identifies repetitions.
+    """Base class, deterministic in its section. `Prompt.group` is the problem itself, which identifies repetitions.
 
     openings: what an answer in a style, and in no other, begins with. answer: finds the final state in an answer's
     line. fewest_held_out: hops from which on there are enough problems to hold some out. tokens_per_step: what a
@@ -53,35 +53,35 @@ class ChainTask(Task):
         super().__init__(task, [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)], None)
 
     def chains(self, hops: int) -> Iterator[str]:
-        """The text of every problem of so many hops."""
+        """Texts of all problems of so many hops."""
         raise NotImplementedError
 
     def states(self, text: str) -> Sequence[str]:
-        """The states after each hop of the problem `text`."""
+        """States after each hop of the problem `text`."""
         raise NotImplementedError
 
     def written(self, states: Sequence[str], style: str) -> str:
-        """The answer in one of `styles`, from the states after each hop."""
+        """Write the answer in one of `styles`, from the states after each hop."""
         raise NotImplementedError
 
     def forms(self, hops: int | None) -> dict[str, str]:
-        """Style -> pattern of its line. Steps have a state for every one of `hops`, or any number of them (None)."""
+        """Pattern of a line by style. Steps have a state for every one of `hops`, or any number of them (None)."""
         raise NotImplementedError
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        """The beginning of a steps answer whose first state is wrong, and the wrong answer that the other hops lead to
-        from there: no operation makes two states alike. None for a single hop."""
+        """Beginning of a steps answer whose first state is wrong, and the wrong answer that the other hops lead to from
+        there: no operation makes two states alike. None for a single hop."""
         raise NotImplementedError
 
     def style_of(self, prompt: Prompt, text: str) -> str | None:
-        """The style of an answer's text; None: it has the form of none. Steps are only those with a state for every
-        hop: a result alone says nothing of the way to it."""
+        """Style of an answer's text; None if it has the form of no style. Steps are only those with a state for every
+        hop: a result alone does not show how it was computed."""
         forms, line = self.forms(hops_of(prompt.task)), first_line(text)
         return next((style for style, form in forms.items() if re.fullmatch(form, line)), None)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """The answer is the state at the end of the line. Well formed: the line has the form of a style, with however
-        many steps."""
+        """Judge an answer: the state at the end of the line. Well formed: the line has the form of a style, with any
+        number of steps."""
         line = first_line(text)
         match = self.answer.search(line)
         return Verdict(
@@ -124,7 +124,7 @@ class ChainTask(Task):
 
 
 def hops_of(family: str) -> int:
-    """ "hop3", and "hops.hop3" of a prompt's task, -> 3."""
+    """Number of hops of "hop3", and of "hops.hop3", a prompt's task: 3."""
     return int(family.rpartition(".")[2].removeprefix(FAMILY))
 
 
@@ -139,8 +139,8 @@ STATES, PERMUTATIONS, EMPTY = "01234567", "abcd", "_"
 
 @register("hops")
 class HopsTask(ChainTask):
-    """Up to `slots` operations, permutations of eight states, and a start: "cab_5". Terse "T7", steps "S307" with
-    (tokens_per_step - 1) commas before each state, padded "P...7"."""
+    """Permutations of eight states as operations, up to `slots` of them, on a start: "cab_5". Terse "T7", steps "S307"
+    with (tokens_per_step - 1) commas before each state, padded "P...7"."""
 
     name = "hops"
     openings: ClassVar = {"terse": "T", "steps": "S", "padded": "P"}
@@ -202,8 +202,8 @@ NUMBER = "[0-9]{1,3}"
 
 @register("sums")
 class SumsTask(ChainTask):
-    """ "add 5, double, take 3, from 7" is 21; the start's digit is a token of its own where tokenizers split numbers.
-    Terse " That is 21", steps " First 12, then 24, then 21", padded " Well, let me see, let me see, 21"."""
+    """Sums: "add 5, double, take 3, from 7" is 21; the start's digit is a token of its own where tokenizers split
+    numbers. Terse " That is 21", steps " First 12, then 24, then 21", padded " Well, let me see, let me see, 21"."""
 
     name = "sums"
     openings: ClassVar = {"terse": " That", "steps": " First", "padded": " Well"}
@@ -249,7 +249,7 @@ class SumsTask(ChainTask):
 
 
 def totals(operations: Sequence[str], start: int) -> list[int]:
-    """The running totals of operations on `start`, one for each."""
+    """Running totals of operations on `start`, one for each."""
     total, sums = start, []
     for operation in operations:
         verb, _, amount = operation.partition(" ")

@@ -1,4 +1,4 @@
-"""Problems from files: JSONL, Parquet or a data set saved by the `datasets` library; GSM8K among them."""
+"""Tasks from files: JSONL, Parquet or a data set saved by the `datasets` library, GSM8K included."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class DatasetTask(Task):
         return verify_solution(prompt.answer, text)
 
     def problem(self, question: str, answer: str) -> Problem:
-        """One row as a problem. A "#### 18" at the end of the answer, or else its last \\boxed{18}, is the reference,
-        the rest its steps."""
+        """Convert a row to a problem. A "#### 18" at the end of the answer, or else its last \\boxed{18}, is the
+        reference, the rest its steps."""
         steps, mark, final = answer.rpartition("####")
         boxed = "" if mark else last_boxed(answer)[1]
         reference = (final if mark else boxed or answer).strip()

@@ -1,4 +1,4 @@
-"""Families of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760), judged by the package's own scorers.
+"""Task from families of reasoning-gym (Stojanovski et al. 2025, arXiv 2505.24760), judged by the package's own scorers.
 
 Problems are made in a process of their own with a fixed hash seed: some of the package's families walk over Python
 sets, so the same seed gives other problems in another process unless that process hashes strings alike. The package
@@ -52,7 +52,7 @@ _RESULT_CALLED = re.compile(r"[\])}\"']\s*\(")
 
 @register("reasoning_gym")
 class ReasoningGymTask(ProceduralTask):
-    """Deterministic in its section and the package's version.
+    """Problems of reasoning-gym, deterministic in the section and the package's version.
 
     All problems are made when the task is. `Prompt.group` is a digest of the question, which decides the split.
     """
@@ -92,8 +92,9 @@ class ReasoningGymTask(ProceduralTask):
         return super().few_shot(prompt, shots, seed)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """Well formed: between answer tags. Otherwise what is marked as in `final_answer`, or else the whole text or
-        its last line if that is right; if not, there is no answer. Partly right, by the scorer, is wrong."""
+        """Judge an answer. Well formed: between answer tags. Otherwise what is marked as in `final_answer`, or the
+        whole text or its last line if that is right; if not, there is no answer. Partly right, by the scorer, is
+        wrong."""
         part = answer_part(text)
         if part is None:
             return base.NO_ANSWER
@@ -168,7 +169,7 @@ def _group(entry: Entry) -> str:
 
 
 def generate(families: Sequence[str], seed: int, wanted: dict[str, int]) -> Entries:
-    """The first `wanted[split]` entries of each family and split; fewer where a family has no more.
+    """Generate the first `wanted[split]` entries of each family and split; fewer if a family has no more.
 
     Raises ValueError if the package is missing, if it has no such family or one whose scorer is unusable, or if the
     problems take longer than GENERATE_TIMEOUT_S.
@@ -201,7 +202,7 @@ def generate(families: Sequence[str], seed: int, wanted: dict[str, int]) -> Entr
 
 
 def main() -> None:
-    """Standard input: (families, seed, wanted), pickled; standard output: the entries."""
+    """Entry point. Standard input: (families, seed, wanted), pickled; standard output: the entries."""
     families, seed, wanted = pickle.load(sys.stdin.buffer)
     # What the package prints must not get between the bytes.
     with os.fdopen(os.dup(1), "wb") as output:

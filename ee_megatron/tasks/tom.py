@@ -1,4 +1,4 @@
-"""Theory of mind: short stories in which what someone believes and what is so may differ, and questions about both.
+"""Theory-of-mind task: short stories in which someone's belief and the truth may differ, and questions about both.
 
 False belief about a place after an unseen transfer (Wimmer and Perner 1983; Baron-Cohen, Leslie and Frith 1985), about
 contents (Perner, Leekam and Wimmer 1987), and about another's belief (Perner and Wimmer 1985). Controls ask for a true
@@ -139,7 +139,7 @@ VOCABULARY = frozenset(PLACES + STOCK)
 def transfer(
     plot: str, question: str, rng: random.Random, a: str, b: str, thing: str, places: Sequence[str], room: str
 ) -> Problem:
-    """An object that is moved between three places by `b`, who stays; `a` comes and goes.
+    """Story of an object that is moved between three places by `b`, who stays; `a` comes and goes.
 
     `plot`: events after the beginning (`PLOTS`). `question`: a or b (whose belief), ba (what b thinks that a believes),
     reality, memory. Someone learns of a place by seeing the object put there, and `b` of `a`'s view by knowing that `a`
@@ -185,7 +185,7 @@ def transfer(
 
 
 def contents(question: str, looked: bool, rng: random.Random, **values: str) -> Problem:
-    """A closed container whose outside promises something else than is in it; `b` has looked, `a` too if `looked`.
+    """Story of a closed container whose label is false; `b` has looked inside, `a` too if `looked`.
 
     `question`: a, ba, reality or memory, as in `transfer`. `values`: a, b, label, stock, pack, room.
     """
@@ -237,7 +237,7 @@ FAMILIES: dict[str, tuple[Kind, ...]] = {
 
 
 class Cast:
-    """What a split's stories may be about: no pair of names, and no object with a place, belongs to two splits.
+    """Names and objects of a split's stories: no pair of names, and no object with a place, belongs to two splits.
 
     So no whole combination does either, in whatever family or wording.
     """
@@ -269,7 +269,7 @@ _cast = cache(Cast)
 
 @register("tom")
 class ToMTask(ProceduralTask):
-    """`Prompt.group` lists the names and the objects with their places, "Ada+Ben;ball@basket;ball@box;ball@jar"."""
+    """Theory of mind. `Prompt.group` lists the names and places, "Ada+Ben;ball@basket;ball@box;ball@jar"."""
 
     name = "tom"
     instruction = 'Explain your answer on one line and end it with "The answer is <place or thing>".'
@@ -278,7 +278,7 @@ class ToMTask(ProceduralTask):
         super().__init__(task, FAMILIES, chat)
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
-        """ "in the basket" is the basket; an unmarked answer is the last place or content that its last line names."""
+        """Judge an answer: "in the basket" is the basket; unmarked: the last place or content in its last line."""
         return verify_solution(prompt.answer, text, vocabulary=VOCABULARY, also=(f"in {prompt.answer}",))
 
     def _streams(self, family: str, split: str) -> list[Iterator[Problem]]:

@@ -1,4 +1,4 @@
-"""Verdicts from processes that can be killed: no answer, however odd, holds a run up for longer than its deadline.
+"""Verifies answers in processes that can be killed: no answer, however odd, delays a run beyond its deadline.
 
 A process receives a task and then answers, pickled. An answer may have got hold of it, so that what it sends back is
 never unpickled: lines of text, KIND NUMBER CONTENT. KIND is ready or failed (0, and why); then for each answer (1, 2,
@@ -64,7 +64,7 @@ class VerifierPool:
         self._closed = False
 
     def verify_many(self, items: Sequence[tuple[Prompt, str]]) -> list[Verdict]:
-        """Verdicts on (prompt, answer) pairs, in their order."""
+        """Verify (prompt, answer) pairs; verdicts in their order."""
         if self._closed:
             raise RuntimeError("the verifier pool is closed; make a new one")
         # A thread for each process, so that there is always an idle process for a thread.
@@ -104,7 +104,7 @@ class VerifierPool:
         return self._start()
 
     def close(self) -> None:
-        """End the processes. Safe to call twice."""
+        """End the processes. Can be called twice."""
         self._closed = True
         for worker in self._idle:
             worker.stop()
@@ -214,7 +214,8 @@ def _refuse(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def main() -> None:
-    """Arguments: the connection's descriptor, the deadline of one answer in seconds, memory in MiB (0: no limit)."""
+    """Entry point. Arguments: the connection's descriptor, an answer's deadline in seconds, memory in MiB (0: no
+    limit)."""
     descriptor, deadline_s, memory = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) << 20
     if memory:
         # Memory that the process fills itself, not the libraries that it maps.

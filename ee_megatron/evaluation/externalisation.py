@@ -99,8 +99,7 @@ def edits(bench: Bench, chain: str, name: str) -> dict[str, list[str]]:
 
 
 def force(bench: Bench, prompts: Sequence[Prompt], chains: Sequence[str], cues: Sequence[str]) -> list[Forced]:
-    """Generate answers to prompts [n] after chains [n], each closed by its cue; an empty chain forces the answer at
-    once."""
+    """Generate answers to prompts [n] after chains [n] closed by cues [n]; empty chains force the answer at once."""
     prefills = [chain + cue for chain, cue in zip(chains, cues, strict=True)]
     lengths = [len(bench.encode(prefill)) for prefill in prefills]
     sampling = replace(bench.sampling, temperature=0.0, max_new_tokens=max(lengths, default=1) + ANSWER_TOKENS)

@@ -76,8 +76,7 @@ QUESTIONS = (
 
 def effects(runs: pd.DataFrame) -> pd.DataFrame:
     """Table of a row per shape, effect of POINTS and tokens a step: `effect` with its 95 % interval `low`, `high` over
-    `bases`, from `runs` runs; `target`; `status`: met, missed or open (runs are missing); `by_base`: each base's
-    effect."""
+    `bases`, from `runs` runs; `target`; `status`: met, missed or open (runs are missing); `by_base`: of each base."""
     rows = []
     for shape, group in runs.sort_values([*SHAPE, "hops"], kind="stable").groupby("shape", sort=False):
         gaps = {"gap_steps": group[f"{START}.forced.{TERSE}.correct"] - group[f"{START}.forced.{STEPS}.correct"]}

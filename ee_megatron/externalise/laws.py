@@ -56,8 +56,7 @@ def values_and_costs(row: Row, exits: str, cost: str) -> tuple[dict[str, float],
 
 
 def forecast(row: Row, lambda_exit: float | None = None) -> dict[str, float]:
-    """Forecast of the styles' shares after RL, from measurements before it, at `lambda_exit` instead of the run's; or
-    NaN."""
+    """Forecast of the styles' shares after RL from measurements before it, at `lambda_exit` or the run's; or NaN."""
     exits = {CAP: f"fixed.{row['fixed_depth']}", NO_EXITS: "forced_full"}.get(row["kind"], "forced")
     value, charged = values_and_costs(row, exits, row["depth_cost"])
     weight = row["lambda_exit"] if lambda_exit is None else lambda_exit

@@ -53,8 +53,7 @@ def write_training(
     counters: dict[str, float],
     base: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a training checkpoint into an existing directory, which the caller makes appear. `base`: as in
-    `save_policy`."""
+    """Write a training checkpoint into a directory that the caller makes appear. `base`: as in `save_policy`."""
     write_policy(directory, spec, streams.policy, base)
     folder = directory / "optimizer"
     folder.mkdir()

@@ -246,8 +246,7 @@ class StageContext:
     def fit(
         self, learner: Learner, batch: ReplayBatch, weights: Weights, rate: float, step: int, bar: Progress
     ) -> None:
-        """Make update `step` (from 0) of maximum likelihood at learning rate `rate`, checked for finiteness and
-        logged."""
+        """Make update `step` (from 0) of maximum likelihood at rate `rate`, checked for finiteness and logged."""
         update = learner.step(batch, weights, adapter_lr=rate, gate_lr=0.0)
         self.check_finite(update, batch, weights, step + 1)
         assert weights.token is not None

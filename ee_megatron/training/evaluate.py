@@ -249,8 +249,7 @@ def teacher_part(measurer: Measurer, known: Sequence[Reference]) -> Part:
 
 
 def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, checkpoint: Path) -> Part:
-    """Measure a policy at full depth, with sampled exits and at the threshold chosen by validation, on the test
-    split."""
+    """Measure a policy at full depth, with sampled exits and at validation's threshold, on the test split."""
     part, context = Part(), measurer.context
     measurer.load(checkpoint)
     chosen = choose(measurer, part, model)

@@ -149,9 +149,8 @@ def draw_model(cfg: RunConfig, path: Path) -> Path:
 
 
 def draw_weights(dims: ModelDims, seed: int) -> dict[str, Tensor]:
-    """Draw float32 weights by their Hugging Face names: normal, deviation sqrt(2 / (5 D)) (Nguyen and Salazar 2019,
-    arXiv 1910.05895), over sqrt(2 L) where they write into the residual stream (Radford et al. 2019); norms 1, biases
-    0."""
+    """Draw float32 weights by Hugging Face name: normal, deviation sqrt(2 / (5 D)) (Nguyen and Salazar 2019, arXiv
+    1910.05895), over sqrt(2 L) where they write into the residual stream (Radford et al. 2019); norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
     deviation = math.sqrt(2 / (5 * dims.hidden))
     tensors: dict[str, Tensor] = {}
@@ -171,9 +170,8 @@ def worked_texts(cfg: RunConfig) -> list[str]:
 
 
 def write_tokenizer(texts: Iterable[str], vocab: int, folder: Path) -> None:
-    """Train and write a byte-level BPE tokenizer of at most `vocab` tokens, digits one by one: all bytes, so that it
-    can write anything, merges by frequency (Sennrich et al. 2016), an end of text. Raises ValueError below 257
-    tokens."""
+    """Write a trained byte-level BPE tokenizer of at most `vocab` tokens, digits one by one: all bytes, so that it can
+    write anything, merges by frequency (Sennrich et al. 2016), an end of text. Raises ValueError below 257."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab <= len(alphabet):
         raise ValueError(f"vocab_size={vocab} in config.json: a byte-level tokenizer needs {len(alphabet) + 1} or more")

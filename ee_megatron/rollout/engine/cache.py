@@ -1,5 +1,5 @@
-"""The decoder's key/value cache in pages: a row holds what its positions take, wherever that lies in the pool. Rows
-that begin alike may hold the same pages; `Slots` says which row has which slot."""
+"""Paged key/value cache of the decoder: a row's pages may lie anywhere in the pool, and rows with a common beginning
+may share pages. `Slots` assigns slots to rows."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ TABLE = 4
 
 
 def pages_for(positions: int) -> int:
-    """Pages that so many positions take."""
+    """Number of pages that so many positions take."""
     return -(-positions // PAGE)
 
 
 def pages_in(gib: float, dims: ModelDims, item: int) -> int:
-    """Pages that fit so much memory, with elements of `item` bytes."""
+    """Number of pages that fit so much memory, with elements of `item` bytes."""
     return int(gib * 2**30 / (PAGE * position_bytes(dims, item)))
 
 
 def pool_pages(held: int) -> int:
-    """Pages that a pool is given when so many are to be held."""
+    """Pages to allocate for a pool that is to hold so many."""
     return held + held // SPARE
 
 
 class KVCache:
-    """layers: one tensor [P, 2, PAGE, KVH, hd] of keys and values per layer; table int64 [R, most]: the pages of each
-    row in the order of its positions, of which the first held[r] count.
+    """Paged cache. layers: one tensor [P, 2, PAGE, KVH, hd] of keys and values per layer; table int64 [R, most]: the
+    pages of each row in the order of its positions, of which the first held[r] count.
 
     Entries past a row's length are finite leftovers (zeros or an earlier row's) that attention never reads or masks.
     `limit`: pages that the pool may have at most; None: no limit.
@@ -72,23 +72,23 @@ class KVCache:
 
     @property
     def page_bytes(self) -> int:
-        """Of one page in all layers."""
+        """Bytes of one page in all layers."""
         return len(self.layers) * math.prod(self._shape) * self.dtype.itemsize
 
     @property
     def used(self) -> int:
-        """Pages that rows hold; those that several hold count once."""
+        """Number of pages that rows hold; shared pages count once."""
         return self.pages - len(self._free)
 
     def reserve(self) -> None:
-        """Take all that `limit` allows, and keep it: nothing else in this process can be in its place later. On Linux's
-        CPUs that is address space, and memory only once a page is used. Raises OSError or torch's error."""
+        """Allocate all that `limit` allows, and keep it, so that nothing else in this process can take it later. On
+        Linux's CPUs that is address space, and memory only once a page is used. Raises OSError or torch's error."""
         assert self.limit is not None
         self._resize(self.limit)
         self._reserved = True
 
     def hold(self, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Give rows (distinct) the pages for so many positions each. Raises ValueError past the limit, nothing done."""
+        """Allocate pages to rows (distinct) for so many positions each. ValueError past the limit, nothing changed."""
         wanted = [(row, n) for row, p in zip(rows, positions, strict=True) if (n := pages_for(p)) > self.held[row]]
         if not wanted:
             return
@@ -107,13 +107,13 @@ class KVCache:
             self.held[row] = n
 
     def share(self, source: int, row: int, pages: int) -> None:
-        """Let a row that has no page hold the first ones of another, whole ones that neither writes again."""
+        """Let a row without pages share another's first ones, whole ones that neither writes again."""
         assert not self.held[row] and pages <= self.held[source], (source, row, pages)
         self.table[row, :pages], self.held[row] = self.table[source, :pages], pages
         self._holders[self.table[row, :pages]] += 1
 
     def release(self, row: int) -> None:
-        """Take a row's pages back, as far as no other row holds them."""
+        """Free a row's pages, except those that other rows share."""
         pages = self.table[row, : self.held[row]]
         self._holders[pages] -= 1
         for page in pages[self._holders[pages] == 0].tolist():
@@ -122,7 +122,7 @@ class KVCache:
         self.table[row], self.held[row] = 0, 0
 
     def trim(self) -> None:
-        """Give memory back if much of it is free; the pages at the pool's end move, so tables read before are void."""
+        """Free memory if much of it is unused; the pages at the pool's end move, so tables read before are void."""
         used = self.used
         if self._reserved:
             return
@@ -142,9 +142,9 @@ class KVCache:
         self._resize(keep)
 
     def where(self, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """int64 [A, TABLE + blocks] on the cache's device, for one position of each row that it holds pages for: row,
-        position, page, offset, then the row's pages up to that of the furthest position of all. Raises ValueError for
-        a position without a page."""
+        """Locations of one position of each row, which has pages for it: int64 [A, TABLE + blocks] on the cache's
+        device: row, position, page, offset, then the row's pages up to that of the furthest position of all. Raises
+        ValueError for a position without a page."""
         slots, at = np.asarray(rows, dtype=np.int64), np.asarray(positions, dtype=np.int64)
         blocks = at // PAGE
         lacking = blocks >= self.held[slots]
@@ -157,7 +157,8 @@ class KVCache:
 
     @torch.inference_mode()
     def fill(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write keys, values [L, T, KVH, hd] of one sequence at positions start..start+T-1 of a row that holds them."""
+        """Write keys, values [L, T, KVH, hd] of a sequence at positions start..start+T-1 of a row with pages for
+        them."""
         positions = np.arange(start, start + keys.shape[1])
         index = np.stack([self.table[row, positions // PAGE], positions % PAGE])
         pages, offsets = torch.from_numpy(index).to(self.device)
@@ -191,7 +192,7 @@ def _map(size: int) -> mmap.mmap:
 
 @dataclass
 class Prefilled:
-    """A sequence read in parallel: keys, values [L, T, KVH, hd] from `start` on; hidden [D] of the last position."""
+    """A prefilled sequence: keys, values [L, T, KVH, hd] from `start` on; hidden [D] of the last position."""
 
     keys: Tensor
     values: Tensor
@@ -204,7 +205,7 @@ class Prefilled:
 
 
 class Slots:
-    """`count` slots of a cache. A row that has one may hold the pages that it can come to need, `row.longest`."""
+    """Assigns `count` slots of a cache to rows. A row with a slot may use pages up to `row.longest` positions."""
 
     def __init__(self, cache: KVCache, count: int):
         self.cache = cache
@@ -214,23 +215,23 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Slots that no row has."""
+        """Slots without a row."""
         return len(self._free)
 
     @property
     def together(self) -> Set[tuple[int, ...]]:
-        """What was read of the prompts whose whole pages are held: another row with such a prompt needs none for it."""
+        """Prefilled prompts whose whole pages are in the cache: another row of such a prompt needs none for it."""
         return self._together.keys()
 
     def room(self, inside: Iterable[Row]) -> float:
-        """Pages that no row in flight can come to need."""
+        """Pages that no row in flight can need later."""
         if self.cache.limit is None:
             return math.inf
         own = sum(pages_for(row.longest) - common_pages(row) for row in inside)
         return self.cache.limit - own - sum(len(read) // PAGE for read in self._together)
 
     def enter(self, entering: Sequence[tuple[Row, Sequence[Prefilled]]], coming: int = 0) -> None:
-        """Give rows a slot with what has been read of them, part after part, and pages for `coming` positions more."""
+        """Assign slots to rows, with their prefilled parts in order, and pages for `coming` positions more."""
         first: list[Row] = []
         others: list[Row] = []
         for row, _ in entering:
@@ -250,11 +251,11 @@ class Slots:
                     self.cache.fill(row.slot, part.start + there, part.keys[:, there:], part.values[:, there:])
 
     def hold(self, rows: list[Row], coming: int = 0) -> None:
-        """Give rows the pages of what they have: the last token's keys and values are made next."""
+        """Allocate pages for the rows' tokens: the last token's keys and values are computed next."""
         self.cache.hold([row.slot for row in rows], [row.length + coming for row in rows])
 
     def leave(self, row: Row) -> None:
-        """Take a row's slot back, and the pages that it alone holds."""
+        """Free a row's slot, and the pages that it alone holds."""
         self._free.append(row.slot)
         self.cache.release(row.slot)
         if common_pages(row):
@@ -266,5 +267,5 @@ class Slots:
 
 
 def common_pages(row: Row) -> int:
-    """Whole pages of a row's prefilled prompt, which nothing is written to afterwards."""
+    """Whole pages of a row's prefilled prompt, which are never written again."""
     return len(row.read) // PAGE

@@ -1,4 +1,4 @@
-"""The policy in plain PyTorch: parallel forward with the frozen mask, cached decoding that skips work after an exit.
+"""The policy in plain PyTorch: parallel forward with the frozen mask, cached decoding that skips layers after an exit.
 
 Dense Llama, Qwen2 and Qwen3. What an exit does: docs/method.md. Shapes: B sequences, T positions, R cache rows,
 D hidden, L layers, M exits, H query heads, KVH key/value heads, hd head size, V vocabulary.
@@ -27,7 +27,7 @@ Prefix = Prefilled | Sequence[Prefilled]
 
 
 class Decoder:
-    """A whole replica of the model. `from_hf` makes one; `load_policy` sets adapters and gates (None: the teacher).
+    """A whole model for generation. `from_hf` makes one; `load_policy` sets adapters and gates (None: the teacher).
 
     A policy may come in chunks instead: `load_chunk` any number of times, then `finish_load`.
     """
@@ -57,11 +57,11 @@ class Decoder:
     def of(
         source: HFDirectory | ModelSource, spec: PolicySpec | None, dtype: torch.dtype, device: torch.device | str
     ) -> Decoder:
-        """A decoder of the model that `source` holds."""
+        """Make a decoder of the model in `source`."""
         return Decoder(DecoderWeights(source, dtype, torch.device(device)), spec, read_eos_ids(source))
 
     def use(self, ops: TorchOps) -> None:
-        """Run layers by these instead of those that were chosen."""
+        """Use these layer backends instead of the chosen ones."""
         self.ops = ops
         ops.set_layers(self.weights.blocks)
 
@@ -88,7 +88,7 @@ class Decoder:
         self.ops.set_layers(self.weights.blocks)
 
     def load_chunk(self, tensors: dict[str, Tensor]) -> None:
-        """Take some of a policy's tensors. From the first chunk to `finish_load` the decoder answers nothing.
+        """Load some of a policy's tensors. From the first chunk to `finish_load` the decoder can't answer.
 
         Tensors of the base are written over the old ones, so that the model is never held twice; `load_policy(None)`
         is the way back from a load that broke off. Raises ValueError for a name or shape that isn't the spec's.
@@ -102,7 +102,7 @@ class Decoder:
 
     @torch.inference_mode()
     def finish_load(self) -> None:
-        """Make the tensors that came the decoder's weights. Raises ValueError if some are missing."""
+        """Activate the loaded tensors. Raises ValueError if some are missing."""
         if self._loading is None:
             raise ValueError("finish_load without tensors; send them by load_chunk first")
         self._loading.check_whole()
@@ -131,18 +131,18 @@ class Decoder:
         return norm(hidden, gain, self.dims.rms_eps)
 
     def readout(self, hidden: Tensor) -> Tensor:
-        """Stream [..., D] at any depth -> logits float32 [..., V]."""
+        """Unembed the stream [..., D] at any depth: logits float32 [..., V]."""
         return self.weights.head(self.norm(hidden, self.weights.final_norm))
 
     def current_readout(self) -> Callable[[Tensor], Tensor]:
-        """`readout` under the weights now loaded, whatever is loaded later; copies what full fine-tuning overwrites."""
+        """`readout` with the current weights, even after later loads; copies what full fine-tuning overwrites."""
         if self.spec is None or not self.spec.full:
             return self.readout
         gain, head = self.weights.final_norm.clone(), self.weights.copy_head()
         return lambda hidden: head(self.norm(hidden, gain))
 
     def gate_logit(self, exit_index: int, hidden: Tensor) -> Tensor:
-        """Gate i on the stream [..., D] -> z float32 [...]. Raises ValueError when no policy is loaded."""
+        """Logit z of gate i on the stream [..., D], float32 [...]. Raises ValueError when no policy is loaded."""
         if self.gates is None:
             raise ValueError("no gates are loaded; call load_policy with the policy's tensors first")
         gate = self.gates[exit_index]
@@ -162,8 +162,8 @@ class Decoder:
     def forward_parallel(
         self, tokens: Tensor, lengths: Tensor, exit_depths: Tensor | None = None, prefix: Prefix | None = None
     ) -> Tensor:
-        """tokens int64 [B, T] right-padded, lengths [B], exit depths int [B, T] or None (full) -> stream [B, T, D];
-        after a prefix, common to all or one for each, if it is given.
+        """Run whole sequences: tokens int64 [B, T] right-padded, lengths [B], exit depths int [B, T] or None (full) ->
+        stream [B, T, D]; after a prefix, common to all or one for each, if it is given.
 
         A position of depth e changes in exactly the first e layers; deeper layers make its key and value from the
         frozen stream. Entries past a length are meaningless. Raises ValueError for a depth outside 1..L or a length
@@ -180,14 +180,14 @@ class Decoder:
         prefix: Prefix | None = None,
         at: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward_parallel`, with the stream at each exit depth, M tensors [B, T, D], for gates and readouts; or at
-        the depths `at`, which increase and lie in 1..L."""
+        """`forward_parallel` that also returns the stream at each exit depth, M tensors [B, T, D], for gates and
+        readouts; or at the depths `at`, which increase and lie in 1..L."""
         residuals_at = self.layout.depths if at is None else tuple(at)
         return self._parallel(tokens, lengths, exit_depths, prefix, residuals_at)[:2]
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, lengths: Tensor, prefix: Prefilled | None = None) -> list[Prefilled]:
-        """Prompts [B, T] (right-padded) at full depth, after a common prefix if given -> one `Prefilled` each."""
+        """Prefill prompts [B, T] (right-padded) at full depth, after a common prefix if given; one `Prefilled` each."""
         hidden, _, keys, values = self._parallel(tokens, lengths, None, prefix=prefix, keep_kv=True)
         start = prefix.length if prefix else 0
         return [
@@ -272,7 +272,7 @@ class Decoder:
         return Rows(where, span, self._cos, self._sin)
 
     def run_segment(self, segment: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
-        """The layers between exit `segment` - 1 (0: the embedding) and the next: stream [A, D] -> [A, D].
+        """Run the layers between exit `segment` - 1 (0: the embedding) and the next: stream [A, D] -> [A, D].
 
         Writes the rows' keys and values of these layers. `hidden` may be overwritten.
         """
@@ -280,8 +280,8 @@ class Decoder:
         return self.ops.run(bounds[segment], bounds[segment + 1], hidden, cache, at)
 
     def write_skipped(self, hidden: Tensor, outcome: list[int], cache: KVCache, at: Rows) -> None:
-        """Keys and values in the layers that rows, ordered by outcome, skipped; streams [A, D] at their exits. One
-        stacked product per stretch between exits, over the rows that skipped it."""
+        """Write keys and values in the layers that rows, ordered by outcome, skipped; streams [A, D] at their exits.
+        One stacked product per stretch between exits, over the rows that skipped it."""
         early = sum(o < len(self._skipped) for o in outcome)
         if not early:
             return
@@ -294,7 +294,7 @@ class Decoder:
 
 
 def read_eos_ids(source: HFDirectory | ModelSource) -> frozenset[int]:
-    """End-of-sequence ids from generation_config.json, else config.json; empty if neither names one."""
+    """Read end-of-sequence ids from generation_config.json, else config.json; empty if neither names one."""
     generation = source.path / "generation_config.json"
     stated = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
     ids = stated if stated is not None else source.config.get("eos_token_id")

@@ -1,4 +1,4 @@
-"""Answers to whole sets of prompts, by an engine that has nothing else to do."""
+"""Generates the answers to whole sets of prompts with an engine that has no other requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .scheduler import Scheduler
 
 
 class GenerationEngine(Protocol):
-    """What `answer` needs of an engine."""
+    """The part of an engine that `answer` needs."""
 
     finished_rows: dict[int, Row]
 
@@ -30,7 +30,7 @@ class GenerationEngine(Protocol):
 def answer_requests(
     engine: GenerationEngine, requests: Sequence[Request], version: int, progress: Progress | None = None
 ) -> list[Rollout]:
-    """The answers to requests whose prompts are token ids, in their order. `progress(done, total)` counts them."""
+    """Generate answers to requests whose prompts are token ids, in their order. `progress(done, total)` counts them."""
     ids: dict[int, int] = {}
     # The longest prompts first, so that prompts of similar length are prefilled together.
     for i in sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt)):
@@ -52,7 +52,7 @@ def answer(
     version: int,
     progress: Progress | None = None,
 ) -> list[list[Rollout]]:
-    """The answers to every prompt, in the prompts' order and of each rule by rule."""
+    """Generate the answers to every prompt, in the prompts' order, rule by rule."""
     requests = []
     for prompt in request.prompts:
         tokens = encode_text(tokenizer, prompt.text)
@@ -76,7 +76,7 @@ def generate(
     rows: int = 64,
     positions: int | None = None,
 ) -> list[list[Rollout]]:
-    """`answer` by a decoder, with up to `rows` in flight and as many as fit `positions`.
+    """`answer` with a decoder, up to `rows` concurrently and as many as fit `positions`.
 
     A seed gives the same answers whatever `rows` is: to the bit where the decoder's products are its own (linear.py),
     elsewhere up to rounding: another batch may change the last bits of a logit, and with them a choice that hangs on

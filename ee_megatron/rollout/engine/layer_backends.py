@@ -26,7 +26,7 @@ SHORT = 512
 
 
 class RotaryPositions:
-    """Positions int64 [N] of what is computed, and the rotary tables, fp32 [positions, hd / 2]."""
+    """Positions int64 [N] to compute at, and the rotary tables, fp32 [positions, hd / 2]."""
 
     def __init__(self, positions: Tensor, cos: Tensor, sin: Tensor):
         self.positions, self.cos, self.sin = positions, cos, sin
@@ -40,7 +40,7 @@ class RotaryPositions:
 
 
 class Rows(RotaryPositions):
-    """Where A rows are: what `KVCache.where` says of them, int64 [A, 4 + blocks] on the cache's device; all positions
+    """Cache locations of A rows: `KVCache.where` of them, int64 [A, 4 + blocks] on the cache's device; all positions
     lie below `span`."""
 
     def __init__(self, where: Tensor, span: int, cos: Tensor, sin: Tensor):
@@ -51,7 +51,7 @@ class Rows(RotaryPositions):
         self._mask: Tensor | None = None
 
     def mask(self) -> Tensor:
-        """bool [A, 1, 1, span]: what each row sees."""
+        """Attention mask, bool [A, 1, 1, span]: the positions that each row sees."""
         if self._mask is None:
             seen = torch.arange(self.span, device=self.positions.device) <= self.positions[:, None]
             self._mask = seen[:, None, None]
@@ -81,7 +81,7 @@ def _heads(fused: Tensor, dims: ModelDims) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class TorchOps:
-    """Any device, any dtype."""
+    """Layers in PyTorch: any device, any dtype."""
 
     blocks: Sequence[LayerWeights] = ()
 
@@ -89,12 +89,12 @@ class TorchOps:
         self.dims = dims
 
     def set_layers(self, blocks: Sequence[LayerWeights]) -> None:
-        """The layers that `run` runs from now on."""
+        """Set the layers that `run` runs."""
         self.blocks = blocks
 
     def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
-        """Layers first..stop-1 of the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these layers.
-        `hidden` may be overwritten."""
+        """Run layers first..stop-1 on the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these
+        layers. `hidden` may be overwritten."""
         blocks = self.blocks
         normed = self.add_norm(hidden, None, blocks[first].attention_norm)
         for layer in range(first, stop):
@@ -110,32 +110,32 @@ class TorchOps:
         return hidden
 
     def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
-        """What the MLP adds to the stream: normed [N, D] -> [N, D]."""
+        """The MLP's addition to the stream: normed [N, D] -> [N, D]."""
         return linears["down"](self.silu_mul(linears["gate_up"](normed)))
 
     def gate(self, hidden: Tensor, fc1: WideLinear, fc2: Tensor, fc2_bias: Tensor, normalise: bool) -> Tensor:
-        """A gate's logits float32 [...] on streams [..., D], divided by their root mean square if `normalise`."""
+        """Logits of a gate, float32 [...], on streams [..., D], divided by their root mean square if `normalise`."""
         wide = hidden.float()
         if normalise:
             wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.dims.rms_eps)
         return F.linear(F.relu(fc1(wide)), fc2, fc2_bias).squeeze(-1)
 
     def add_norm(self, hidden: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
-        """hidden [A, D] += delta in place; returns RMSNorm(hidden) · gain (None: without one)."""
+        """Add delta to hidden [A, D] in place and return RMSNorm(hidden) · gain (None: without one)."""
         if delta is not None:
             hidden += delta
         return norm(hidden, gain, self.dims.rms_eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """gate_up [A, 2 I] -> silu(gate) · up [A, I]."""
+        """SwiGLU's product: gate_up [A, 2 I] -> silu(gate) · up [A, I]."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     def split_and_rotate(
         self, fused: Tensor, at: RotaryPositions, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten -> queries [N, H, hd], keys and values
-        [N, KVH, hd], queries and keys normed where there are gains, and rotated by their positions."""
+        """Split fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten, into queries [N, H, hd], keys and values
+        [N, KVH, hd]; queries and keys are normed where there are gains, and rotated by their positions."""
         q, k, v = _heads(fused, self.dims)
         if q_gain is not None:
             q, k = norm(q, q_gain, self.dims.rms_eps), norm(k, k_gain, self.dims.rms_eps)
@@ -144,8 +144,8 @@ class TorchOps:
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
-        """Fused q, k, v [A, (H + 2 KVH) hd] -> attention's output [A, H hd]; the rows' keys and values are in the cache
-        when this returns."""
+        """Attention with fused q, k, v [A, (H + 2 KVH) hd] -> [A, H hd]; writes the rows' keys and values to the
+        cache."""
         q, k, v = self.split_and_rotate(fused, at, q_gain, k_gain)
         keys, values = cache.layers[layer].unbind(1)
         keys[at.pages, at.offsets] = k
@@ -158,8 +158,8 @@ class TorchOps:
         ).flatten(1)
 
     def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
-        """Queries [B, T, H, hd] at the last T of the positions of k, v [B, P + T, KVH, hd], ends: lengths of the B
-        sequences, right-padded -> [B, T, H, hd]. mask bool [T, P + T]; None: causal."""
+        """Attention of queries [B, T, H, hd] at the last T of the positions of k, v [B, P + T, KVH, hd], ends: lengths
+        of the B sequences, right-padded -> [B, T, H, hd]. mask bool [T, P + T]; None: causal."""
         return F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
             enable_gqa=self.dims.heads != self.dims.kv_heads,
@@ -181,9 +181,9 @@ class TorchOps:
 
 
 class KernelOps(TorchOps):
-    """The compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache's pages are read
-    in place, each row's up to its own length. Where all matrices are in panels, layers run without a way back to
-    Python. Not thread-safe: scratch memory is reused between calls."""
+    """Layers by compiled kernels: CPU, float32 or bfloat16, head sizes that LANES divides. The cache's pages are read
+    in place, each row's up to its own length. If all matrices are in panels, layers run without returning to Python.
+    Not thread-safe: scratch memory is reused between calls."""
 
     def __init__(self, dims: ModelDims, library: compiled.Library):
         super().__init__(dims)
@@ -276,7 +276,7 @@ class KernelOps(TorchOps):
         return out
 
     def attend_parallel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ends: Sequence[int]) -> Tensor:
-        """Each sequence by itself: its bits don't depend on what is read along with it, and padding costs nothing."""
+        """Each sequence by itself: its bits don't depend on the batch, and padding costs nothing."""
         past, attended = k.shape[1] - q.shape[1], torch.zeros(q.shape, dtype=q.dtype)
         if k.shape[1] <= SHORT:
             lengths = torch.tensor(ends)
@@ -309,7 +309,7 @@ def _layer(block: LayerWeights) -> compiled.Layer:
 
 
 def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> TorchOps:
-    """The compiled kernels where they can be had for this dtype and device, else PyTorch."""
+    """The compiled kernels if they are available for this dtype and device, else PyTorch."""
     library = compiled.library(dtype) if device.type == "cpu" and dims.head_dim % compiled.LANES == 0 else None
     return TorchOps(dims) if library is None else KernelOps(dims, library)
 

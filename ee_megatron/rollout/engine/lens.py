@@ -1,4 +1,4 @@
-"""The logit lens (nostalgebraist 2020): what the readout at every exit would write, also behind the one that was taken.
+"""The logit lens (nostalgebraist 2020): predictions of the readout at every exit, also behind the one that was taken.
 
 Behind it there is nothing to read in the run itself, since the stream is frozen. So a token's position is read again
 and goes on to the end, alone: the positions before it keep their own exits.
@@ -22,8 +22,8 @@ from .scoring import FORWARD_POSITIONS, chunks
 
 @dataclass
 class Lens:
-    """Readouts at the last R - A positions of the prompt before its end, then at those that predict the answer's first
-    A tokens. M exits, k tokens of each readout, the most probable first; natural logs.
+    """Predictions at the last R - A positions of the prompt before its end, then at those that predict the answer's
+    first A tokens. M exits, k tokens of each readout, the most probable first; natural logs.
 
     - following int64 [R]: the token that came after the position, in the prompt or written
     - taken int32 [R]: the depth at which the position left in the run; L in the prompt
@@ -50,8 +50,8 @@ def lens(
     prompt: int,
     answer: int,
 ) -> list[Lens]:
-    """Read the last `prompt` positions of each prompt and the first `answer` tokens of each answer. Leaves the policy
-    loaded. An answer costs about answer² / 2 positions more than reading it does.
+    """Compute the lens at the last `prompt` positions of each prompt and the first `answer` tokens of each answer. The
+    policy stays loaded. An answer costs about answer² / 2 positions more than a single pass over it.
 
     Raises ValueError for a rollout without a token.
     """

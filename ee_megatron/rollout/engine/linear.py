@@ -1,4 +1,4 @@
-"""The decoder's products: each matrix once, in the form that is fastest here.
+"""Linear layers of the decoder: each matrix stored once, in the form that is fastest on this machine.
 
 On processors with 512-bit registers that is the panels of product.c, else oneDNN's layout, else the plain matrix.
 """
@@ -20,7 +20,7 @@ LEAST_ROWS = 4
 
 
 class OneDNN:
-    """Packed by oneDNN: W in the dtype of its results."""
+    """A matrix W packed by oneDNN, results in W's dtype."""
 
     def __init__(self, packed: Tensor, bias: Tensor | None):
         self.packed, self.bias = packed, bias
@@ -68,7 +68,7 @@ def _packed(weight: Tensor, bias: Tensor | None) -> OneDNN | None:
 
 
 class Linear:
-    """x [..., in] -> x W^T + b, in W's dtype. `adapted`: not the base's matrix."""
+    """Linear layer x [..., in] -> x W^T + b, in W's dtype. `adapted`: not the base's matrix."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, adapted: bool = False):
         self.bias, self.adapted = bias, adapted
@@ -83,7 +83,8 @@ class Linear:
 
 
 class WideLinear(Linear):
-    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (mixed_matmul.py); b float32."""
+    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype, for readout and gates (mixed_matmul.py); b
+    float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.dtype = weight.dtype

@@ -1,4 +1,4 @@
-"""What the model computes for rows: prefill of their prompts, one segment of layers with its gate, the next tokens."""
+"""Runs the model for rows: prefill of their prompts, a segment of layers with its gate, sampling of the next tokens."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ K = TypeVar("K")
 
 
 class Read(NamedTuple):
-    """What has been read of a prompt: its parts in order (a common beginning may be one), and logits [V] at its end."""
+    """The prefilled parts of a prompt in order (a common beginning may be one), and logits [V] at its end."""
 
     parts: tuple[Prefilled, ...]
     logits: Tensor
 
 
 class Prefiller:
-    """Reads `positions` (None: PREFILL_POSITIONS) at a time, longer prompts alone, and keeps what waiting rows need."""
+    """Prefills `positions` (None: PREFILL_POSITIONS) at a time, longer prompts alone; stores what waiting rows need."""
 
     def __init__(self, decoder: Decoder, positions: int | None):
         self.decoder, self.positions = decoder, positions or PREFILL_POSITIONS
@@ -42,26 +42,26 @@ class Prefiller:
         self._prefix: tuple[tuple[int, ...], Prefilled] | None = None
 
     def share_prefix(self, tokens: Sequence[int]) -> None:
-        """Read a common beginning once; prompts that begin with it and go on are read from there."""
+        """Prefill a common beginning once; prompts that continue it start from there."""
         self._prefix = None
         if len(tokens) >= SHORTEST_PREFIX:
             row = torch.tensor([list(tokens)], device=self.decoder.device)
             self._prefix = tuple(tokens), self.decoder.prefill(row, torch.tensor([len(tokens)]))[0]
 
     def lacks(self, row: Row) -> bool:
-        """Whether a row's prompt is still to be read."""
+        """Whether a row's prompt is still to be prefilled."""
         return bool(row.read) and row.read not in self._read
 
     def of(self, row: Row) -> Read:
-        """What was read of a row's prompt. Raises KeyError."""
+        """The prefilled prompt of a row. Raises KeyError."""
         return self._read[row.read]
 
     def parts(self, row: Row) -> tuple[Prefilled, ...]:
-        """Keys and values of a row's prompt; () where there is nothing to read before the row runs."""
+        """Keys and values of a row's prompt; () if nothing has to be prefilled before the row runs."""
         return self._read[row.read].parts if row.read else ()
 
     def prefill(self, wanted: Iterable[tuple[int, ...]]) -> None:
-        """Read prompts, those of like length together: they pad each other least."""
+        """Prefill prompts, grouped by length to reduce padding."""
         head, prefix = self._prefix or ((), None)
         prompts = sorted(wanted, key=len, reverse=True)
         inside = [p for p in prompts if prefix and len(p) > len(head) and p[: len(head)] == head]
@@ -79,7 +79,8 @@ class Prefiller:
                     self._read[prompt] = Read((*before, own), last)
 
     def forget(self, waiting: Iterable[Row]) -> None:
-        """Keep what waiting rows need, the next ones' first, up to what is read at a time: it lies beside the cache."""
+        """Keep only prompts of waiting rows, the next ones' first, up to `positions`: they take memory beside the
+        cache."""
         needed, room = set[tuple[int, ...]](), self.positions
         for row in waiting if self._read else ():
             if row.read in self._read and row.read not in needed and len(row.read) <= room:
@@ -89,8 +90,8 @@ class Prefiller:
 
 
 class ModelRunner:
-    """The work on rows that have slots, and what each slot keeps of the token being made: stream [D], random numbers
-    float64 [M+1], log q of its exits so far, the exit rules' state."""
+    """Runs rows that have slots; stores per slot the state of the token in progress: stream [D], random numbers float64
+    [M+1], log q of its exits so far, the exit rules' state."""
 
     def __init__(self, decoder: Decoder, slots: Slots, count: int):
         self.decoder, self.slots = decoder, slots
@@ -102,8 +103,8 @@ class ModelRunner:
         self._state = torch.zeros(count, most, dtype=torch.float64, device=device)
 
     def segment(self, index: int, rows: list[Row]) -> list[bool]:
-        """Run the layers up to exit `index` and ask its gate: which rows leave there. Where it raises, the rows may
-        come here again."""
+        """Run the layers up to exit `index` and evaluate its gate; returns which rows exit. After an exception the rows
+        can run this segment again."""
         decoder, device = self.decoder, self.decoder.device
         if index == 0:
             self.slots.hold(rows)
@@ -128,7 +129,7 @@ class ModelRunner:
         return self.decoder.rows(self.slots.cache, [row.slot for row in rows], [row.length - 1 for row in rows])
 
     def leave(self, exit_index: int, rows: list[Row], hidden: Tensor, slots: Tensor) -> list[bool]:
-        """Ask the exit rule of each row; keeps the exits' log-probabilities where there are gates."""
+        """Evaluate the exit rule of each row; records the exits' log-probabilities if there are gates."""
         decoder, depth = self.decoder, self.decoder.layout.depths[exit_index]
         gated = decoder.gates is not None
         logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
@@ -197,7 +198,7 @@ class ModelRunner:
         ]
 
     def draw(self, rows: list[Row]) -> Tensor:
-        """float64 [R, M+1]: one number per gate and one for the token that each row generates next."""
+        """Random numbers float64 [R, M+1]: one per gate and one for the token that each row generates next."""
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         at = np.array([len(row.tokens) for row in rows])
         draws = len(self.decoder.layout.depths) + 1

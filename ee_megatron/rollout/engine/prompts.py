@@ -1,4 +1,4 @@
-"""Prompts as token ids: texts, continuations, chats; padding and what prompts have in common."""
+"""Tokenise prompts: texts, continuations, chats; padding, and common beginnings of prompts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory, by its tokenizer files alone: config.json, which may name code of the
-    directory's own (an early-exit export's does), is not looked at."""
+    """Load the tokenizer of a model directory, by its tokenizer files alone: config.json, which may name code of the
+    directory's own (an early-exit export's does), is not read."""
     return AutoTokenizer.from_pretrained(
         str(path), local_files_only=True, trust_remote_code=False, config=PretrainedConfig()
     )
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text as it stands; begin-of-sequence only where the tokenizer asks for it."""
+    """Token ids of a text; begin-of-sequence only if the tokenizer adds it."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
         ids = [tokenizer.bos_token_id, *ids]
@@ -29,7 +29,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that goes on from a prompt: nothing special is put in front of it."""
+    """Token ids of a text that continues a prompt: without special tokens in front."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -50,7 +50,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 
 
 def piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of a token alone; a part of a character is shown as the replacement character."""
+    """Text of a single token; a part of a character is shown as the replacement character."""
     return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
@@ -61,7 +61,7 @@ def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """What all of several prompts begin with, short of the whole of any; empty if they are one and the same."""
+    """Longest common beginning of several prompts, shorter than each of them; empty if they are all the same."""
     if not prompts:
         return []
     # In the order of tokens the first and the last differ where any two do.

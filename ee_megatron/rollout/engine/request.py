@@ -1,4 +1,4 @@
-"""Requests, checked against the model, the answers being generated for them, and an event per new token."""
+"""Requests checked against the model, the answers in progress, and an event per new token."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class GenerationRequest:
         return len(self.prompts) * self.per_prompt
 
     def by(self, exits: ExitRule, *others: ExitRule) -> GenerationRequest:
-        """The same by these rules instead."""
+        """The same request with these rules."""
         return replace(self, exits=exits, others=others)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer wanted.
+    """Request of one answer.
 
     - prompt: text (tokenised as it stands) or token ids; equal prompts that wait together are read once
     - seed, prompt_id, sample: name the answer's random stream: same names, same answer
@@ -82,7 +82,7 @@ class Request:
 
 
 def check_logits(full_logprobs: Iterable[float]) -> None:
-    """Raises ValueError for a NaN among tokens' `full_logprob`, which any NaN among the logits makes of it."""
+    """Raises ValueError for a NaN among tokens' `full_logprob`, which follows from any NaN among the logits."""
     if any(map(math.isnan, full_logprobs)):
         raise ValueError(
             "the model's logits are not finite (NaN). A policy in training has diverged: lower its learning rate. Else "
@@ -92,7 +92,7 @@ def check_logits(full_logprobs: Iterable[float]) -> None:
 
 
 class Event(NamedTuple):
-    """A request got a token: its id, the text that became certain with it, its exit depth and log-probabilities.
+    """One new token of a request: its id, the text that became certain with it, its exit depth and log-probabilities.
 
     `finished` is None, or why this was the last: "stop" (end of sequence or a stop string) or "length". `top`: the most
     probable tokens at this place, as many as the request wanted, with their `full_logprob`.
@@ -155,7 +155,7 @@ class StopChecker:
 
 @dataclass(eq=False)
 class Row:
-    """One answer in the making.
+    """One answer in progress.
 
     `read` is what of the prompt is read in parallel, at full depth: all of it, or all but its last token, which then is
     run as a generated one. `events`: one per token of `tokens`.
@@ -177,12 +177,12 @@ class Row:
 
     @property
     def finished(self) -> str | None:
-        """Why the answer has ended, as in `Event`."""
+        """Why the answer ended, as in `Event`; None while it is in progress."""
         return self.events[-1].finished if self.events else None
 
     @property
     def given(self) -> int | None:
-        """The token that the prefill prescribes next; None where the model is free."""
+        """Next token prescribed by the prefill; None where the model is free."""
         at = len(self.tokens)
         return int(self.request.prefill[at]) if at < len(self.request.prefill) else None
 
@@ -208,7 +208,7 @@ class Row:
         return "length" if made >= self.request.sampling.max_new_tokens else None
 
     def append(self, new: Event) -> Event:
-        """Take in the next token; the event with its text, if the request is streamed."""
+        """Add the next token; returns its event, with text if the request is streamed."""
         self.tokens.append(new.token)
         self.events.append(new)
         if not self.request.stream:
@@ -218,7 +218,7 @@ class Row:
         return new._replace(text=added)
 
     def rollout(self, version: int) -> Rollout:
-        """The finished answer, made under the weights of this version."""
+        """The finished answer as a record, with the version of its weights."""
         sampling = self.request.sampling
 
         def column(name: str, dtype: type) -> np.ndarray:
@@ -241,7 +241,7 @@ class Row:
 
 
 class RequestValidator:
-    """For one model: its tokenizer, end-of-sequence ids, exits, and the longest sequence it takes."""
+    """Checks requests for one model: its tokenizer, end-of-sequence ids, exits, longest sequence."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], layout: ExitLayout, max_positions: int
@@ -250,7 +250,7 @@ class RequestValidator:
         self._stopping = lru_cache(STOPS_KEPT)(partial(StopChecker, tokenizer, eos_ids))
 
     def begin(self, number: int, request: Request, gated: bool) -> Row:
-        """The row of a request; `gated`: gates are loaded. Raises ValueError for what the model can't answer."""
+        """Make the row of a request; `gated`: gates are loaded. Raises ValueError for what the model can't answer."""
         request.exits.check(self.layout, gated)
         prompt, prefill, sampling = request.prompt, request.prefill, request.sampling
         tokens = tuple(encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)

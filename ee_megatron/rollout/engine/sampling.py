@@ -1,4 +1,4 @@
-"""How tokens are chosen: sampling, and random numbers that do not depend on batching."""
+"""Token sampling, with random numbers that do not depend on batching."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class SamplingParams:
 
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
-    """The 64-bit key of one answer's random stream: depends on nothing but its arguments."""
+    """64-bit key of one answer's random stream: depends on nothing but its arguments."""
     name = f"{seed}\n{sample}\n{prompt_id}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 def uniforms(keys: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
-    """keys uint64 [R], positions int [R] -> float64 [R, draws] in [0, 1): a pure function of key, position and draw.
+    """float64 [R, draws] in [0, 1) for keys uint64 [R], positions int [R]: a pure function of key, position and draw.
 
     SplitMix64 (Steele, Lea, Flood 2014) used as a counter-based generator: the state is key + counter · golden ratio.
     """
@@ -89,7 +89,7 @@ def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tu
 def prescribe(
     logits: Tensor, params: SamplingParams, drawn: tuple[Tensor, Tensor, Tensor], given: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `sample_tokens` drew from logits [R, V], with the (row, token) pairs `given` in place of these rows' own."""
+    """Results of `sample_tokens` for logits [R, V], with the (row, token) pairs `given` in place of samples."""
     rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*given, strict=True))
     taken, logprobs, full = (column.clone() for column in drawn)
     taken[rows] = tokens.to(taken)
@@ -99,7 +99,7 @@ def prescribe(
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [R, V] -> the first of the most probable tokens int64 [R], and its log-probability float32 [R]."""
+    """The first of the most probable tokens int64 [R] of logits [R, V], and its log-probability float32 [R]."""
     library = _library(logits)
     if library is None:
         tokens = logits.argmax(dim=-1)
@@ -137,7 +137,7 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """logits [R, V], tokens [R] -> log softmax at the tokens, float32 [R]."""
+    """Log-probabilities of tokens [R] under logits [R, V], float32 [R]."""
     return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
@@ -156,8 +156,8 @@ def most_probable(logits: Tensor, params: SamplingParams, counts: Sequence[int])
 
 
 def truncate(logits: Tensor, top_k: int, top_p: float, candidates: int = NUCLEUS) -> Tensor:
-    """-inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the mass. Sorts the
-    best `candidates` only, where they hold top_p."""
+    """Set logits to -inf outside the top_k most probable tokens and outside the smallest set that holds top_p of the
+    mass. Sorts the best `candidates` only, where they hold top_p."""
     if not top_k and top_p >= 1:
         return logits
     vocab = logits.shape[-1]

@@ -1,4 +1,4 @@
-"""The rollout engine: requests come and go at any time, rows advance independently, and every segment runs many rows.
+"""The rollout engine: requests join and leave at any time, rows advance independently, every segment runs many rows.
 
 A row is a request that has a cache slot. It waits before the next segment between exits; `Scheduler.advance` runs one
 segment for the rows that wait there, or the readout for rows that took an exit, or prefills prompts for free slots. The
@@ -36,7 +36,7 @@ HOLD = 0.1
 
 
 class SegmentQueues:
-    """Queues of rows, by the segment that each has to run next; the last is the readout. `batch` rows run at most."""
+    """Queues of rows, by the segment that each runs next; the last is the readout. `batch` rows run at most."""
 
     def __init__(self, count: int, batch: int):
         self.queues: list[list[Row]] = [[] for _ in range(count)]
@@ -50,17 +50,17 @@ class SegmentQueues:
         return (row for queue in self.queues for row in queue)
 
     def put(self, queue: int, row: Row) -> None:
-        """Let a row wait."""
+        """Append a row to its queue."""
         self.queues[queue].append(row)
 
     def remove(self, row: Row) -> None:
-        """Take a row out, wherever it waits."""
+        """Remove a row from its queue."""
         for queue in self.queues:
             if row in queue:
                 queue.remove(row)
 
     def pick(self) -> tuple[int, list[Row]]:
-        """The queue to run now and its rows, oldest first, which stay in it. There must be some row."""
+        """Choose the queue to run now and its rows, oldest first, which stay in it. Some row must be waiting."""
         number = self._choose()
         return number, self.queues[number][: self.batch]
 
@@ -126,7 +126,7 @@ class Scheduler:
     # ---- requests ----
 
     def add(self, request: Request) -> int:
-        """Queue a request; its id. Raises ValueError for what this decoder can't answer."""
+        """Queue a request and return its id. Raises ValueError for what this decoder can't answer."""
         row = self._validator.begin(self._next_id, request, self.decoder.gates is not None)
         limit = self.cache.limit
         if limit is not None and pages_for(row.longest) > limit:
@@ -139,7 +139,7 @@ class Scheduler:
         return row.id
 
     def cancel(self, request: int) -> bool:
-        """Forget a request, in whatever state; False if it is not known (any more)."""
+        """Drop a request in any state; False if it is unknown (or no longer known)."""
         if self.finished_rows.pop(request, None) is not None:
             return True
         for row in self.waiting:
@@ -155,7 +155,7 @@ class Scheduler:
         return False
 
     def take(self, request: int, version: int) -> Rollout:
-        """A finished answer, which is forgotten. Raises KeyError for one that isn't finished."""
+        """Return a finished answer and forget it. Raises KeyError for one that isn't finished."""
         return self.finished_rows.pop(request).rollout(version)
 
     @property
@@ -164,7 +164,7 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        """Slots that no request has."""
+        """Number of slots without a request."""
         return self.slots.free
 
     def share_prefix(self, tokens: Sequence[int]) -> None:
@@ -175,7 +175,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def advance(self) -> list[Event]:
-        """One piece of work: prompts enter free slots, or one segment or the readout runs. An event per new token.
+        """Do one piece of work: prompts enter free slots, or a segment or the readout runs. An event per new token.
 
         Exception-safe: a request that fails may be cancelled, the others continue.
         """

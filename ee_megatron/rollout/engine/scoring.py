@@ -1,4 +1,4 @@
-"""Reading finished answers again in parallel: traces for calibration, log-probabilities, divergence from the teacher.
+"""Scores finished answers in parallel: traces for calibration, log-probabilities, divergence from the teacher.
 
 What several answers share of a prompt is read once. Vocabulary-sized tensors exist for a chunk of positions at a time.
 """
@@ -35,8 +35,8 @@ PASS_POSITIONS = 128
 
 
 class Comparison(NamedTuple):
-    """Of n pairs of distributions p and q, float32 [n] each, natural logs: KL(p ‖ q) in nats, log sum exp of either's
-    logits, the entropy of p in nats."""
+    """Comparison of n pairs of distributions p and q, float32 [n] each, natural logs: KL(p ‖ q) in nats, log sum exp of
+    either's logits, the entropy of p in nats."""
 
     divergence: Tensor
     normaliser: Tensor
@@ -45,7 +45,8 @@ class Comparison(NamedTuple):
 
 
 def compare(logits: Tensor, others: Tensor) -> Comparison:
-    """softmax(logits) with softmax(others), float32 [n, V], row by row. -inf where a token has no probability."""
+    """Compare softmax(logits) and softmax(others), float32 [n, V], row by row. -inf where a token has no
+    probability."""
     library = compiled.library(torch.float32) if logits.device.type == "cpu" else None
     if library is not None:
         logits, others, figures = logits.contiguous(), others.contiguous(), torch.empty(len(logits), 4)
@@ -60,7 +61,7 @@ def compare(logits: Tensor, others: Tensor) -> Comparison:
 
 @dataclass
 class Score:
-    """A rollout read again; T entries as in `Rollout`, float32, natural logs, temperature 1.
+    """Scores of a rollout; T entries as in `Rollout`, float32, natural logs, temperature 1.
 
     - policy_logprobs: log π(token) at the rollout's own exits
     - exit_logprobs: log q(exit); 0 where no gate ran: at entry 0 unless the first token may exit, without gates
@@ -77,7 +78,7 @@ class Score:
 
 @dataclass
 class Inspection:
-    """What a rollout's gates and streams held at its own exits; T entries as in `Rollout`, M exits.
+    """Gate hazards and divergences of a rollout at its own exits; T entries as in `Rollout`, M exits.
 
     - score: of the same rollout, as `score` gives it
     - hazards float32 [T, M]: what gate i gave; NaN where it didn't run: behind the exit, without gates, at entry 0
@@ -101,7 +102,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class PromptScore:
-    """A prompt of T tokens read: T - 1 entries, for its second token on. Natural logs, temperature 1.
+    """Scores of a prompt of T tokens: T - 1 entries, for its second token on. Natural logs, temperature 1.
 
     - logprobs: log π(token | the tokens before it)
     - top: the most probable tokens in its place, as many as were wanted, most probable first
@@ -115,8 +116,8 @@ class PromptScore:
 def score_prompts(
     decoder: Decoder, prompts: Sequence[Sequence[int]], counts: Sequence[int], logits_bytes: int = LOGITS_BYTES
 ) -> list[PromptScore]:
-    """The prompts [B] of token ids, none of them empty, read together under the weights now loaded; `counts[b]`: how
-    many of the most probable tokens are wanted.
+    """Score prompts [B] of token ids, none empty, together under the loaded weights; `counts[b]`: how many of the most
+    probable tokens to return.
 
     Prompt positions never exit (method.md), so these are at full depth, whatever a request's exit rule is.
     """
@@ -135,7 +136,7 @@ def score_prompts(
 
 
 def chunks(decoder: Decoder, count: int, logits_bytes: int | None = None) -> Iterator[slice]:
-    """`count` positions, as many at a time as have logits of `logits_bytes` (None: LOGITS_BYTES)."""
+    """Split `count` positions into chunks whose logits take `logits_bytes` (None: LOGITS_BYTES)."""
     size = max(1, (logits_bytes or LOGITS_BYTES) // (4 * decoder.dims.vocab))
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
@@ -170,7 +171,7 @@ Chunk = Callable[[_Batch, slice], Columns]
 def score(
     decoder: Decoder, policy: dict[str, Tensor] | None, rollouts: Sequence[Rollout], progress: Progress | None = None
 ) -> list[Score]:
-    """Score rollouts under a policy (None: the teacher itself) and the teacher. Leaves the policy loaded.
+    """Score rollouts under a policy (None: the teacher itself) and the teacher. The policy stays loaded.
 
     The teacher's streams at the predicting positions are stored, then the policy is loaded: one replica serves both.
     Under full fine-tuning the teacher is read from disk again and its head is stored as well until all is scored.
@@ -188,7 +189,7 @@ def inspect(
     streams: bool = False,
     progress: Progress | None = None,
 ) -> list[Inspection]:
-    """What exiting would have cost wherever an exit was reached, and its gate's hazard. Leaves the policy loaded."""
+    """Cost of exiting at each exit that a token reached, and its gate's hazard. The policy stays loaded."""
     teacher = _teacher(decoder, policy, rollouts)
     read = _read(decoder, rollouts, lambda part, at: _inspect_chunk(decoder, part, at, streams), progress, teacher)
     scores = [Score(**{field.name: columns.pop(field.name) for field in fields(Score)}) for columns in read]
@@ -202,8 +203,7 @@ def read_exits(
     rollouts: Sequence[Rollout],
     progress: Progress | None = None,
 ) -> list[ExitReading]:
-    """Divergence from the teacher and gate hazards at every exit that the tokens reached. Leaves the policy
-    loaded."""
+    """Divergence from the teacher and gate hazards at every exit that the tokens reached. The policy stays loaded."""
     teacher = _teacher(decoder, policy, rollouts)
     read = _read(decoder, rollouts, partial(_exits_chunk, decoder), progress, teacher)
     return [ExitReading(**columns) for columns in read]
@@ -211,7 +211,7 @@ def read_exits(
 
 @torch.inference_mode()
 def trace(decoder: Decoder, rollouts: Sequence[Rollout], top_k: int, progress: Progress | None = None) -> list[Trace]:
-    """Traces under the weights now loaded, at full depth; method.md, stage 1. `correct` is False: the caller judges.
+    """Traces under the loaded weights, at full depth; method.md, stage 1. `correct` is False: the caller judges.
 
     Raises ValueError unless 1 <= top_k <= V.
     """

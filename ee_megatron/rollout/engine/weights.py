@@ -38,8 +38,8 @@ NORMS = {
 
 @dataclass
 class LayerWeights:
-    """One layer. Linears qkv [q+2kv, D], out [D, q], gate_up [2I, D], down [D, I] as they are now, and the same as base
-    matrices; biases by the same names, or None."""
+    """Weights of one layer. Linears qkv [q+2kv, D], out [D, q], gate_up [2I, D], down [D, I] as they are now, and the
+    same as base matrices; biases by the same names, or None."""
 
     linears: dict[str, Linear]
     base: dict[str, Tensor]
@@ -52,7 +52,7 @@ class LayerWeights:
 
 @dataclass
 class SkippedKV:
-    """Keys and values of the `layers` layers from `first` on, for rows that left at or before depth `first`.
+    """Weights for keys and values of the `layers` layers from `first` on, of rows that left at or before depth `first`.
 
     One stacked product of the normed stream, gain folded in, to [A, layers·2·KVH·hd]; k_norm [layers, hd] or None.
     """
@@ -81,7 +81,7 @@ class DecoderWeights:
 
     @property
     def head(self) -> WideLinear:
-        """The readout's matrix [V, D]; after `write_base` there is none before `merge`."""
+        """The unembedding matrix [V, D]; after `write_base` there is none before `merge`."""
         assert self._packed_head is not None, "merge comes before use"
         return self._packed_head
 
@@ -100,7 +100,7 @@ class DecoderWeights:
 
     @torch.inference_mode()
     def restore_base(self) -> None:
-        """The directory's tensors, read from disk again, so that no second copy of the model stays in memory."""
+        """Read the directory's tensors from disk again, so that no second copy of the model stays in memory."""
         if self.original:
             return
         source = self._open(self.path)
@@ -112,7 +112,7 @@ class DecoderWeights:
     def merge(
         self, tensors: dict[str, Tensor] | None, spec: PolicySpec | None, depths: tuple[int, ...]
     ) -> list[SkippedKV]:
-        """W = base + scale · B A for every adapted matrix, computed in float32; without adapters the base exactly.
+        """Merge adapters: W = base + scale · B A, computed in float32; without adapters the base exactly.
 
         Returns the stacked key/value weights of the layers between each exit depth and the next (the last: L).
         """
@@ -173,7 +173,8 @@ class DecoderWeights:
 
 @dataclass
 class GateWeights:
-    """fc1 [w, D] in the model's dtype; its bias [w], fc2 [1, w] and its bias [1] in float32 whatever that is."""
+    """A gate's fc1 [w, D] in the model's dtype; its bias [w], fc2 [1, w] and its bias [1] in float32 whatever that
+    is."""
 
     fc1: WideLinear
     fc2: Tensor
@@ -181,7 +182,7 @@ class GateWeights:
 
 
 class PartialLoad:
-    """The policy tensors received so far. Base tensors go straight into the decoder's; adapters and gates are held."""
+    """Policy tensors received so far. Base tensors go straight into the decoder's; adapters and gates are held."""
 
     def __init__(self, spec: PolicySpec, dims: ModelDims):
         self.expected = spec.tensor_shapes(dims)
@@ -209,7 +210,7 @@ class PartialLoad:
             )
 
     def take(self, tensors: Mapping[str, Tensor], weights: DecoderWeights) -> None:
-        """Raises ValueError as `check` does, before anything of the chunk is written."""
+        """Store a chunk. Raises ValueError as `check` does, before anything of the chunk is written."""
         self.check(tensors)
         for name, tensor in tensors.items():
             if name in self.of_base:

@@ -1,4 +1,4 @@
-"""Pools of replicas behind one interface: in this process or as Ray actors."""
+"""Rollout pools with one interface: replicas in this process, or as Ray actors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .vllm import check_python
 def make_pool(
     rollout: RolloutConfig, model_path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: str
 ) -> RolloutPool:
-    """The pool that `rollout.backend` names. Raises ValueError for a cache that no answer fits, and where there is no
+    """Make the pool that `rollout.backend` names. Raises ValueError for a cache that no answer fits, and without a
     vLLM."""
     source = HFDirectory(model_path)
     check_cache(rollout, source.dims, dtype.itemsize)

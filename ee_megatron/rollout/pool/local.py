@@ -49,7 +49,7 @@ class LocalPool(RolloutPool):
 
     @staticmethod
     def of(replica: ReplicaSettings) -> LocalPool:
-        """Weights for an actor have been narrowed on their way."""
+        """Make the pool of a replica; weights for an actor arrive already narrowed."""
         rollout = replica.rollout
         narrow = sync_dtype(rollout) if rollout.backend == "local" else None
         rows, threads, gib = rollout.max_num_seqs, rollout.threads, rollout.cache_gib
@@ -60,7 +60,7 @@ class LocalPool(RolloutPool):
         return identity(self._weights)[0]
 
     def store_weights(self, version: int, stream: Stream) -> WeightSet:
-        """The tensors, in this process. They are hashed as they come, once."""
+        """Hold the tensors in this process. They are hashed while they arrive, once."""
         with Hasher(0) as hasher:
             digest = Digest(hasher)
             tensors = collect(digest.passing(stream))
@@ -79,7 +79,7 @@ class LocalPool(RolloutPool):
         )
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Pending:
-        """Answers at once: there is no other process that could go on meanwhile."""
+        """Generate at once: no other process could compute meanwhile."""
         self.load(weights)
         return Finished(self.generate(request))
 
@@ -97,12 +97,12 @@ class LocalPool(RolloutPool):
         return {"backend": "local", "actors": 1, "alive": 1, "restarts": 0, "version": version, "digest": name}
 
     def close(self) -> None:
-        """Nothing to end: the replica goes with the object."""
+        """Nothing to end: the replica is freed with the object."""
 
 
 @dataclass
 class Finished:
-    """`Pending` that is there already."""
+    """`Pending` with results already there."""
 
     answers: list[list[Rollout]]
 

@@ -1,4 +1,4 @@
-"""A Ray cluster: joined or started, waited for, and how many actors its nodes have room for."""
+"""A Ray cluster: join or start it, wait for its nodes, and count the actors that they have room for."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PROBE_S, POLL_S = 3.0, 0.5
 
 
 def prepare_environment() -> None:
-    """Set what Ray reads when it is imported or started: without RAY_ADDRESS it stays on the loopback interface (the
-    variable's name speaks of other systems, but it decides which address a single node takes), a cluster on other
-    machines is joined with a token only. Raises ValueError where there is none, or a Ray that has no tokens."""
+    """Set environment variables that Ray reads when it is imported or started: without RAY_ADDRESS it stays on the
+    loopback interface (the variable's name speaks of other systems, but it decides which address a single node takes),
+    a cluster on other machines is joined with a token only."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS", "")
@@ -43,7 +43,7 @@ def prepare_environment() -> None:
 
 
 def is_remote(address: str) -> bool:
-    """Whether a Ray address, with or without scheme and port, lies beyond the loopback interface."""
+    """Whether a Ray address, with or without scheme and port, is outside the loopback interface."""
     host = address.split("://")[-1].rsplit(":", 1)[0].strip("[]")
     return host not in ("local", "auto") and not is_loopback(host)
 
@@ -87,8 +87,8 @@ def await_head(address: str, timeout_s: float) -> None:
 
 
 def await_nodes(ray: Any, timeout_s: float) -> None:
-    """Return once all nodes are there that EE_RAY_NODES announces. After `timeout_s` a warning says that some are
-    missing, and the pool goes on with those that are there."""
+    """Wait for all nodes that EE_RAY_NODES announces. After `timeout_s` a warning says that some are missing, and the
+    pool starts with those that are there."""
     expected = int(os.environ.get(EXPECTED, "0"))
 
     def joined() -> int:
@@ -109,7 +109,7 @@ def _wait(what: Callable[[], bool], timeout_s: float, error: Exception) -> None:
 
 
 def accepts(host: str, port: int) -> bool:
-    """Whether something listens there."""
+    """Whether a server listens at this address."""
     try:
         with socket.create_connection((host, port), timeout=PROBE_S):
             return True
@@ -118,13 +118,13 @@ def accepts(host: str, port: int) -> bool:
 
 
 class RayNodes:
-    """What the cluster has for actors of one kind. `needs`: resources of one actor, e.g. {"CPU": 1, "GPU": 0.5}."""
+    """Room in the cluster for actors of one kind. `needs`: resources of one actor, e.g. {"CPU": 1, "GPU": 0.5}."""
 
     def __init__(self, ray: Any, needs: dict[str, float]):
         self._ray, self._needs = ray, {name: amount for name, amount in needs.items() if amount > 0}
 
     def room(self) -> int:
-        """Actors that fit on the nodes that answer, if these were empty."""
+        """Number of actors that fit on the nodes that answer, if these were empty."""
         return sum(
             min(int(node["Resources"].get(name, 0.0) / amount + 1e-9) for name, amount in self._needs.items())
             for node in self._ray.nodes()

@@ -1,4 +1,4 @@
-"""Drives the actors of a pool: a thread for each place takes chunks of work in order and replaces its actor if it dies.
+"""Drives the actors of a pool: one thread per place takes chunks of work in order and replaces its actor if that dies.
 
 A request is cut into chunks by the caller, from the request alone: an answer's last bits depend on what is computed
 beside it, so a chunk that an actor lost is computed again whole and gives the same bits. Which actor takes a chunk, and
@@ -36,8 +36,8 @@ class Sent:
 
 @dataclass(eq=False)
 class Work:
-    """A request: chunks of arguments and their sizes, to be answered under `weights`, and what came of it. Without
-    chunks it is done once every actor holds the weights."""
+    """A request to the actors: chunks of arguments and their sizes, to be answered under `weights`, and the results.
+    Without chunks it is done once every actor has loaded the weights."""
 
     weights: Sent
     method: str = ""
@@ -53,12 +53,12 @@ class Work:
         self.pending = deque(range(len(self.arguments)))
 
     def finish(self, error: Exception | None = None) -> None:
-        """Wake whoever waits, with an error if there is one."""
+        """Wake the waiting caller, with an error if there is one."""
         self.error = error
         self.done.set()
 
     def result(self, progress: Progress | None = None) -> list:
-        """Results in the chunks' order. Raises what went wrong. Leaving early (interrupted) gives the work up."""
+        """Wait for results, in the chunks' order. Raises the work's error. An interrupted wait withdraws the work."""
         reported, total = 0, sum(self.sizes)
         try:
             while not self.done.wait(POLL_S):
@@ -77,8 +77,8 @@ class Work:
 
 @dataclass(eq=False)
 class Place:
-    """Where one actor works, or its successor. `handle` None: there is none now, `no_room`: nor has a node room for
-    one. `held`: the weights that it has, None while it takes some up; `pid` and `node`: once the first are there."""
+    """Place of one actor or its successor. `handle` None: no actor now, `no_room`: and no node has room for one.
+    `held`: weights that it has loaded, None while it loads; `pid` and `node`: set once the first are loaded."""
 
     handle: Any = None
     no_room: bool = False
@@ -91,11 +91,11 @@ class Place:
 
 
 class ActorLost(Exception):
-    """An actor died, or missed a deadline."""
+    """Raised when an actor died, or missed a deadline."""
 
 
 class Driver:
-    """Owns `rollout.actors` places. `submit` works; they are served in the order of their arrival.
+    """Owns `rollout.actors` places and runs submitted works in order of arrival.
 
     Every call has a deadline: `start_s` for an actor's first load, `rollout.timeout_s`, which is above 0 here, for any
     other. An actor that dies or misses one is replaced where the nodes have room; where they have none the pool works
@@ -122,7 +122,7 @@ class Driver:
             thread.start()
 
     def submit(self, work: Work) -> Work:
-        """Begin a work, whose `result` can be waited for."""
+        """Start a work and return it; wait for its `result`."""
         work.driver = self
         with self._changed:
             if self._broken is not None:
@@ -135,12 +135,12 @@ class Driver:
         return work
 
     def withdraw(self, work: Work) -> None:
-        """No chunk of this work is begun any more."""
+        """Begin no further chunk of this work."""
         with self._changed:
             self._remove(work)
 
     def close(self) -> None:
-        """Fail what is under way and end the actors."""
+        """Fail running works and end the actors."""
         self._break(RuntimeError("the rollout pool is closed; make a new one"))
         for _ in range(2):
             for place in self.places:

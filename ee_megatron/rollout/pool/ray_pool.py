@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Replica:
-    """A pool of one replica, which works only for a caller who expects the weights that it holds."""
+    """An actor's pool of one replica, which works only for callers that expect its current weights."""
 
     def __init__(self, settings: ReplicaSettings):
         self.held: tuple[int, str] | None = None
@@ -56,7 +56,7 @@ class Replica:
     def load(
         self, wanted: tuple[int, str], chunks: Sequence[Any] | None, timeout_s: float
     ) -> tuple[tuple[int, str], int, str]:
-        """Fetch a version's chunks (None: the teacher) and load it: what is held now, process id and Ray's node id.
+        """Fetch and load a version's chunks (None: the teacher); returns that version, process id, Ray's node id.
 
         Until that is done it holds nothing. Chunks are immutable in the object store, so their bytes are those that the
         sender hashed. Raises ValueError if this node lacks the GPU that it was to use.
@@ -76,7 +76,7 @@ class Replica:
         return self.held, os.getpid(), str(ray.get_runtime_context().get_node_id())
 
     def call(self, expected: tuple[int, str], method: str, arguments: tuple) -> Any:
-        """Run a method of the pool. Raises ValueError if other weights are held than the caller expects."""
+        """Call a method of the pool. Raises ValueError if other weights are loaded than the caller expects."""
         if self.held != expected:
             held = "no weights" if self.held is None else f"version {self.held[0]} ({self.held[1][:12]})"
             raise ValueError(
@@ -95,14 +95,14 @@ class Replica:
 
 
 def actor_needs(device: str, device_share: float) -> dict[str, float]:
-    """What an actor takes of a node, by Ray's names: a share of a GPU on a GPU, else of a core as Ray counts them."""
+    """Resources of an actor by Ray's names: a share of a GPU on a GPU, else of a core as Ray counts them."""
     if device.startswith("cuda"):
         return {"CPU": 1.0, "GPU": device_share}
     return {"CPU": device_share, "GPU": 0.0}
 
 
 def create_replica(ray: Any, settings: ReplicaSettings, needs: dict[str, float]) -> Any:
-    """Start an actor on what it `needs` of a node."""
+    """Start an actor with these resources on a node."""
     environment = {
         "OMP_NUM_THREADS": str(max(1, settings.rollout.threads)),
         # Actors share cores with the learner, where threads that spin at barriers cost tenfold; some microseconds of it
@@ -119,8 +119,7 @@ def create_replica(ray: Any, settings: ReplicaSettings, needs: dict[str, float])
 
 
 class PutTensors(LazyTensors):
-    """A version's tensors in the object store, where the actors read them. They stay there for as long as this object
-    lives."""
+    """A version's tensors in the object store, from which the actors read them, while this object lives."""
 
     def __init__(self, chunks: tuple[Any, ...], entries: Entries):
         self.chunks, self.entries = chunks, entries
@@ -151,8 +150,8 @@ class RayPool(RolloutPool):
         self._driver = Driver(ray, create, RayNodes(ray, needs), rollout, starting)
 
     def store_weights(self, version: int, stream: Stream) -> WeightSet:
-        """Into the object store, one chunk after the other, each while the next one's tensors come: the node's actors
-        read it where it lies."""
+        """Put the tensors into the object store, chunk by chunk while the next one's arrive: the node's actors read
+        them there."""
         chunks, entries = [], {}
         narrow, decoder = self.sync_dtype, self._replica.dtype
         with Hasher(0) as hasher:
@@ -165,14 +164,14 @@ class RayPool(RolloutPool):
             return WeightSet(version, PutTensors(tuple(chunks), entries), digest.hexdigest())
 
     def load(self, weights: WeightSet | None) -> None:
-        """Returns when every actor reports this version and digest."""
+        """Load weights into all actors; returns when every one reports this version and digest."""
         self._driver.submit(Work(self._send(weights))).result()
 
     def generate(self, request: GenerationRequest, progress: Progress | None = None) -> list[list[Rollout]]:
         return self._generation(self._sent, request).result(progress)
 
     def begin(self, weights: WeightSet, request: GenerationRequest) -> Work:
-        """Actors take up the new weights one by one, as each has nothing left to do under older ones."""
+        """Queue the request; each actor loads the new weights once it has no work under older ones."""
         return self._generation(self._send(weights), request)
 
     def read(self, reading: str, rollouts: Sequence[Rollout], settings: tuple, progress: Progress | None) -> list:
@@ -182,7 +181,7 @@ class RayPool(RolloutPool):
         return self._driver.submit(work).result(progress)
 
     def health(self) -> dict:
-        """As of the last call: `alive` counts actors that hold the wanted weights; `pids` are theirs."""
+        """State as of the last call: `alive` counts actors with the requested weights; `pids` are theirs."""
         wanted = self._sent.identity
         ready = [place for place in self._manned() if place.held == wanted]
         return {

@@ -1,4 +1,4 @@
-"""How a version of the weights travels: in chunks that need no copy on arrival."""
+"""Transfer of a version of the weights: in chunks that need no copy on arrival."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Chunk = dict[str, tuple[torch.dtype, Shape, np.ndarray]]
 
 
 def pack(stream: Stream, dtype_of: Callable[[str], torch.dtype], chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Every tensor once, rounded to its dtype, in name order, as chunks of at most `chunk_bytes` (or of one tensor that
-    is larger)."""
+    """Pack every tensor once, rounded to its dtype, in name order, into chunks of at most `chunk_bytes` (or of one
+    tensor that is larger)."""
     table, chunk, size = stream.table, Chunk(), 0
     for name, blocks in groupby(stream, lambda block: block.name):
         whole = torch.empty(table[name], dtype=dtype_of(name))
@@ -39,7 +39,7 @@ def pack(stream: Stream, dtype_of: Callable[[str], torch.dtype], chunk_bytes: in
 
 
 def unpack(chunk: Chunk) -> dict[str, Tensor]:
-    """The tensors where the chunk's bytes lie: once it has travelled to be read, never written."""
+    """Views of the tensors in a chunk's bytes: read-only once it has been transferred."""
     with warnings.catch_warnings():
         # torch has no tensors that can't be written and says so.
         warnings.simplefilter("ignore", UserWarning)
@@ -47,18 +47,18 @@ def unpack(chunk: Chunk) -> dict[str, Tensor]:
 
 
 def sync_dtype(rollout: RolloutConfig) -> torch.dtype | None:
-    """What weights are narrowed to on their way; None: nothing is."""
+    """Dtype that weights are narrowed to for transfer; None: they aren't."""
     return torch.bfloat16 if rollout.sync_dtype == "bfloat16" else None
 
 
 def travels_in(name: str, dtype: torch.dtype | None, decoder: torch.dtype) -> torch.dtype:
-    """What a policy tensor travels in, where they are narrowed to `dtype`, to a decoder of dtype `decoder`."""
+    """Dtype in which a policy tensor is transferred to a decoder of dtype `decoder`, if narrowed to `dtype`."""
     return dtype if dtype is not None and may_travel_in(dtype, name, decoder) else torch.float32
 
 
 def narrowed(weights: WeightSet, dtype: torch.dtype | None, decoder: torch.dtype) -> WeightSet:
-    """The same version with the tensors that may travel in `dtype` (None: as they are) to a decoder of dtype `decoder`
-    in it; where that changes any it has a digest of its own."""
+    """The same version with the tensors that may be narrowed in `dtype` (None: none are) for a decoder of dtype
+    `decoder`; if that changes any it has a digest of its own."""
     if dtype is None:
         return weights
     tensors = {name: tensor.detach().to(travels_in(name, dtype, decoder)) for name, tensor in weights.tensors.items()}

@@ -1,4 +1,4 @@
-"""The routes: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
+"""Routes of the HTTP server: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     - max_length, max_prompt: positions of prompt and answer together, of the prompt alone
     - max_answers: prompts x n
@@ -61,7 +61,7 @@ class Limits:
 
 @dataclass
 class Service:
-    """All that routes need.
+    """State of the server that the routes use.
 
     - exits: of requests that don't say
     - host: where the server listens if that is the loopback interface, so that any other name is DNS rebinding
@@ -83,7 +83,7 @@ class Service:
         self.piece = lru_cache(1 << 17)(partial(piece, self.tokenizer))
 
     async def encode(self, query: ChatRequest | CompletionRequest) -> list[list[int]]:
-        """The prompts as tokens. Raises BadRequest for messages that the chat template refuses."""
+        """Tokenise the prompts. Raises BadRequest for messages that the chat template refuses."""
         if isinstance(query, ChatRequest):
             messages = [message.plain() for message in query.messages]
             size = sum(len(message["content"]) for message in messages)
@@ -97,7 +97,7 @@ class Service:
         )
 
     def check_size(self, prompts: list[list[int]], query: GenerationFields) -> list[int]:
-        """New tokens that answers to each prompt may have. Raises BadRequest for what is too long or too much."""
+        """Most new tokens of answers to each prompt. Raises BadRequest for what is too long or too much."""
         limits, vocab, allowed = self.limits, self.engine.decoder.dims.vocab, list[int]()
         if not prompts or len(prompts) * query.n > limits.max_answers:
             raise BadRequest(
@@ -125,7 +125,7 @@ class Service:
         return allowed
 
     async def score(self, request: Request, prompts: list[list[int]], top: int) -> list[PromptScore]:
-        """What the prompts' own tokens score, as many at a time as are read together; other requests go on between."""
+        """Score the prompts' own tokens, as many at a time as are prefilled together; other requests run in between."""
         scores: list[PromptScore] = []
         while len(scores) < len(prompts):
             some, longest = list[list[int]](), 0
@@ -144,7 +144,7 @@ class Service:
         return scores
 
     def submit(self, request: Request, requests: list) -> AsyncIterator[tuple[int, Event]]:
-        """Queue requests in the engine, until the client leaves. Yields (index of the answer, its next token).
+        """Queue requests in the engine and yield (index of the answer, its next token), until the client disconnects.
         Raises BadRequest if the queue is full, and for the engine's errors."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | Exception]]()
 
@@ -179,7 +179,7 @@ class Service:
         return follow()
 
     async def answer(self, request: Request, query: ChatRequest | CompletionRequest) -> Response:
-        """Check, queue, and either stream or collect."""
+        """Answer a request: check, queue, and either stream or collect."""
         if query.model != self.name:
             message = f"model {query.model[:100]!r} is not served here; ask for {self.name!r}"
             raise BadRequest(message, 404, "model_not_found", "model")
@@ -216,12 +216,12 @@ class Service:
 
 
 async def aside(size: int, work: Callable[[], T]) -> T:
-    """`work` on so many characters, in a thread unless they are few."""
+    """Call `work` on so many characters, in a thread unless they are few."""
     return work() if size <= QUICK_CHARACTERS else await asyncio.to_thread(work)
 
 
 async def stream(reply: Reply, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[bytes]:
-    """Server-sent events: a chunk per token, the usage if requested, [DONE]; an error ends them."""
+    """Stream server-sent events: a chunk per token, the usage if requested, [DONE]; an error ends them."""
     try:
         for choice in reply.choices if reply.query.echo else ():
             # A prompt may have as much to say as a whole answer: not in the event loop.
@@ -237,7 +237,7 @@ async def stream(reply: Reply, events: AsyncIterator[tuple[int, Event]]) -> Asyn
 
 
 def as_refusal(error: Exception) -> BadRequest:
-    """An error of the engine's, as the client sees it."""
+    """An engine error as the client receives it."""
     if isinstance(error, BadRequest):
         return error
     if isinstance(error, ClientDisconnect):

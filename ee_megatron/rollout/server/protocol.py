@@ -1,4 +1,4 @@
-"""Requests as clients send them: OpenAI's fields and ours for early exits, checked by pydantic."""
+"""Request bodies: OpenAI's fields and ours for early exits, validated by pydantic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEUTRAL |= {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "suffix
 
 
 class BadRequest(HTTPException):
-    """Why a request gets no answer, in one line; `code` and `param` as in OpenAI's errors."""
+    """Raised for a request that is refused: the reason in one line; `code` and `param` as in OpenAI's errors."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None):
         super().__init__(status, message)
@@ -33,7 +33,7 @@ class BadRequest(HTTPException):
 
 
 def error_body(error: HTTPException) -> dict:
-    """An error as OpenAI writes it."""
+    """Body of an error in OpenAI's format."""
     kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
         error.status_code, "invalid_request_error" if error.status_code < 500 else "server_error"
     )
@@ -42,7 +42,7 @@ def error_body(error: HTTPException) -> dict:
 
 
 class Fields(BaseModel):
-    """Unknown fields are refused, null counts as not given, numbers are finite."""
+    """Base class of request bodies: unknown fields are refused, null counts as not given, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -59,7 +59,7 @@ class Fields(BaseModel):
 
 
 class ExitPolicy(Fields):
-    """`exit_policy`: an exit rule that users may name, and its number (by default the rule's own)."""
+    """Field `exit_policy`: an exit rule that users may choose, and its number (by default the rule's own)."""
 
     kind: Literal[OFFERED]  # type: ignore[valid-type]
     value: float | None = None
@@ -112,7 +112,7 @@ class GenerationFields(Fields):
 
 
 class CompletionRequest(GenerationFields):
-    """`max_tokens: 0` with `echo` scores the prompt and generates nothing."""
+    """Body of /v1/completions. `max_tokens: 0` with `echo` scores the prompt and generates nothing."""
 
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(None, ge=0)
@@ -141,7 +141,7 @@ class ContentPart(Fields):
 
 
 class Message(Fields):
-    """`content` may be null, which is the empty text, or parts of text, which are joined."""
+    """A chat message. `content` may be null, which is the empty text, or parts of text, which are joined."""
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     content: str | list[ContentPart] = ""
@@ -171,7 +171,7 @@ class ChatRequest(GenerationFields):
 
 
 def first_error(errors: Sequence[Any]) -> BadRequest:
-    """The first of pydantic's errors, in one line that names the field."""
+    """Format the first of pydantic's errors in one line that names the field."""
     # Of a field that may have several forms, the innermost error is about the form that was meant.
     first = max(errors, key=lambda error: len(error["loc"]))
     where, message = ".".join(str(part) for part in first["loc"] if part != "body"), first["msg"]

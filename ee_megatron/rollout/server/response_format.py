@@ -1,4 +1,4 @@
-"""Answers as responses show them: OpenAI's fields, and `early_exit` with a depth for each token."""
+"""Formats answers as responses: OpenAI's fields, and `early_exit` with a depth for each token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOWEST = -9999.0
 
 
 class Choice:
-    """One answer as it grows. `piece`: a token's text; `echo`: the prompt's text if the answer begins with it, `score`:
-    its log-probabilities if those are wanted."""
+    """One answer while it grows. `piece`: text of a token; `echo`: the prompt's text if the answer begins with it,
+    `score`: its log-probabilities if they are requested."""
 
     def __init__(
         self, index: int, prompt: Sequence[int], query: GenerationFields, piece: Callable[[int], str], echo: str = "",
@@ -31,8 +31,8 @@ class Choice:
         self._top = query.top or 0
 
     def add(self, events: Sequence[Event], echo: bool = False) -> dict:
-        """The choice of a response, or of a streamed chunk, that reports these further tokens, behind the prompt if
-        that is to be repeated. Raises ValueError for a NaN log-probability."""
+        """Format these further tokens as the choice of a response, or of a streamed chunk, after the prompt if that is
+        to be repeated. Raises ValueError for a NaN log-probability."""
         role = {} if self.events else {"role": "assistant"}
         self.events += events
         text = (self._echo if echo else "") + "".join(event.text for event in events)
@@ -98,8 +98,8 @@ class Reply:
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
 
     def body(self, choices: list[dict], usage: bool = True) -> dict:
-        """A response or a chunk. Its usage counts a prompt once for its n answers; the mean depth is a share of the
-        layers."""
+        """Format a response or a chunk. Its usage counts a prompt once for its n answers; the mean depth is a share of
+        the layers."""
         if not usage:
             return {**self._head, "choices": choices}
         depths = [event.depth for choice in self.choices for event in choice.events]
@@ -113,16 +113,16 @@ class Reply:
         return {**self._head, "choices": choices, "usage": counts}
 
     def end(self) -> bytes:
-        """The usage if requested, and the mark that ends a stream."""
+        """End of a stream: the usage if requested, and the mark."""
         wanted = self.query.stream_options and self.query.stream_options.include_usage
         return (server_sent(self.body([])) if wanted else b"") + b"data: [DONE]\n\n"
 
 
 def bounded(logprob: float) -> float:
-    """As JSON can hold it; NaN, of broken weights, stays and is refused there."""
+    """Clip infinite values for JSON; NaN, of broken weights, stays and is refused there."""
     return max(logprob, LOWEST)
 
 
 def server_sent(body: dict) -> bytes:
-    """An event of a stream. Raises ValueError for NaN or infinity."""
+    """Format an event of a stream. Raises ValueError for NaN or infinity."""
     return f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n".encode()

@@ -1,4 +1,4 @@
-"""Plans the server's memory, runs it until a stop signal, then lets running requests finish."""
+"""Run the server: plan its memory, serve until a stop signal, then let running requests finish."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/]+/?)$")]
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """As `ee-megatron serve --help` has them; port 0: a free one; max_length 0: as many positions as the model and the
-    cache have; grace: seconds; cache_gib 0: what is free. `of` checks them."""
+    """Settings of the server, as in `ee-megatron serve --help`; port 0: a free one; max_length 0: as many positions as
+    the model and the cache have; grace: seconds; cache_gib 0: all that is free. `of` checks them."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
@@ -61,14 +61,14 @@ class ServerSettings:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> ServerSettings:
-        """From a mapping that may hold more. Raises ValueError with one line."""
+        """Take the settings from a mapping that may hold more. Raises ValueError with one line."""
         try:
             return cls(**{one.name: given[one.name] for one in fields(cls) if one.name in given})
         except ValidationError as error:
             raise ValueError(str(first_error(error.errors())).replace("_", "-")) from None
 
     def bind(self) -> socket.socket:
-        """A socket at the address, not listening yet. Raises ValueError for one that can't be had."""
+        """Bind a socket to the address, not listening yet. Raises ValueError if that fails."""
         made = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         try:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,8 +81,8 @@ class ServerSettings:
 
 
 class MemoryBudget(NamedTuple):
-    """positions: of the cache; longest: of a request, longest_prompt: of a prompt that can be read; prefill: that are
-    read together; cache_bytes; limit: what sets the size of the cache."""
+    """Planned memory. positions: of the cache; longest: of a request, longest_prompt: of a prompt that can be read;
+    prefill: positions read together; cache_bytes; limit: what sets the size of the cache."""
 
     positions: int
     longest: int
@@ -93,7 +93,7 @@ class MemoryBudget(NamedTuple):
 
 
 def free_memory(device: torch.device) -> tuple[int, str]:
-    """Bytes that this process may still take, and what limits it: the device, the machine, ulimit, a control group."""
+    """Bytes that this process may still allocate, and their limit: the device, the machine, ulimit, a control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], f"{device}'s free memory"
     if not (PROC / "meminfo").is_file():
@@ -121,8 +121,8 @@ def _kib(file: str, name: str) -> int:
 
 
 def prefill_bytes(dims: ModelDims, item: int) -> int:
-    """Of one position of a prompt while it is read: keys and values of all layers twice (as they are made, and as they
-    go into the cache), and what one layer computes."""
+    """Bytes of one position of a prompt during prefill: keys and values of all layers twice (as computed, and in the
+    cache), and the intermediates of one layer."""
     heads = (dims.heads + 2 * dims.kv_heads) * dims.head_dim
     return 2 * position_bytes(dims, item) + 4 * (4 * dims.hidden + 3 * heads + 3 * dims.intermediate)
 
@@ -130,8 +130,8 @@ def prefill_bytes(dims: ModelDims, item: int) -> int:
 def plan_memory(
     decoder: Decoder, rows: int, max_length: int, cache_gib: float, free: tuple[int, str] | None = None
 ) -> MemoryBudget:
-    """What of the free memory the cache gets: `cache_gib`, or for 0 all that `rows` requests of `max_length` positions
-    (0: as many as the model has) can use and that is there beside prefill. Raises ValueError for what can't be met."""
+    """Plan the cache's size: `cache_gib`, or for 0 all that `rows` requests of `max_length` positions (0: as many as
+    the model has) can use and that is free beside prefill. Raises ValueError for impossible demands."""
     dims, item = decoder.dims, decoder.dtype.itemsize
     if max_length > dims.max_positions:
         raise ValueError(f"max-length {max_length}: the model has {dims.max_positions} positions; lower it")
@@ -169,7 +169,7 @@ def run(
     listening: socket.socket,
     api_key: str | None = None,
 ) -> None:
-    """Serve at a bound socket until SIGTERM or SIGINT. Raises ValueError for settings that the model can't follow."""
+    """Serve at a bound socket until SIGTERM or SIGINT. Raises ValueError for settings that contradict the model."""
     exits.check(decoder.layout, decoder.gates is not None)
     budget = plan_memory(decoder, settings.rows, settings.max_length, settings.cache_gib)
     # Where not all rows can have the longest request, short ones pass those that wait for room.
@@ -205,7 +205,7 @@ def run(
 
 
 class Server(uvicorn.Server):
-    """Says where it listens once it does, and at the end of the grace ends what still runs."""
+    """uvicorn's server, which prints its address once it listens, and ends running requests after the grace period."""
 
     def __init__(self, config: uvicorn.Config, service: Service, grace_s: float, room: str):
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""The engine's thread, which owns the scheduler: requests join it and leave it from any other thread."""
+"""The engine's thread, which owns the scheduler: other threads submit and cancel requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 
 
 class ServerMetrics:
-    """What Prometheus reads of a server; safe to use from any thread."""
+    """Metrics of a server for Prometheus; can be used from any thread."""
 
     def __init__(self, depths: tuple[int, ...]):
         self.registry = CollectorRegistry()
@@ -67,8 +67,8 @@ class Ticket:
 
 
 class ServingEngine:
-    """Runs up to `rows` requests together, as many as fit `positions` of the cache (None: any number), and lets
-    `queue_limit` more wait. `reading` and `passing` are the scheduler's."""
+    """Runs up to `rows` requests together, as many as fit `positions` of the cache (None: any number), and queues up to
+    `queue_limit` more. `reading` and `passing` are the scheduler's."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class ServingEngine:
         self._enter(tickets, lambda: self._add(tickets))
 
     def call(self, work: Callable[[], Any]) -> Future:
-        """`work`'s result: it runs in the engine's thread, between two steps. Raises BadRequest as `submit` does."""
+        """Run `work` in the engine's thread, between two steps; returns its result. Raises as `submit` does."""
         result: Future = Future()
 
         def run() -> bool:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -13,15 +14,10 @@ from typing import Any
 def wrapped(job: str, wrapper: str) -> list:
     """Tokens and depths of an engine's answers where the model runner wraps its model as a GPU's does. `job`: a pickle
     of the engine's settings, its policy and requests; `wrapper`: a module of vllm.compilation and its class."""
-    from safetensors.torch import load
     from vllm.config import CUDAGraphMode
     from vllm.platforms import current_platform
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    from ee_megatron.rollout.engine.generation import answer
-    from ee_megatron.rollout.vllm import register
-    from ee_megatron.rollout.vllm.engine import VllmEngine
 
     module, name = wrapper.split(".")
     wrap, load_model = getattr(import_module(f"vllm.compilation.{module}"), name), CPUModelRunner.load_model
@@ -32,13 +28,54 @@ def wrapped(job: str, wrapper: str) -> list:
 
     CPUModelRunner.load_model, CPUModelRunner.get_model = load_and_wrap, GPUModelRunner.get_model
     type(current_platform)._global_graph_pool = (0, 0)
+    return _answers(job)
+
+
+def disagreeing(job: str) -> list:
+    """The same where every device but the first has gates that hardly ever fire."""
+
+    def plant(worker: Any) -> None:
+        for gate in worker._exits_model.gated_layers.gates.values():
+            gate.fc2.bias.data -= 100.0 * worker.rank
+
+    return _answers(job, plant)
+
+
+def _answers(job: str, plant: Callable[[Any], None] | None = None) -> list:
+    from safetensors.torch import load
+
+    from ee_megatron.rollout.engine.generation import answer
+    from ee_megatron.rollout.vllm import register
+    from ee_megatron.rollout.vllm.engine import VllmEngine
+
     register()
     with open(job, "rb") as file:
         settings, policy, requests = pickle.load(file)
     engine = VllmEngine(settings)
     engine.load(load(policy))
+    if plant is not None:
+        engine.engine.collective_rpc(plant)
     groups = [group for request in requests for group in answer(engine, engine.tokenizer, request, 1)]
     return [[one.tokens.tolist(), one.exit_depths.tolist()] for group in groups for one in group]
+
+
+def cache_keys(job: str) -> list:
+    """The key of vLLM's cache of what it compiles, for each of the engines' settings in this pickle."""
+    from types import SimpleNamespace
+
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from ee_megatron.rollout.vllm import register
+    from ee_megatron.rollout.vllm.engine import VllmEngine
+
+    def configured(arguments: Any) -> Any:
+        config = arguments.create_engine_config()
+        return SimpleNamespace(model_config=config.model_config, key=config.compute_hash())
+
+    LLMEngine.from_engine_args = configured
+    register()
+    with open(job, "rb") as file:
+        return [VllmEngine(settings).engine.key for settings in pickle.load(file)]
 
 
 def stock(path: str, prompts: str) -> list:

@@ -77,15 +77,28 @@ def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
 @pytest.mark.parametrize("wrapper", ["cuda_graph.CUDAGraphWrapper", "breakable_cudagraph.BreakableCUDAGraphWrapper"])
 def test_a_model_that_vllm_wraps_for_its_graphs_gives_the_same_answers(wrapper, llama, vllm_python, tmp_path: Path):
     """On a GPU the model runner wraps the model once it is loaded."""
+    job, expected = alone(llama, tmp_path, {})
+    assert by_vllm(vllm_python, tmp_path, "wrapped", job, wrapper) == expected
+
+
+@pytest.mark.parametrize("how", [{}, {"compile": True}], ids=["eager", "compiled"])
+def test_devices_that_would_decide_otherwise_follow_the_first(how, llama, vllm_python, tmp_path: Path):
+    """Sums over devices need not have the same bits on each; here the second's gates say something else altogether."""
+    job, expected = alone(llama, tmp_path, {"tensor": 2, **how})
+    assert min(depth for _, depths in expected for depth in depths) < 6
+    assert by_vllm(vllm_python, tmp_path, "disagreeing", job) == expected
+
+
+def alone(llama: tuple[Path, Own], folder: Path, how: dict) -> tuple[str, list]:
+    """A job for inside.py, and the answers that it is to give."""
     path, own = llama
     own.decoder.load_policy(policy_of(path))
-    settings = EngineSettings(str(path), LORA, torch.float32, others=(("max_model_len", 256),))
+    others = (("max_model_len", 256), ("max_num_batched_tokens", 256))
+    settings = EngineSettings(str(path), LORA, torch.float32, others=others, **how)
     requests = [request(rule) for rule in ("sample", "confidence")]
-    (tmp_path / "job").write_bytes(pickle.dumps((settings, packed(policy_of(path)), requests)))
-    expected = [
-        [answer.tokens.tolist(), answer.exit_depths.tolist()] for each in requests for answer in own.answers(each)
-    ]
-    assert by_vllm(vllm_python, tmp_path, "wrapped", str(tmp_path / "job"), wrapper) == expected
+    (folder / "job").write_bytes(pickle.dumps((settings, packed(policy_of(path)), requests)))
+    expected = [[one.tokens.tolist(), one.exit_depths.tolist()] for each in requests for one in own.answers(each)]
+    return str(folder / "job"), expected
 
 
 @pytest.mark.parametrize("how", [{}, COMPILED], ids=["eager", "compiled"])

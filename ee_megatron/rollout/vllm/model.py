@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -103,6 +104,9 @@ class GatedLayers(nn.Module):
         self.gates = nn.ModuleDict(gates).requires_grad_(False)
         # Of the step; with any the graph is left aside.
         self.watched: Sequence[Watched] = ()
+        # A buffer, so that devices that share the model have the same graph.
+        self.group = get_tp_group()
+        self.register_buffer("leads", torch.tensor(float(self.group.rank_in_group == 0)), persistent=False)
 
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None, bounds: Tensor, fine: Tensor
@@ -125,7 +129,7 @@ class GatedLayers(nn.Module):
             logit, fires = self.ask(index, ice, bounds, fine)
             for watched in self.watched:
                 watched.ask(index, number, ice, logit, fires)
-            fires &= ~left
+            fires = self.agree(fires) & ~left
             logprobs += torch.where(left, 0.0, F.logsigmoid(torch.where(fires, logit, -logit)))
             depths = torch.where(fires, number, depths)
             left = left | fires
@@ -138,6 +142,14 @@ class GatedLayers(nn.Module):
         # Some rules compare hazards in float64, the others in float32.
         hazard = torch.where(fine, logit.double().sigmoid(), logit.sigmoid().double())
         return logit, hazard > bounds[:, index]
+
+    def agree(self, fires: Tensor) -> Tensor:
+        """What the first of the devices that share the model decided, bool [T]: sums over devices need not have equal
+        bits on each, and a hazard just at its bound would exit on some of them. A sum of one number and zeros is exact
+        however it is made."""
+        if self.group.world_size == 1:
+            return fires
+        return self.group.all_reduce(fires * self.leads) > 0
 
 
 class EarlyExit:

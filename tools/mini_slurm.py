@@ -249,7 +249,7 @@ class MiniSlurm:
         (self.directory / "hosts").write_text("\n".join([*lines, f"{NETWORK}250 control"]) + "\n")
         for number in range(self.gpus):
             os.mknod(self.directory / f"gpu{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        gres = f"Gres=gpu:{self.gpus}" if self.gpus else ""
+        gres = f"Gres=gpu:h100:{self.gpus}" if self.gpus else ""
         nodes = [
             f"NodeName={node} NodeAddr={address} Port={17000 + number} CPUs={self.cpus} Boards=1 SocketsPerBoard=1 "
             f"CoresPerSocket={self.cpus} ThreadsPerCore=1 RealMemory=8000 {gres} State=UNKNOWN"
@@ -262,7 +262,7 @@ class MiniSlurm:
         (self.directory / "slurm.conf").write_text(text)
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         devices = f"{self.directory}/gpu[0-{self.gpus - 1}]" if self.gpus > 1 else f"{self.directory}/gpu0"
-        line = f"NodeName={','.join(self.nodes)} Name=gpu File={devices}\n" if self.gpus else ""
+        line = f"NodeName={','.join(self.nodes)} Name=gpu Type=h100 File={devices}\n" if self.gpus else ""
         (self.directory / "gres.conf").write_text(line)
         key = self.directory / "munge" / "key"
         key.touch(mode=0o600)

@@ -136,17 +136,22 @@ def site_options(environment: Mapping[str, str]) -> dict[str, str]:
         for group in SAME[:2]:
             if key in group[1:]:
                 raise ValueError(f"{SITE}: --{key}: the job scripts say --{group[0]}, beside which sbatch refuses it")
+        if key == "gres" and "gpu" in value:
+            raise ValueError(
+                f"{SITE}: {word}: the job scripts say --gpus-per-node, beside which sbatch refuses it; name the type "
+                "there: --gpus-per-node=h100:8"
+            )
         options[key] = value
     return options
 
 
 def merged(*given: Mapping[str, str]) -> dict[str, str]:
-    """Merge options; a later one replaces its alternatives (SAME)."""
+    """Merge options; a later one replaces its alternatives (SAME). --gres may ask for something that isn't a GPU."""
     union: dict[str, str] = {}
     for options in given:
         for key, value in options.items():
             for group in SAME:
-                if key in group:
+                if key in group and (key != "gres" or "gpu" in value):
                     union = {k: v for k, v in union.items() if k not in group}
             union[key] = value
     return union

@@ -611,13 +611,14 @@ def test_a_sweeps_jobs_ask_for_what_the_job_scripts_ask_for_and_the_site_says(
     for key in ("cpus-per-task", "mem"):
         assert f"#SBATCH --{key}={asked[key]}\n" in lines
     assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("1", "4", "4")
-    monkeypatch.setenv("EE_SBATCH", "--cpus-per-task=12 --mem=900G --gres=gpu:h100:4 --exclusive")
+    monkeypatch.setenv("EE_SBATCH", "--cpus-per-task=12 --mem=900G --gpus-per-node=h100:4 --gres=lscratch:9")
     site = sbatch_options(tasks, {})
-    assert (site["cpus-per-task"], site["mem"], site["gres"], site["exclusive"]) == ("12", "900G", "gpu:h100:4", "")
-    assert "gpus-per-node" not in site
+    found = site["cpus-per-task"], site["mem"], site["gpus-per-node"], site["gres"]
+    assert found == ("12", "900G", "h100:4", "lscratch:9")
+    assert "gpus-per-node" not in sbatch_options(tasks, {"gres": "gpu:h100:4"})
     own = sbatch_options(tasks, {"cpus-per-gpu": "6", "mem-per-gpu": "80G"})
     assert own["cpus-per-gpu"] == "6" and own["mem-per-gpu"] == "80G" and not {"cpus-per-task", "mem"} & own.keys()
-    assert "--cpus-per-task=12 --mem=900G --gres=gpu:h100:4 --exclusive" in " ".join(
+    assert "--cpus-per-task=12 --mem=900G --gpus-per-node=h100:4 --gres=lscratch:9" in " ".join(
         allocation(load([*base, "cluster.gpus_per_node=4"]), "rl")
     )
 
@@ -647,7 +648,7 @@ def test_what_sbatch_gets_names_no_wckey_but_the_sites(
 @pytest.mark.parametrize(
     ("text", "option"),
     [("-p gpu", "-p"), ("--comment='a", "quotation"), ("--mem-per-gpu=80G", "--mem"), ("--cpus-per-gpu=4",
-     "--cpus-per-task"), ("--nodes=2", "--nodes")],
+     "--cpus-per-task"), ("--nodes=2", "--nodes"), ("--gres=gpu:h100:8", "--gpus-per-node=h100:8")],
 )  # fmt: skip
 def test_a_sites_options_that_no_job_could_take_are_named(text: str, option: str) -> None:
     with pytest.raises(ValueError, match=f"EE_SBATCH: .*{option}"):

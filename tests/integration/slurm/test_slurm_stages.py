@@ -56,7 +56,9 @@ srun --ntasks=2 --ntasks-per-node=2 --overlap bash -c 'echo "rank $SLURM_CPUS_PE
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("cores", [["--cpus-per-task=4", "--mem=0"], ["--cpus-per-gpu=4"]])
+@pytest.mark.parametrize(
+    "cores", [["--cpus-per-task=4", "--mem=0"], ["--cpus-per-gpu=4"], ["--gpus-per-node=h100:2", "--cpus-per-gpu=4"]]
+)
 def test_rays_step_has_every_core_of_the_job_on_its_node(cores, site):
     script = site.folder / "whole.sh"
     script.write_text(WHOLE)
@@ -109,8 +111,11 @@ def test_what_cannot_run_says_so_within_a_minute_and_fails(what, site):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [(["--partition=nowhere"], "invalid partition"), (["--gpus-per-node=9"], "not available")],
-)
+    [
+        (["--partition=nowhere"], "invalid partition"), (["--gpus-per-node=9"], "not available"),
+        (["--gpus-per-node=a100:2"], "not available"), (["--gres=gpu:h100:2"], "Invalid GRES"),
+    ],
+)  # fmt: skip
 def test_what_the_cluster_lacks_is_refused_at_submission(options, says, site):
     with pytest.raises(RuntimeError) as caught:
         site.submit(["sbatch", "slurm/rl_7b.sh", *site.rl("refused")], *options)

@@ -91,6 +91,10 @@ prepare() {
   if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
   fi
+  # What is compiled on a node stays there: the home directory may be read-only, or slow for many nodes at once.
+  local cache=$scratch/ee-cache-$UID
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$cache/vllm}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
   if [[ -n ${EE_INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=$EE_INTERFACE GLOO_SOCKET_IFNAME=$EE_INTERFACE
   fi

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -70,6 +71,35 @@ def require_gpus(count: int, request: str) -> None:
     if usable < count:
         reason = _too_few(count, usable) if usable else f"{_none()}, or set device=cpu"
         raise ValueError(f"{request} on {socket.gethostname()}: {reason}")
+
+
+def require_compiler(python: str, request: str) -> None:
+    """Raises ValueError unless Triton can build here, on its first use, what starts its kernels: by $CC, gcc or clang,
+    with the Python.h of this interpreter. `request`: the settings that need it."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    where = f"{request} on {socket.gethostname()}: kernels are compiled there on first use, and"
+    if compiler is None:
+        raise ValueError(
+            f"{where} no C compiler was found ($CC, gcc, clang); install gcc, or load the cluster's module of it in "
+            "slurm/site.env"
+        )
+    # As Triton looks for it.
+    code = "import sysconfig; print(sysconfig.get_path('include', 'posix_prefix'))"
+    try:
+        asked = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        folder = asked.stdout.strip()
+        compiled = subprocess.run(
+            [compiler, f"-I{folder}", "-E", "-x", "c", "-o", os.devnull, "-"], input="#include <Python.h>\n",
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(f"{where} C compiler {compiler} with {python}: {error}") from None
+    if compiled.returncode:
+        said = next((line for line in compiled.stderr.splitlines() if "error" in line), "no reason given")
+        raise ValueError(
+            f"{where} {compiler} cannot read Python.h in {folder} ({said.strip()}); install Python's headers "
+            "(python3-dev), or use a Python that has them (uv, conda, pyenv)"
+        )
 
 
 def gpu_files() -> list[str]:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ..config.cluster import JobShape, job_shape, require_ray_tokens, seats
 from ..config.derive import actor_share, ranks, start_timeout
-from ..config.device import asks_for_gpus, gpu_files, hides_all, pick_device
+from ..config.device import asks_for_gpus, gpu_files, hides_all, pick_device, require_compiler
 from ..config.identity import outdated, stage_dir, stage_order
-from ..config.schema import RunConfig
+from ..config.schema import RunConfig, VllmConfig
 from ..exit_rules import Threshold
 from ..families.hf_directory import HFDirectory
 from ..planning.command import allocation, launch_command
@@ -76,7 +76,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
         return
     stages.check_inputs(cfg, stage)
     here = ranks(cfg) if stage in stages.LEARNS else 1
-    pick_device(cfg, int(os.environ.get("LOCAL_WORLD_SIZE", here)))
+    require_device(cfg, [stage], int(os.environ.get("LOCAL_WORLD_SIZE", here)))
     if "RANK" not in os.environ:
         if before := outdated(cfg, stage):
             print(
@@ -92,6 +92,17 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     except Stopped as stop:
         print(f"{stage}: {stop}", file=sys.stderr)
         stop.leave()
+
+
+def require_device(cfg: RunConfig, wanted: Sequence[str], count: int) -> None:
+    """Raises ValueError unless this node has what these stages compute on: a GPU for each of `count` processes, if any,
+    and what compiles kernels for it."""
+    if pick_device(cfg, count) == "cpu":
+        return
+    if {*wanted} & {*stages.LEARNS}:
+        require_compiler(sys.executable, f"device={cfg.device}")
+    if cfg.rollout.backend == "vllm" and any(job_shape(cfg, stage).rollout_nodes for stage in wanted):
+        require_compiler((cfg.rollout.vllm or VllmConfig()).python, "rollout.backend=vllm")
 
 
 def may_fork(cfg: RunConfig) -> bool:
@@ -190,7 +201,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
 
     validate(cfg, read_dims(cfg))
     if not all(stages.is_done(cfg, stage) for stage in stage_order(cfg)):
-        pick_device(cfg, ranks(cfg))
+        require_device(cfg, stage_order(cfg), ranks(cfg))
     stages.check_given(cfg)
     from ..report.results import report_path
 
@@ -293,7 +304,7 @@ def describe_job(cfg: RunConfig, stage: str, environment: Mapping[str, str]) -> 
                 "cluster.gpus_per_node=<GPUs of a node>, or set device=cpu"
             )
         # This step sees what those of the ranks and of Ray will see of their nodes, which are alike.
-        pick_device(cfg, shape.gpus_per_node or shape.ranks_per_node)
+        require_device(cfg, [stage], shape.gpus_per_node or shape.ranks_per_node)
         weights = HFDirectory(stages.ready_model(cfg, stage)).size()
     cpu = cfg.device == "cpu" or not shape.gpus_per_node
     devices = range(shape.first_device, shape.gpus_per_node)

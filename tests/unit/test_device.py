@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 from ee_megatron import cli
 from ee_megatron.config import device as module
 from ee_megatron.config.config_paths import find_config_dir, list_groups
-from ee_megatron.config.device import asks_for_gpus, pick_device, pick_dtype
+from ee_megatron.config.device import asks_for_gpus, pick_device, pick_dtype, require_compiler
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import RolloutConfig
 from ee_megatron.planning.plan import element_bytes
@@ -207,6 +208,41 @@ def test_an_actor_on_a_node_without_gpus_says_so_at_its_first_load(model: list[s
     replica = Replica(ReplicaSettings(path, None, torch.float32, "cuda", RolloutConfig()))
     with pytest.raises(ValueError, match=r"device=cuda.*torch"):
         replica.load((0, "teacher"), None, 1.0)
+
+
+def without_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A PATH that has nothing but this test's programs."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+@pytest.mark.parametrize("command", ["calibrate", "run", "job"])
+def test_a_gpu_node_without_a_compiler_is_named_before_anything_starts(command, model, capsys, monkeypatch, tmp_path):
+    torch_of_a_gpu_node(monkeypatch, 8)
+    without_compilers(monkeypatch, tmp_path)
+    monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
+    words = ["job", "calibrate"] if command == "job" else [command]
+    said = refused(capsys, *words, *model)
+    assert "device=cuda" in said and "C compiler" in said and "gcc" in said, said
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "no-such-compiler" in refused(capsys, *words, *model)
+
+
+def test_a_python_without_its_header_is_named_and_what_only_generates_needs_none(
+    model, capsys, monkeypatch, tmp_path: Path
+) -> None:
+    torch_of_a_gpu_node(monkeypatch, 8)
+    monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
+    require_compiler(sys.executable, "device=cuda")
+    bare = tmp_path / "bin" / "python"
+    bare.write_text(f"#!/bin/sh\necho {tmp_path}/include\n")
+    bare.chmod(0o755)
+    vllm = ["rollout=vllm", f"rollout.vllm.python={bare}", "cluster.gpus_per_node=2"]
+    said = refused(capsys, "job", "traces", *model, *vllm)
+    assert "rollout.backend=vllm" in said and f"Python.h in {tmp_path}/include" in said, said
+    without_compilers(monkeypatch, tmp_path)
+    assert cli.main(["job", "traces", *model, "cluster.gpus_per_node=2"]) == 0
 
 
 def test_gpus_that_are_there_cost_no_look_at_nvidia_smi(model, monkeypatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from ...config.derive import actor_share, call_timeout, start_timeout
-from ...config.device import require_gpus
+from ...config.device import require_compiler, require_gpus
 from ...families.hf_directory import HFDirectory
 from ...host_memory import return_freed
 from ...policy import WeightSet
@@ -43,14 +43,16 @@ class Replica:
         self.held: tuple[int, str] | None = None
         self._device = settings.device
         self._refusal: ValueError | None = None
+        vllm = settings.rollout.backend == "vllm"
         try:
             if settings.device == "cuda":
                 require_gpus(settings.rollout.tensor, "device=cuda")
+                if vllm and settings.rollout.vllm:
+                    require_compiler(settings.rollout.vllm.python, "rollout.backend=vllm")
         except ValueError as error:
             # Raised here it would count as a death, and the next actor would be tried: the first load raises it.
             self._refusal = error
             return
-        vllm = settings.rollout.backend == "vllm"
         self.pool = VllmPool(settings) if vllm else LocalPool.of(settings)
 
     def load(

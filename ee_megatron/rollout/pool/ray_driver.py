@@ -246,6 +246,8 @@ class Driver:
                 place.handle, place.no_room = self._create(), False
                 return True
         with self._changed:
+            if not place.no_room:
+                log.warning("no node has room for %d of %d rollout actors", len(self.places) - occupied, len(self.places))
             place.no_room = True
             self._finish()
             if occupied or not self._works:

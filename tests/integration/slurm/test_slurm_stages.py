@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from omegaconf import OmegaConf
 
 SECONDS = 240
 
@@ -27,7 +28,7 @@ def test_each_stage_goes_by_the_command_that_a_dry_run_prints(site):
         assert f"{stage}: finished; results in {site.directory('method', stage)}" in site.log(job)
 
     directory = site.directory("method")
-    assert "lambda_exit: 0.3" in (directory / "config.yaml").read_text()
+    assert OmegaConf.load(directory / "config.yaml").rl.depth_penalty.weight == 0.3
     rows = site.rows("method")
     assert [row["step"] for row in rows] == [1, 2, 3]
     # The price starts where it is set, and then follows the accuracy that is to be kept.

@@ -247,7 +247,8 @@ class Driver:
                 return True
         with self._changed:
             if not place.no_room:
-                log.warning("no node has room for %d of %d rollout actors", len(self.places) - occupied, len(self.places))
+                actors = len(self.places)
+                log.warning("no node has room for %d of %d rollout actors", actors - occupied, actors)
             place.no_room = True
             self._finish()
             if occupied or not self._works:

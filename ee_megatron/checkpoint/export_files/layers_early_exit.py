@@ -187,10 +187,10 @@ class ExitLayer(Exiting):
         made, weights = self.self_attn(self.input_layernorm(hidden_states), shared, rows)
         stream = (hidden_states if rows is None else hidden_states[rows]) + made
         stream = stream + self.mlp(self.post_attention_layernorm(stream))
-        if shared.weights is not None:
-            assert weights is not None
-            whole = weights if rows is None else weights.new_zeros(len(active_B), *weights.shape[1:])
-            shared.weights[self.self_attn.layer_idx] = whole if rows is None else whole.index_copy(0, rows, weights)
+        if shared.weights is not None and weights is not None:
+            if rows is not None:
+                weights = weights.new_zeros(len(active_B), *weights.shape[1:]).index_copy(0, rows, weights)
+            shared.weights[self.self_attn.layer_idx] = weights
         if rows is not None:
             stream = hidden_states.index_copy(0, rows, stream)
         return torch.where(active_BT[..., None], stream, hidden_states)
@@ -200,15 +200,16 @@ def with_exits(layer: Any) -> None:
     """Give a decoder layer of the base, and its attention, a `forward` that knows exits. The classes keep their names,
     by which tools and `device_map` know them."""
     for module, mixin in ((layer, ExitLayer), (layer.self_attn, ExitAttention)):
-        module.__class__ = exit_class(mixin, type(module))
+        base: Any = type(module)
+        module.__class__ = exit_class(mixin, base)
 
 
 @cache
-def exit_class(mixin: type, base: type) -> type:
+def exit_class(mixin: Any, base: Any) -> Any:
     return type(base.__name__, (mixin, base), {"__module__": base.__module__})
 
 
-def blank(mixin: type, base: type) -> Any:
+def blank(mixin: Any, base: Any) -> Any:
     made = exit_class(mixin, base)
     return made.__new__(made)
 

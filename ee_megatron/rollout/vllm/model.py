@@ -91,6 +91,8 @@ class GatedLayers(nn.Module):
     """A model of vLLM's without its readout, with gates between its layers. Every gate scores every token of a step,
     and every token runs all layers: a step's shapes are those of vLLM's own model, and one graph serves all steps."""
 
+    leads: Tensor
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", body: Any):
         super().__init__()
         config, dtype = vllm_config.model_config.hf_config, vllm_config.model_config.dtype

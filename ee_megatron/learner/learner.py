@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -38,7 +37,7 @@ from .engine import (
     sum_tied_gradients,
 )
 from .packing import MicroBatchPlan, PackedRows, PackingStats, deal
-from .passes import MicroBatch, ReferenceStates, SchedulePass, run_schedule
+from .passes import MicroBatch, SchedulePass, run_schedule
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,11 @@ class Pass:
     @property
     def exits(self) -> bool:
         return self.what != "reference"
+
+    @property
+    def compared(self) -> bool:
+        """Whether the reference runs beside the policy."""
+        return self.teacher is Teacher.REFERENCE
 
 
 class Learner:
@@ -284,56 +288,40 @@ class Learner:
         """The scores; the gradients of a pass that trains are left on the parameters."""
         packed = batch if isinstance(batch, PackedBatch) else self.pack(batch)
         own = packed.packing.ranks[parallel_state.get_data_parallel_rank()]
+        if self.spec.full and self._base is None and (wanted.compared or not wanted.exits):
+            # Before the schedule: stages exchange tied embeddings in building it.
+            self._base = self._base_model(HFDirectory(self._base_directory))
         with contextlib.ExitStack() as stack:
             model, head = self.model, self.head
             if not wanted.exits:
                 model, head = stack.enter_context(self._reference())
             passes = SchedulePass(
                 head, self.direction, exits=wanted.exits, train=wanted.trains, teacher=wanted.teacher,
-                hazards_of=wanted.hazards_of, reads_out=wanted.reads_out, done=self._clock(wanted.what, own),
+                reference=self._reference, hazards_of=wanted.hazards_of, reads_out=wanted.reads_out,
+                done=self._clock(wanted.what, own),
             )  # fmt: skip
-            # The reference's hidden states are stored for as many micro-batches as fill the pipeline.
-            at_once = self.parallel.pipeline if wanted.teacher is Teacher.REFERENCE else len(own)
-            for first in range(0, len(own), at_once):
-                part = slice(first, first + at_once)
-                if wanted.teacher is Teacher.REFERENCE:
-                    passes.reference = self._states(packed, part)
-                self._schedule(passes, model, self._micro_batches(packed, part, wanted.exits, wanted.weights))
-        return self._collect(passes, packed)
-
-    def _micro_batches(
-        self, packed: PackedBatch, part: slice, exits: bool, weights: Weights = NO_WEIGHTS
-    ) -> list[MicroBatch]:
-        """Some of this rank's, at their exits or at full depth, on the device."""
-        own = packed.packing.ranks[parallel_state.get_data_parallel_rank()]
-        if exits not in packed.made:
-            batch = packed.batch if exits else packed.batch.at_full_depth(self.dims.num_layers)
-            packed.made[exits] = [MicroBatch.of(batch, rows) for rows in own]
-        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
-        scale = float(parallel_state.get_data_parallel_world_size())
-        pairs = zip(packed.made[exits][part], own[part], strict=True)
-        return to_device(
-            [one.weighted(weights, rows, scale, len(self.spec.exit_depths)) for one, rows in pairs], self.device
-        )
-
-    def _schedule(self, passes: SchedulePass, model: EarlyExitGPT, micro_batches: list[MicroBatch]) -> None:
-        model.train(passes.train)
-        with model.recording_gates() if passes.exits else contextlib.nullcontext():
+            micro_batches = self._micro_batches(packed, wanted)
+            model.train(wanted.trains)
             run_schedule(
                 model, micro_batches, passes.forward, passes.loss,
-                slots=micro_batches[0].tokens.size(1), train=passes.train,
+                slots=passes.streams * micro_batches[0].tokens.size(1), train=wanted.trains,
             )  # fmt: skip
-        model.eval()
+            model.eval()
+        return self._collect(passes, packed)
 
-    def _states(self, packed: PackedBatch, part: slice) -> ReferenceStates:
-        """The reference's hidden states for these micro-batches."""
-        with self._reference() as (model, head):
-            states = ReferenceStates(head, deque())
-            passes = SchedulePass(
-                head, self.direction, exits=False, train=False, keep_hidden=states.hidden, reads_out=False
-            )  # fmt: skip
-            self._schedule(passes, model, self._micro_batches(packed, part, exits=False))
-        return states
+    def _micro_batches(self, packed: PackedBatch, wanted: Pass) -> list[MicroBatch]:
+        """This rank's, at their exits or at full depth, on the device."""
+        own = packed.packing.ranks[parallel_state.get_data_parallel_rank()]
+        for exits in ({True, False} if wanted.compared else {wanted.exits}) - packed.made.keys():
+            batch = packed.batch if exits else packed.batch.at_full_depth(self.dims.num_layers)
+            packed.made[exits] = [MicroBatch.of(batch, rows) for rows in own]
+        made = packed.made[wanted.exits]
+        if wanted.compared:
+            made = [replace(one, full_depth=its.control) for one, its in zip(made, packed.made[False], strict=True)]
+        # Gradients are averaged over data-parallel ranks; the weights are normalised over all of them already.
+        scale, exits = float(parallel_state.get_data_parallel_world_size()), len(self.spec.exit_depths)
+        pairs = zip(made, own, strict=True)
+        return to_device([one.weighted(wanted.weights, rows, scale, exits) for one, rows in pairs], self.device)
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[tuple[EarlyExitGPT, Head | None]]:
@@ -342,8 +330,7 @@ class Learner:
             with self.model.adapters_off():
                 yield self.model, self.head
             return
-        if self._base is None:
-            self._base = self._base_model(HFDirectory(self._base_directory))
+        assert self._base is not None
         yield self._base, self._make_head(self._base)
 
     def _clock(self, what: str, own: Sequence[PackedRows]) -> Callable[[], None]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -30,7 +30,8 @@ class MicroBatch:
     """Packed sequences as the device sees them. N of the W slots predict a token that counts.
 
     tokens int64 [1, W]; counted int64 [N]: those slots; labels int64 [N]; token, divergence fp32 [N] or None: weights
-    of the loss; teacher_ids int64, teacher_logprobs fp32 [N, k] or None.
+    of the loss; teacher_ids int64, teacher_logprobs fp32 [N, k] or None. full_depth: the control of the same sequences
+    without exits, where a reference runs beside them.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class MicroBatch:
     divergence: Tensor | None
     teacher_ids: Tensor | None
     teacher_logprobs: Tensor | None
+    full_depth: Control | None = None
 
     @staticmethod
     def of(batch: ReplayBatch, rows: PackedRows) -> MicroBatch:
@@ -105,17 +107,16 @@ def gate_weights(
     return {term: value for term, value in terms.items() if value is not None}
 
 
-@dataclass
-class ReferenceStates:
-    """The reference's head (last stage only) and its hidden states at counted slots [N, D], per micro-batch that is
-    still to come."""
-
-    head: Head | None
-    hidden: deque[Tensor]
+# Inside, the base and the head that reads it out (last stage only).
+Reference = Callable[[], AbstractContextManager[tuple[EarlyExitGPT, Head | None]]]
 
 
 class SchedulePass:
-    """The two callables of one schedule run and what they leave behind, per micro-batch in order."""
+    """The two callables of one schedule run and what they leave behind, per micro-batch in order.
+
+    With a `reference` every stage runs it on a micro-batch just before the policy and hands on both streams, one behind
+    the other [2 W, 1, D]. So the pipeline fills and drains once, and the reference's states are never stored.
+    """
 
     def __init__(
         self,
@@ -125,8 +126,7 @@ class SchedulePass:
         exits: bool,
         train: bool,
         teacher: Teacher | None = None,
-        reference: ReferenceStates | None = None,
-        keep_hidden: deque[Tensor] | None = None,
+        reference: Reference | None = None,
         reads_out: bool = True,
         hazards_of: tuple[int, ...] = (),
         done: Callable[[], None] | None = None,
@@ -134,8 +134,10 @@ class SchedulePass:
         self.head, self.exits, self.train = head, exits, train
         self.direction = direction
         # Divergence is from the batch's stored distribution, from the reference, or there is none.
-        self.stored, self.reference = teacher is Teacher.STORED, reference
-        self.keep_hidden, self.reads_out = keep_hidden, reads_out
+        self.stored, self.reads_out = teacher is Teacher.STORED, reads_out
+        self.reference = reference if teacher is Teacher.REFERENCE else None
+        # The reference's head and its hidden states at the counted slots [N, D] of the latest micro-batch.
+        self.compared: tuple[Head, Tensor] | None = None
         # Told of every micro-batch that this rank has run forward.
         self.done = done
         self.token_logprobs: list[Tensor] = []
@@ -147,14 +149,32 @@ class SchedulePass:
         self.hazards_of = hazards_of
         self.hazards: list[Tensor] = []
 
+    @property
+    def streams(self) -> int:
+        """Streams of a micro-batch that stages exchange."""
+        return 1 if self.reference is None else 2
+
     def forward(self, stage: EarlyExitGPT, micro_batch: MicroBatch) -> Tensor:
-        output = stage(micro_batch.tokens, micro_batch.control)
+        theirs = None
+        if self.reference is not None:
+            # None on the first stage, which embeds.
+            entering = stage.decoder.input_tensor
+            own, its = (None, None) if entering is None else entering.chunk(2)
+            with self.reference() as (base, head), torch.no_grad():
+                base.set_input_tensor(its)
+                theirs = base(micro_batch.tokens, micro_batch.full_depth)
+                if head is not None:
+                    self.compared = head, theirs.flatten(0, 1).index_select(0, micro_batch.counted)
+            stage.set_input_tensor(own)
+        with stage.recording_gates() if self.exits else nullcontext():
+            output = stage(micro_batch.tokens, micro_batch.control)
+            gates = stage.take_gates()
         channels = micro_batch.control.channels
         exit_depths, gate_mask = channels[..., EXIT_DEPTH], channels[..., ASKED] > 0
         logprobs = torch.zeros(gate_mask.shape, device=gate_mask.device)
         entropy = torch.zeros_like(logprobs)
         hazards = logprobs.new_zeros(len(self.hazards_of), *logprobs.shape)
-        for depth, logit in stage.take_gates().items() if self.exits else ():
+        for depth, logit in gates.items():
             reached = exit_depths >= depth
             if self.hazards_of:
                 hazards[self.hazards_of.index(depth)] = torch.sigmoid(logit) * (gate_mask & reached)
@@ -165,14 +185,12 @@ class SchedulePass:
         self.hazards.append(hazards)
         if self.done is not None:
             self.done()
-        return output
+        return output if theirs is None or self.compared is not None else torch.cat([output, theirs])
 
     def loss(self, micro_batch: MicroBatch, output: Tensor) -> Tensor:
         """The terms of tokens and divergence (those of the gates are with their layers)."""
         # The last stage returns [W, 1, D]; only slots that predict a generated token are read out.
         hidden = output.flatten(0, 1).index_select(0, micro_batch.counted)
-        if self.keep_hidden is not None:
-            self.keep_hidden.append(hidden)
         if not self.reads_out:
             return hidden.new_zeros(())
         no_weight = torch.zeros(len(hidden), device=hidden.device)
@@ -196,9 +214,8 @@ class SchedulePass:
         if stored is not None:
             assert micro_batch.teacher_ids is not None
             ids = torch.cat([micro_batch.teacher_ids, ids], dim=-1)
-        if self.reference is not None:
-            assert self.reference.head is not None
-            against = Against(self.reference.head, self.reference.hidden.popleft(), divergence, self.direction)
+        if self.compared is not None:
+            against = Against(*self.compared, divergence, self.direction)
 
         # Chunk by chunk, in their order.
         stored_kl: list[Tensor] = []

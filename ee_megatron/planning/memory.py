@@ -66,9 +66,10 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
         kinds["reduction bucket"] = float(sum(item * n for item, n in buffers.items()))
     kinds["activations"] = activations(layout, packed, t, pipeline_rank)
     if layout.pipeline > 1:
-        # Outputs stay until their gradient returns (deallocate_pipeline_outputs is off).
+        # Outputs stay until their gradient returns (deallocate_pipeline_outputs is off). The reference's streams travel
+        # with the policy's.
         flying = in_flight(layout, pipeline_rank, packed.micro_batches)
-        kinds["pipeline buffers"] = float(packed.width * hidden * t.item * (1 + flying))
+        kinds["pipeline buffers"] = float((1 + t.divergence) * packed.width * hidden * t.item * (1 + flying))
     if layout.has_head(pipeline_rank):
         # A chunk's logits in fp32 and p log p; a divergence has two distributions and the terms of its gradient; the
         # head's gradient if it is trained, and a CPU's copy of a bfloat16 head, both fp32.
@@ -77,8 +78,7 @@ def learner_memory(layout: Layout, packed: Packing, t: Training, pipeline_rank: 
         copies = (full + (t.on_cpu and t.item != FP32)) * hidden
         kinds["logits chunk"] = FP32 * rows * ((7 if t.divergence else 2) * chunk + copies)
         if t.divergence:
-            # The reference runs ahead of the update by one micro-batch for each pipeline rank.
-            kinds["reference states"] = layout.pipeline * answers * hidden * t.item
+            kinds["reference states"] = answers * hidden * t.item
     if full:
         kinds["reference"] = float(t.item * base)
     return kinds

@@ -167,9 +167,7 @@ class Roofline:
     def _learn(self, phase: str) -> DeviceWork:
         work, layout = DeviceWork(), self.layout
         for times, packed, how in passes(self.cfg, self.load)[phase]:
-            # The pipeline's filling and draining are idle.
-            idle = (layout.pipeline - 1) / packed.micro_batches
-            work = work.plus(self._pass(packed, how), times * (1 + idle))
+            work = work.plus(self._pass(packed, how), times * (1 + idle_share(layout.pipeline, packed.micro_batches)))
         if phase == "update":
             # All-reduce of the gradients; AdamW reads and writes parameter, gradient and both moments.
             count = updates(self.cfg)[0]
@@ -195,6 +193,12 @@ class Roofline:
         """Bytes/s between that many ranks in a row; without cluster.gpus_per_node all of them are on one node."""
         node = self.cfg.job.gpus_per_node
         return self.device.network if node and peers > node else self.device.link
+
+
+def idle_share(pipeline: int, micro_batches: int) -> float:
+    """Seconds that a stage waits while the pipeline fills and drains, for each second that it works: the learner runs
+    all micro-batches of a pass, with the reference beside them, in one call of the schedule."""
+    return (pipeline - 1) / micro_batches
 
 
 def all_reduce(size: float, device: Device, tensor: int) -> float:

@@ -10,18 +10,22 @@ import layout_cases
 import torch
 import torch.distributed as dist
 import whole_gather
+from megatron.core.pipeline_parallel import schedules
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.checkpoint import policy_stream
+from ee_megatron.learner import passes
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
 from ee_megatron.learner.passes import run_schedule
+from ee_megatron.model.gpt import EarlyExitGPT
 from ee_megatron.model.packed import PackedSequences, make_control
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.policy import PolicySpec, open_policy
 from ee_megatron.tensors import ChangedStream
 from ee_megatron.training.checkpoints import TrainingStreams, read_training, write_training
+from tests.pipeline import Work
 
 # Tensors are cut within rows' groups, and parts of a flat partition within rows.
 policy_stream.BUCKET_BYTES = 40_000
@@ -58,6 +62,42 @@ def step(batch: ReplayBatch, weights: Weights, times: int = 1, teacher: Teacher 
         update = learner.step(batch, weights, teacher, adapter_lr=rates["body"], gate_lr=rates["gates"])
         first = first or update
     return first, policy()
+
+
+def schedule(batch: ReplayBatch, weights: Weights) -> list[Work]:
+    """What this rank does in an update with the exact divergence, in its order: a model's pass over a micro-batch costs
+    1 forward and 2 backward."""
+    done, calls, models = list[Work](), [0], [0]
+    run, forward, backward, model = (
+        passes.get_forward_backward_func, schedules.forward_step, schedules.backward_step, EarlyExitGPT.forward
+    )  # fmt: skip
+
+    def run_counted():
+        calls[0] += 1
+        return run()
+
+    def model_counted(*args, **kwargs):
+        models[0] += 1
+        return model(*args, **kwargs)
+
+    def forward_counted(*args, **kwargs):
+        models[0] = 0
+        output = forward(*args, **kwargs)
+        done.append(Work(calls[0], "forward", models[0]))
+        return output
+
+    def backward_counted(*args, **kwargs):
+        done.append(Work(calls[0], "backward", 2))
+        return backward(*args, **kwargs)
+
+    with (
+        mock.patch.object(passes, "get_forward_backward_func", run_counted),
+        mock.patch.object(schedules, "forward_step", forward_counted),
+        mock.patch.object(schedules, "backward_step", backward_counted),
+        mock.patch.object(EarlyExitGPT, "forward", model_counted),
+    ):
+        step(batch, weights, teacher=Teacher.REFERENCE)
+    return done
 
 
 def log_probs(tokens, depths):

@@ -16,7 +16,9 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.batch import pack
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights, mean_weights
-from ee_megatron.policy import PolicySpec
+from ee_megatron.planning.roofline import idle_share
+from ee_megatron.policy import PolicySpec, initial_policy
+from tests.pipeline import Work, one_call, slowdown
 from tests.reference import Reference, random_policy
 from tests.tiny import tiny_hf
 
@@ -302,3 +304,34 @@ def test_gradients_of_the_likelihood_with_the_exact_kl_beside_it(mode, degrees, 
     loss = (kl * batch.loss_mask * weights.divergence).sum() - (tokens * weights.token).sum()
     (loss - (exits * weights.exit).sum()).backward()
     assert update.norms["all"] == pytest.approx(gradient_norm(reference, policy), rel=1e-4)
+
+
+def test_stages_wait_for_each_other_once_per_update_as_the_plan_has_it(tmp_path):
+    """The schedule of real learners' updates with the exact divergence, simulated: PP1, PP2 and PP4. Tied embeddings
+    and a second model as the reference, which stages can only build together."""
+    path = tiny_hf("llama", tmp_path / "model", tied=True)
+    source, spec = HFDirectory(path), replace(SPEC, rank=0, full=True)
+    policy = initial_policy(source.dims, spec, 0, source.tensor)
+    with Ranks(4, tmp_path / "ranks") as ranks:
+        for pipeline, stages in ((1, (6,)), (2, (4, 2)), (4, (1, 2, 1, 2))):
+            # Micro-batches of the longest sequence's length.
+            batch, weights = make_batch(rows=80 * 4 // pipeline)
+            weights = replace(weights, divergence=weights.token.abs())
+            learn_on(ranks, path, policy, (1, pipeline, 4 // pipeline), stages, spec, tokens=1)
+            every = ranks.call("parallel_cases:schedule", batch=batch, weights=weights)
+            found = every[:: 4 // pipeline]
+            count = len(found[0]) // 2
+            assert count >= 40 and found == one_call(pipeline, count, forward=2, train=True, call=1)
+            assert slowdown(found) == pytest.approx(1 + idle_share(pipeline, count))
+            assert slowdown(found) <= 1.08
+
+
+@pytest.mark.parametrize(("stages", "expected"), [(2, 1.375), (4, 1.5625)])
+def test_the_simulation_sees_what_a_reference_costs_that_runs_ahead_in_small_groups(stages, expected):
+    found = [list[Work]() for _ in range(stages)]
+    for call in range(12):
+        for works, more in zip(
+            found, one_call(stages, stages, forward=1, train=bool(call % 2), call=call), strict=True
+        ):
+            works += more
+    assert slowdown(found) == pytest.approx(expected)

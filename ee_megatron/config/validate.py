@@ -232,8 +232,6 @@ def _rollout(cfg: RunConfig) -> Iterator[Rule]:
     if rollout.backend != "vllm":
         yield vllm, "rollout.vllm rollout.backend", "is for rollout.backend=vllm; set rollout.vllm=null"
         return
-    yield (cfg.exits.first_token, "exits.first_token rollout.backend",
-           "vLLM here reads whole prompts at full depth; set rollout.backend=ray or local")
     yield (share < 1 and asks_for_gpus(cfg), "rollout.device_share rollout.backend",
            "vLLM takes nine tenths of a GPU for itself; set rollout.device_share=1")
 

@@ -141,7 +141,6 @@ rollout=vllm rollout.vllm.tensor=16 TWO -> rollout.vllm.tensor=16 cluster.gpus_p
 rollout=vllm rollout.vllm.tensor=4 rollout.actors=3 TWO -> rollout.actors=3 2 cluster.rollout_nodes
 rollout=vllm parallel.data=8 cluster.gpus_per_node=8 -> rollout.backend=vllm cluster.rollout_nodes 8
 rollout.vllm.compile=false -> rollout.vllm rollout.backend=vllm ray
-rollout=vllm exits.first_token=true -> exits.first_token=true rollout.backend=vllm
 rollout=vllm rollout.device_share=0.5 TWO -> rollout.device_share=0.5 rollout.backend=vllm
 rl.depth_penalty.credit=token rl.depth_penalty.cost=max -> rl.depth_penalty.credit=token rl.depth_penalty.cost=max
 rl.fixed_depth=5 rl.exit_credit=true -> rl.fixed_depth=5 rl.exit_credit=null

@@ -13,7 +13,9 @@ import pytest
 import torch
 from vllm_setup import (
     ASKED,
+    FIRST,
     FULL,
+    LAYERS,
     LORA,
     MODELS,
     PROMPTS,
@@ -29,7 +31,9 @@ from vllm_setup import (
     request,
 )
 
+from ee_megatron.exit_rules import ExitRule, Fixed, Off, Prescribed, Threshold
 from ee_megatron.families import VLLM
+from ee_megatron.rollout.engine.request import GenerationRequest
 from ee_megatron.rollout.engine.sampling import SamplingParams
 from ee_megatron.rollout.pool.vllm import packed
 from ee_megatron.rollout.vllm.engine import EngineSettings
@@ -39,29 +43,35 @@ from ee_megatron.types import Prompt
 COMPILED = {"compile": True, "max_num_batched_tokens": 256}
 CHUNKS = {"rows": 16, "max_num_batched_tokens": 16}
 FEW_BLOCKS = {"rows": 16, "num_gpu_blocks_override": 10, "block_size": 32}
+# Two blocks of 32.
+BLOCKS = " ".join(map(str, range(10, 31))) + "  "
+SPECS = {"prompts never exit": LORA, "first token exits": FIRST}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory) -> tuple[Path, Own]:
     path = make_model(request.param, tmp_path_factory.mktemp(request.param))
-    own = Own(path)
+    own = Own(path, MODELS[request.param][-1])
     own.decoder.load_policy(policy_of(path))
     return path, own
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> tuple[Path, Own]:
+@pytest.fixture(scope="module", params=SPECS)
+def llama(request, tmp_path_factory) -> tuple[Path, Own]:
     path = make_model("llama", tmp_path_factory.mktemp("llama"))
-    return path, Own(path)
+    return path, Own(path, SPECS[request.param])
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rule", ASKED)
 def test_every_rule_gives_the_answers_of_the_embedded_engine(rule, sampling, model, engines: Engines):
     path, own = model
-    expected = own.answers(request(rule, sampling))
-    assert_same(answers(engines(path, policy_of(path)), request(rule, sampling)), expected)
+    asked = own.request(rule, sampling)
+    expected = own.answers(asked)
+    assert_same(answers(engines(path, policy_of(path), own.spec), asked), expected)
     assert len({depth for answer in expected for depth in answer.exit_depths.tolist()}) > (rule not in ("off", "fixed"))
+    first = min(answer.exit_depths[0] for answer in expected)
+    assert (first < LAYERS) == (own.spec.first_token and rule != "off")
 
 
 @pytest.mark.parametrize("model", VLLM, indirect=True)
@@ -69,11 +79,12 @@ def test_every_rule_gives_the_answers_of_the_embedded_engine(rule, sampling, mod
 def test_compiled_it_gives_the_same_answers(rule, model, engines: Engines):
     """Confidence, which has to see readouts, leaves the graph aside."""
     path, own = model
-    asked = request(rule)
-    assert_same(answers(engines(path, policy_of(path), **COMPILED), asked), own.answers(asked))
+    asked = own.request(rule)
+    assert_same(answers(engines(path, policy_of(path), own.spec, **COMPILED), asked), own.answers(asked))
     assert list(engines.cache.glob("torch_compile_cache/torch_aot_compile/*/rank_0_0/model")), "nothing was compiled"
 
 
+@pytest.mark.parametrize("llama", ["first token exits"], indirect=True)
 @pytest.mark.parametrize("wrapper", ["cuda_graph.CUDAGraphWrapper", "breakable_cudagraph.BreakableCUDAGraphWrapper"])
 def test_a_model_that_vllm_wraps_for_its_graphs_gives_the_same_answers(wrapper, llama, vllm_python, tmp_path: Path):
     """On a GPU the model runner wraps the model once it is loaded."""
@@ -94,8 +105,8 @@ def alone(llama: tuple[Path, Own], folder: Path, how: dict) -> tuple[str, list]:
     path, own = llama
     own.decoder.load_policy(policy_of(path))
     others = (("max_model_len", 256), ("max_num_batched_tokens", 256))
-    settings = EngineSettings(str(path), LORA, torch.float32, others=others, **how)
-    requests = [request(rule) for rule in ("sample", "confidence")]
+    settings = EngineSettings(str(path), own.spec, torch.float32, others=others, **how)
+    requests = [own.request(rule) for rule in ("sample", "confidence")]
     (folder / "job").write_bytes(pickle.dumps((settings, packed(policy_of(path)), requests)))
     expected = [[one.tokens.tolist(), one.exit_depths.tolist()] for each in requests for one in own.answers(each)]
     return str(folder / "job"), expected
@@ -110,7 +121,7 @@ def test_without_exits_it_is_vllm_to_the_bit(how, model, engines: Engines, vllm_
         for n, t in shut.items()
     }
     asked = replace(request("sample", "greedy"), samples=1, sampling=SamplingParams(0.0, TOKENS))
-    found = answers(engines(path, shut, **how), asked)
+    found = answers(engines(path, shut, own.spec, **how), asked)
     encoded = [own.tokenizer(prompt.text)["input_ids"] for prompt in PROMPTS]
     stated = {"prompts": encoded, "tokens": TOKENS, "rows": 64, "compile": how == COMPILED}
     (tmp_path / "asked.json").write_text(json.dumps(stated))
@@ -129,20 +140,21 @@ def test_without_exits_it_is_vllm_to_the_bit(how, model, engines: Engines, vllm_
 def test_how_it_is_scheduled_changes_nothing(settings, llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
-    engine = engines(path, policy_of(path), **settings)
+    engine = engines(path, policy_of(path), own.spec, **settings)
     before = engine.call("counter", "vllm:num_preemptions")
     for rule in ASKED:
-        asked = replace(request(rule), prompts=[replace(p, id=f"{p.id}.{i}") for p in PROMPTS for i in range(3)])
+        asked = replace(own.request(rule), prompts=[replace(p, id=f"{p.id}.{i}") for p in PROMPTS for i in range(3)])
         if rule == "prescribed":
-            asked = request(rule)
+            asked = own.request(rule)
         assert_same(answers(engine, asked), own.answers(asked))
     assert (engine.call("counter", "vllm:num_preemptions") > before) == ("num_gpu_blocks_override" in settings)
 
 
 @pytest.mark.parametrize("how", [{}, COMPILED], ids=["eager", "compiled"])
+@pytest.mark.parametrize("llama", ["first token exits"], indirect=True)
 def test_weights_are_set_in_place(how, llama, engines: Engines):
     path, own = llama
-    engine = engines(path, policy_of(path), **how)
+    engine = engines(path, policy_of(path), own.spec, **how)
     for seed in (1, 2, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
         engine.call("load", seed, packed(policy_of(path, seed=seed)))
@@ -157,7 +169,7 @@ def test_weights_are_set_in_place(how, llama, engines: Engines):
 def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engines):
     """What was read under other weights, or answered with exits, is never taken for a prompt's."""
     path, own = llama
-    engine = engines(path, policy_of(path), block_size=32)
+    engine = engines(path, policy_of(path), own.spec, block_size=32)
     text = " ".join(str(i) for i in range(20))
     asked = replace(request("sample"), prompts=[Prompt(f"p{i}", text + " " * i, "", "t") for i in range(2)], samples=4)
     for seed in (1, 2):
@@ -174,16 +186,38 @@ def test_prompts_of_a_group_are_read_once_under_each_policy(llama, engines: Engi
         assert_same(answers(engine, replace(asked, prompts=longer)), own.answers(replace(asked, prompts=longer)))
 
 
+@pytest.mark.parametrize("llama", ["first token exits"], indirect=True)
+def test_a_block_that_ends_with_a_prompt_that_has_left_is_no_other_prompts(llama, engines: Engines):
+    """Where nothing has left, it is everybody's, but for the prompt that ends there."""
+    path, own = llama
+    engine = engines(path, policy_of(path), own.spec, block_size=32)
+    policy = policy_of(path)
+    own.decoder.load_policy(policy)
+
+    def hits(text: str, exits: ExitRule) -> int:
+        asked = GenerationRequest([Prompt(text, text, "", "t")], 1, SAMPLINGS["greedy"], exits, 0)
+        before = engine.call("counter", "vllm:prefix_cache_hits")
+        assert_same(answers(engine, asked), own.answers(asked))
+        return engine.call("counter", "vllm:prefix_cache_hits") - before
+
+    for rule in (Fixed(1), Threshold(0.5), Prescribed({(BLOCKS, 0): [3] * TOKENS})):
+        engine.call("load", 1, packed(policy))
+        assert [hits(BLOCKS, rule), hits(BLOCKS, rule), hits(BLOCKS + " 4", Off())] == [0, 32, 32]
+    for rule in (Fixed(1), Off()):
+        engine.call("load", 1, packed(policy))
+        assert [hits(BLOCKS, Off()), hits(BLOCKS, rule), hits(BLOCKS + " 4", rule)] == [0, 32, 64]
+
+
 @pytest.mark.parametrize("how", [{}, COMPILED], ids=["eager", "compiled"])
 def test_two_devices_share_the_model(how, llama, engines: Engines):
     """Ranks that disagreed on an exit would be reported; new weights reach every rank."""
     path, own = llama
-    engine = engines(path, policy_of(path), tensor=2, **how)
+    engine = engines(path, policy_of(path), own.spec, tensor=2, **how)
     for seed in (0, 1):
         own.decoder.load_policy(policy_of(path, seed=seed))
         engine.call("load", seed, packed(policy_of(path, seed=seed)))
         for rule in ("sample", "threshold", "prescribed", "confidence"):
-            assert_same(answers(engine, request(rule)), own.answers(request(rule)))
+            assert_same(answers(engine, own.request(rule)), own.answers(own.request(rule)))
     ranks = psutil.Process(engine.pid).children(recursive=True)
     assert len(ranks) >= 2
     engines.__exit__()
@@ -204,7 +238,7 @@ def test_given_tokens_are_part_of_the_answer(llama, engines: Engines):
     path, own = llama
     own.decoder.load_policy(policy_of(path))
     prompts = [replace(prompt, prefill="42 ") for prompt in PROMPTS]
-    asked = request("sample", prompts=prompts)
-    found = answers(engines(path, policy_of(path)), asked)
+    asked = own.request("sample", prompts=prompts)
+    found = answers(engines(path, policy_of(path), own.spec), asked)
     assert_same(found, own.answers(asked))
     assert all(answer.text.startswith("42 ") for answer in found)

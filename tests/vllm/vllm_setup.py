@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,23 @@ from tests.tiny import tiny_hf
 TOKENS, LAYERS, EXITS = 24, 6, (1, 3, 4)
 LORA = PolicySpec(LAYERS, EXITS, rank=4, alpha=8.0)
 FULL = PolicySpec(LAYERS, EXITS, rank=0, full=True)
-# family, tied embeddings
+FIRST = replace(LORA, first_token=True)
+# family, tied embeddings, policy
 MODELS = {
-    "llama": ("llama", True),
-    "llama_untied": ("llama", False),
-    "qwen2": ("qwen2", False),
-    "qwen3": ("qwen3", True),
+    "llama": ("llama", True, LORA),
+    "llama_untied": ("llama", False, FIRST),
+    "qwen2": ("qwen2", False, LORA),
+    "qwen3": ("qwen3", True, FIRST),
 }
-MODELS |= {family: (family, True) for family in VLLM.keys() - MODELS.keys()}
+MODELS |= {family: (family, True, FIRST) for family in VLLM.keys() - MODELS.keys()}
 TEXTS = (
     "1 2 3",
     "4 5 6 7 8 9 10 11",
     "2 2",
     "7 8 9 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20",
     "9",
-    "3 1 4 1 5",
+    # The last position ends a block of 32.
+    "3 1 4 1 5 9 2 6 5 3 5 8 9 7 9 32",
 )
 PROMPTS = [Prompt(f"p{i}", text, "", "t") for i, text in enumerate(TEXTS)]
 SAMPLES = 2
@@ -90,7 +92,7 @@ START_S = 240.0
 
 
 def make_model(name: str, path: Path) -> Path:
-    family, tied = MODELS[name]
+    family, tied, _ = MODELS[name]
     return tiny_hf(family, path, tied=tied, hidden=128)
 
 
@@ -107,9 +109,12 @@ def policy_of(path: Path, spec: PolicySpec = LORA, seed: int = 0) -> dict[str, T
 
 
 def request(
-    rule: str, sampling: str = "whole", prompts: Sequence[Prompt] = PROMPTS, seed: int = 3
+    rule: str, sampling: str = "whole", prompts: Sequence[Prompt] = PROMPTS, seed: int = 3, spec: PolicySpec = LORA
 ) -> GenerationRequest:
-    return GenerationRequest(prompts, SAMPLES, SAMPLINGS[sampling], ASKED[rule], seed)
+    exits = ASKED[rule]
+    if isinstance(exits, Prescribed) and spec.first_token:
+        exits = Prescribed({name: depths[1:] for name, depths in exits.depths.items()})
+    return GenerationRequest(prompts, SAMPLES, SAMPLINGS[sampling], exits, seed)
 
 
 @dataclass
@@ -122,6 +127,9 @@ class Own:
     def __post_init__(self) -> None:
         self.decoder = Decoder.from_hf(self.path, self.spec, torch.float32, "cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(str(self.path))
+
+    def request(self, rule: str, sampling: str = "whole", **more) -> GenerationRequest:
+        return request(rule, sampling, spec=self.spec, **more)
 
     def answers(self, asked: GenerationRequest) -> list[Rollout]:
         return [r for group in generate(self.decoder, self.tokenizer, asked, 0) for r in group]

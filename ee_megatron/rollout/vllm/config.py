@@ -31,11 +31,6 @@ class EarlyExitConfig(PretrainedConfig):
                 f"config.json: base_model_type {base!r} with exit_depths {depths!r}; expected an early-exit export of "
                 f"{', '.join(VLLM)}; make one with: ee-megatron convert export --gates embed"
             )
-        if config_dict.get("first_token"):
-            raise ValueError(
-                "config.json: first_token, but vLLM here reads whole prompts at full depth; serve the policy with "
-                "ee-megatron serve"
-            )
         # The modelling code that lies beside it is for transformers.
         fields = {name: value for name, value in config_dict.items() if name != "auto_map"}
         fields |= {"model_type": base, "architectures": [architecture(VLLM[base])]}

@@ -79,7 +79,7 @@ class VllmEngine:
             enable_chunked_prefill=True, gpu_memory_utilization=GPU_SHARE, tensor_parallel_size=settings.tensor,
             hf_overrides={
                 "architectures": [architecture(VLLM[self.dims.family])], "exit_depths": list(spec.exit_depths),
-                "gate_width": spec.gate_width, "gate_input": spec.gate_input,
+                "gate_width": spec.gate_width, "gate_input": spec.gate_input, "first_token": spec.first_token,
             },
             **(others | dict(settings.others)),
         )  # fmt: skip

@@ -27,6 +27,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from ...exit_rules import NEVER, AtExit, ExitRule, Tokens
 from ...exits import gate_units
 from ...mixed_matmul import product
+from .request_metadata import exit_layout
 
 
 class Gate(nn.Module):
@@ -167,7 +168,7 @@ class EarlyExit:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         config = vllm_config.model_config.hf_config
-        self.exit_depths = tuple(config.exit_depths)
+        self.exit_depths, self.first_token = tuple(config.exit_depths), exit_layout(vllm_config).first_token
         with set_model_tag("early_exit"):
             self.gated_layers = GatedLayers(vllm_config=vllm_config, body=self.model)
         tokens, exits = vllm_config.scheduler_config.max_num_batched_tokens, len(self.exit_depths)

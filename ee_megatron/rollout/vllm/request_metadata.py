@@ -25,7 +25,7 @@ class RequestMetadata:
     - stream: seed, prompt's id and sample, which name the answer's random stream
     - rule: decides about exits of tokens of which `prescribed` says nothing
     - name: comes back with every token of a rollout
-    - prescribed: depth of every token, entry 0 is L; of Prescribed
+    - prescribed: depth of every token; of Prescribed
     - sampling: temperature, top_k and top_p; None: vLLM's sampler decides, with this stream's random numbers
     - given: the tokens that the answer is made to begin with
     - depths: of the tokens made so far; read again after a preemption
@@ -105,12 +105,17 @@ def read_rule(given: Any) -> ExitRule:
     return make_rule(fields["kind"], fields.get("value"))
 
 
+def exit_layout(config: Any) -> ExitLayout:
+    """The exits of the model that vLLM's `config` is of."""
+    model = config.model_config.hf_config
+    return ExitLayout(model.num_hidden_layers, tuple(model.exit_depths), getattr(model, "first_token", False))
+
+
 def rule_for(config: Any, given: Any) -> ExitRule:
     """The exit rule of a request to the export that vLLM's `config` is of: `given`, or the export's own for None.
     Raises ValueError."""
-    model = config.model_config.hf_config
-    rule = read_rule(model.exit_policy if given is None else given)
-    rule.check(ExitLayout(model.num_hidden_layers, tuple(model.exit_depths)), True)
+    rule = read_rule(config.model_config.hf_config.exit_policy if given is None else given)
+    rule.check(exit_layout(config), True)
     return rule
 
 

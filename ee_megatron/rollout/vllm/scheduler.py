@@ -9,30 +9,32 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from .request_metadata import EXTRA, RequestMetadata
+from .request_metadata import EXTRA, RequestMetadata, exit_layout
 
 
 class ExitScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.aux_output_connector = DepthConnector()
+        self.first_token = exit_layout(self.vllm_config).first_token
 
     def add_request(self, request: Any) -> None:
-        salt(request, self.hash_block_size)
+        salt(request, self.hash_block_size, self.first_token)
         super().add_request(request)
 
 
-def salt(request: Any, block: int) -> None:
-    """Blocks of `block` positions that hold generated ones are reused by this request alone.
+def salt(request: Any, block: int, first_token: bool) -> None:
+    """Blocks of `block` positions that hold one that may exit are reused by this request alone.
 
     vLLM finds a block by its tokens and those before it, but keys and values of a position that has left depend on its
-    exit, too. A prompt's positions never leave: blocks of these alone are everybody's.
+    exit, too. A prompt's positions never leave, except for its last with `first_token`: blocks of the others are
+    everybody's. Nobody finds the block of its own last position, for vLLM always computes that one again.
     """
     extra = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(EXTRA)
     plain = request._block_hasher
     if plain is None or extra is None or RequestMetadata.full_depth(extra):
         return
-    shared, own = extra["prompt"] // block, secrets.token_bytes(16)
+    shared, own = (extra["prompt"] - first_token) // block, secrets.token_bytes(16)
 
     def hasher(request: Any) -> list[bytes]:
         first = len(request.block_hashes)

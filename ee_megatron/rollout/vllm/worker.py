@@ -209,10 +209,10 @@ class ExitSampler(nn.Module):
         bounds, fine = self._bounds.numpy()[:total], self._fine.numpy()[:total]
         bounds.fill(NEVER)
         fine.fill(False)
-        # Position prompt - 1 + t predicts token t; token 0 comes from the prompt, which never exits.
+        # Position prompt - 1 + t predicts token t. Token 0 comes from the prompt, whose last position may exit or not.
         begin = self.runner.input_batch.num_computed_tokens_cpu[: len(batch.names)] - batch.prompts + 1
         end = begin + np.diff(starts)
-        first = np.maximum(begin, 1)
+        first = np.maximum(begin, 0 if self.model.first_token else 1)
         counts = np.where(batch.ours, np.maximum(end - first, 0), 0)
         row = np.repeat(np.arange(len(batch.names)), counts)
         token = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts) + first[row]
@@ -323,12 +323,12 @@ class ExitSampler(nn.Module):
         return torch.from_numpy(drawn).to(self.runner.device)
 
     def _exits(self, batch: Batch) -> tuple[list[int], list[float]]:
-        """Depth and exit log-probability of each request's newest position; a first token comes from the prompt."""
+        """Depth and exit log-probability of each request's newest position; 0 where no gate is asked."""
         ends = self.runner.query_start_loc.np[1 : len(batch.names) + 1]
         newest = torch.from_numpy(ends - 1).to(self.model.depths.device)
         logprobs = self.model.logprobs[newest].tolist()
-        generated = batch.made if self.model.gated else np.zeros(len(batch.names), dtype=bool)
-        return self.model.depths[newest].tolist(), [p if at else 0.0 for p, at in zip(logprobs, generated, strict=True)]
+        asked = self.model.gated & ((batch.made > 0) | self.model.first_token)
+        return self.model.depths[newest].tolist(), [p if by else 0.0 for p, by in zip(logprobs, asked, strict=True)]
 
 
 def _host(buffer: Tensor) -> Tensor:

@@ -312,9 +312,9 @@ class Learner:
     def _micro_batches(self, packed: PackedBatch, wanted: Pass) -> list[MicroBatch]:
         """This rank's, at their exits or at full depth, on the device."""
         own = packed.packing.ranks[parallel_state.get_data_parallel_rank()]
-        for exits in ({True, False} if wanted.compared else {wanted.exits}) - packed.made.keys():
-            batch = packed.batch if exits else packed.batch.at_full_depth(self.dims.num_layers)
-            packed.made[exits] = [MicroBatch.of(batch, rows) for rows in own]
+        for early in ({True, False} if wanted.compared else {wanted.exits}) - packed.made.keys():
+            batch = packed.batch if early else packed.batch.at_full_depth(self.dims.num_layers)
+            packed.made[early] = [MicroBatch.of(batch, rows) for rows in own]
         made = packed.made[wanted.exits]
         if wanted.compared:
             made = [replace(one, full_depth=its.control) for one, its in zip(made, packed.made[False], strict=True)]

@@ -5,7 +5,7 @@
     model = EarlyExitModel.load("runs/demo_cpu")
     model.generate("Question: What is 7 times 8?\\nAnswer:", exits="threshold:0.7")[0].depths
 
-docs/api.md has the rest. Importing the package imports nothing else: torch comes with the first name asked for.
+docs/api.md has the rest. Importing the package is quick: torch is imported with the first of its names.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             return args.run(args)
     except KeyboardInterrupt:
         left = partial_of(out) if out else None
-        more = f"; what was finished is in {left}: the same command with --resume goes on from there"
+        more = f"; finished parts are in {left}; the same command with --resume continues"
         print(f"interrupted{more if left and left.is_dir() else ''}", file=sys.stderr)
         return 130
     except (OSError, ValueError, SafetensorError) as error:
@@ -102,7 +102,7 @@ def _import(args: argparse.Namespace) -> int:
     if not (args.hf or args.megatron):
         args.hf = _base_of(args.policy)
     if args.config and not args.megatron:
-        raise ValueError(f"--config {args.config}: only with --megatron; --hf has a config.json of its own")
+        raise ValueError(f"--config {args.config}: only with --megatron; --hf has its own config.json")
     source: ModelSource = HFSource(args.hf) if args.hf else ForeignMegatron(args.megatron, args.config)
     return _write(args, source, _import_policy(args, source))
 
@@ -117,12 +117,12 @@ def _import_policy(args: argparse.Namespace, source: ModelSource) -> Policy:
     layers, fresh = source.dims.num_layers, args.exit_depths or args.gates == "fresh"
     if args.gates == "drop":
         if args.exit_depths or args.policy:
-            raise ValueError("--gates drop makes a plain checkpoint; leave --exit-depths and --policy out")
+            raise ValueError("--gates drop makes a plain checkpoint; remove --exit-depths and --policy")
         return no_policy(layers)
     given = policy_on(source, args.policy, args.base_unchecked) if args.policy else gates_of(source)
     if given is not None and fresh:
         raise ValueError(
-            f"{args.policy or args.hf} brings its own exit depths and gates; leave --exit-depths and --gates fresh out"
+            f"{args.policy or args.hf} brings its own exit depths and gates; remove --exit-depths and --gates fresh"
         )
     if given is not None or not fresh:
         return given or no_policy(layers)
@@ -178,11 +178,11 @@ def _export(args: argparse.Namespace) -> int:
     exits = policy[0].exit_depths
     if gates == "auto" and untrained_gates(*policy):
         raise ValueError(
-            f"{checkpoint}: its gates were never trained; train them, or say --gates drop for the plain model or "
+            f"{checkpoint}: its gates were never trained; train them, or use --gates drop for the plain model or "
             "--gates embed for the gates as they are"
         )
     if gates in ("embed", "sidecar") and not exits:
-        raise ValueError(f"{checkpoint} has no gates, but --gates {gates} asks for them; use --gates drop")
+        raise ValueError(f"{checkpoint} has no gates, but --gates {gates} requires them; use --gates drop")
     out = export_hf(
         base,
         policy,
@@ -215,7 +215,7 @@ def _export_parts(args: argparse.Namespace) -> tuple[ModelSource, Policy]:
         return base, policy_on(base, checkpoint, args.base_unchecked)
     base = MegatronDirectory(checkpoint)
     if args.hf and not base_identity(open_base(args.hf)).same(base_identity(base)):
-        raise ValueError(f"{args.hf} is another model than {checkpoint}, which holds its own base; leave --hf out")
+        raise ValueError(f"{args.hf} is another model than {checkpoint}, which has its own base; remove --hf")
     return base, policy_beside(base, args.base_unchecked)
 
 
@@ -310,9 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="ee-megatron convert", description="Convert between Hugging Face and Megatron checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    def command(
-        name: str, text: str, run: Callable[[argparse.Namespace], int], *examples: str
-    ) -> argparse.ArgumentParser:
+    def command(name: str, text: str, run: Callable[..., int], *examples: str) -> argparse.ArgumentParser:
         shown = "".join(f"\n  ee-megatron convert {name} {example}" for example in examples)
         form = argparse.RawDescriptionHelpFormatter
         made = commands.add_parser(name, help=text, description=text, epilog=f"examples:{shown}", formatter_class=form)
@@ -334,11 +332,8 @@ def _parser() -> argparse.ArgumentParser:
         add("--pp", type=int, default=1, help="pipeline-parallel degree; stages end at exits (default: 1)")
         add("--vpp", type=int, default=1, help="virtual stages per pipeline rank (default: 1)")
 
-    made = command(
-        "import", "Hugging Face model, or checkpoint of Megatron-LM or Megatron-Bridge -> Megatron checkpoint", _import,
-        "--hf models/SmolLM2-135M-Instruct --tp 1 --pp 2 --gates fresh --exit-depths 10,15,20 --out megatron",
-        "--megatron other/checkpoint --config models/SmolLM2-135M-Instruct --out megatron",
-    )  # fmt: skip
+    shown = "--hf models/SmolLM2-135M-Instruct --pp 2 --out ours", "--megatron theirs --config hf --out ours"
+    made = command("import", "Hugging Face, Megatron-LM or -Bridge model -> Megatron checkpoint", _import, *shown)
     base, add = made.add_mutually_exclusive_group(), made.add_argument
     base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
     base.add_argument("--megatron", help="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist)")
@@ -352,10 +347,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--policy", help=words)
     policies(add)
 
-    add = command(
-        "export", "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter", _export,
-        "--checkpoint runs/demo_cpu --out exported", "--checkpoint runs/demo_cpu --adapters keep --out adapter",
-    ).add_argument  # fmt: skip
+    shown = "--checkpoint runs/demo_cpu --out exported", "--checkpoint runs/demo_cpu --adapters keep --out adapter"
+    words = "policy or Megatron checkpoint -> Hugging Face model or PEFT adapter"
+    add = command("export", words, _export, *shown).add_argument
     words = "run (runs/NAME), stage of one, policy checkpoint, or Megatron checkpoint"
     add("--checkpoint", required=True, help=words)
     add("--hf", help="base model of a policy checkpoint (default: its run's)")
@@ -374,21 +368,18 @@ def _parser() -> argparse.ArgumentParser:
     writes(add)
     layout(add)
 
-    words = "check whether two checkpoints of any kind are the same model (exit code 1: they differ)"
-    add = command("verify", words, _verify, "runs/demo_cpu exported", "a b --no-logits").add_argument
+    add = command("verify", "check whether two models are the same", _verify, "runs/demo_cpu exported").add_argument
     add("a", help="Hugging Face model, early-exit export, Megatron or policy checkpoint, stage or run")
     add("b", help="another one")
     add("--hf", help="base model of policy checkpoints (default: their run's)")
     policies(add)
     add("--no-logits", action="store_true", help="compare tensors only; needs little memory")
 
-    words = "print a model's tensors with shapes, dtypes and hashes, its layout and exit depths"
-    add = command("inspect", words, _inspect, "runs/demo_cpu", "exported --no-hash").add_argument
+    add = command("inspect", "print a model's tensors, layout and exit depths", _inspect, "runs/demo_cpu").add_argument
     add("directory")
     add("--no-hash", action="store_true", help="read headers only; values are not checked")
 
-    words = "import a model, export it again and compare every tensor (exit code 1: some differ)"
-    add = command("roundtrip", words, _roundtrip, "--hf models/SmolLM2-135M-Instruct --pp 2").add_argument
+    add = command("roundtrip", "import, export again, compare all tensors", _roundtrip, "--hf hf --pp 2").add_argument
     add("--hf", required=True, help="Hugging Face model directory")
     add("--tp", type=int, default=1, help="tensor-parallel degree in between (default: 1)")
     add("--pp", type=int, default=1, help="pipeline-parallel degree in between (default: 1)")

@@ -92,7 +92,7 @@ class ExitRule:
 
     def hazard_bound(self, at: AtExit) -> Tensor:
         """float [R], on any device: rows whose hazard is above it exit. Not defined for rules that look at readouts."""
-        raise NotImplementedError(f"exit rule {self.kind} looks at readouts")
+        raise NotImplementedError(f"exit rule {self.kind} needs readouts, so it has no hazard bound")
 
     def should_exit(self, at: AtExit) -> Tensor:
         """Which rows exit, bool [R], on any device."""
@@ -251,7 +251,7 @@ class Fixed(ExitRule):
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         if self.value not in layout.outcomes:
-            raise ValueError(f"fixed exit {self.value} is no exit depth; expected one of {list(layout.outcomes)}")
+            raise ValueError(f"fixed exit {self.value} is not an exit depth; expected one of {list(layout.outcomes)}")
 
     @classmethod
     def sweep_curve(cls, span: DialRange) -> Dial:
@@ -280,7 +280,7 @@ class Random(ExitRule):
         object.__setattr__(self, "shares", tuple(map(float, self.shares)))
         if min(self.shares, default=-1.0) < 0 or abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(
-                f"exit policy random: shares {list(self.shares)} are no distribution; expected numbers >= 0 "
+                f"exit policy random: shares {list(self.shares)} are not a distribution; expected numbers >= 0 "
                 "that sum to 1"
             )
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .kernels import panels
 
-# Bytes of a chunk's fp32 logits, and the fewest positions that still make an efficient product. On a CPU what is made
-# of logits had better find them in its cache, but a trained head's gradient is passed over for every chunk.
+# Bytes of a chunk's fp32 logits, and the fewest positions for an efficient product. On a CPU logits should stay in the
+# cache until they are reduced, but a trained head's gradient is read and written for every chunk.
 CHUNK_BYTES, CACHED_BYTES, LEAST_CHUNK = 2**27, 2**24, 64
 
 

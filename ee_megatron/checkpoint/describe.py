@@ -60,7 +60,7 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
 
     def effective(self, name: str) -> Iterator[Tensor]:
-        """A weight with its adapter merged, rounded as an export rounds it, in blocks of rows that depend on its shape
+        """A weight with its adapter merged, rounded as in an export, in blocks of rows that depend on its shape
         alone."""
         for block in row_blocks(self.base, name):
             yield merged(block, self.spec, self.tensors).to(block.data.dtype)
@@ -140,7 +140,7 @@ def describe(folder: Path, hashes: bool = True) -> tuple[str, list[TensorRow], d
 
 
 def _row(source: Mapping[str, Tensor], name: str, recorded: Mapping[str, str], hashes: bool) -> TensorRow:
-    """`recorded`: hashes to show where `hashes` says that nothing is to be read."""
+    """Table row of a tensor. `recorded`: hashes to show if `hashes` is off and nothing is read."""
     sha256, finite = recorded.get(name, ""), True
     dtype, shape = entries_of(source)[name]
     if hashes:
@@ -262,7 +262,7 @@ def _check_memory(checkpoint: Checkpoint) -> None:
 
 
 def _exported(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tensor:
-    """This version's class, not the code that lies in the directory: a check must not run what it checks."""
+    """Logits by this version's class, not by code in the directory: a check must not run what it checks."""
     # Transformers' models take seconds to import.
     from .export_files.configuration_early_exit import EarlyExitConfig
     from .export_files.modeling_early_exit import EarlyExitForCausalLM
@@ -274,7 +274,7 @@ def _exported(checkpoint: Checkpoint, ids_BT: Tensor, depths_BT: Tensor) -> Tens
     parameters = dict(model.named_parameters())
     for name in checkpoint.base:
         parameters.pop(name).copy_(checkpoint.whole(name))
-    # Nobody asks the gates under prescribed exits.
+    # Prescribed exits don't need the gates.
     assert all(name.startswith("gates.") for name in parameters), sorted(parameters)
     return model(ids_BT, exit_depths=depths_BT, use_cache=False).logits
 

@@ -66,7 +66,7 @@ def export_hf(
     dtype: float32, bfloat16, float16, or auto (each tensor as it is stored in the base); gates stay float32.
     base_name: what a PEFT adapter calls its base, a hub name or a directory; that of `base` unless given.
     exit_policy: the default of the embedded model's `generate`, {"kind": "threshold", "value": 0.5} unless given.
-    resume: go on from what a killed run left, and leave the same if this one fails. quiet: no lines of progress.
+    resume: continue an interrupted export; if this one fails, it can be resumed, too. quiet: no lines of progress.
     origin: what the export was made from, as its manifest shall say (JSON).
 
     Raises ValueError or FileNotFoundError: an option or combination that does not exist, a policy that does not fit the
@@ -78,7 +78,7 @@ def export_hf(
         if base.spec is not None:
             raise ValueError(f"{base.path}: is an early-exit export; give the plain model that it was made from")
     if not isinstance(policy, tuple):
-        check_base(policy, base, otherwise="hand over what open_policy reads there to go on all the same")
+        check_base(policy, base, otherwise="pass the result of open_policy to use it anyway")
     spec, tensors = policy if isinstance(policy, tuple) else open_policy(policy)
     out = Path(out)
     gates = ("embed" if adapters == "merge" else "sidecar") if gates == "auto" else gates

@@ -53,8 +53,7 @@ class Entry:
         return self.dim >= 0
 
     def places(self, rows: int, ranks: int) -> list[Tensor]:
-        """Rows of a rank's local parameter, which has `rows`, that hold its share of each tensor, in order; int64
-        [n]."""
+        """Rows of a rank's local parameter, of `rows` rows, that hold its share of each tensor, in order; int64 [n]."""
         by_group = torch.arange(rows).view(max(1, self.groups // ranks), -1)
         unit = by_group.size(1) // sum(self.sizes)
         return [part.flatten() for part in by_group.split([unit * size for size in self.sizes], dim=1)]
@@ -228,7 +227,7 @@ def check_copies(pieces: Iterable[Piece]) -> None:
     if differ:
         raise RuntimeError(
             f"{len(differ)} tensors, {differ[0].entry.names[0]} the first, are no longer the same on all "
-            f"{dist.get_world_size(group)} tensor-parallel ranks; go on from the last checkpoint, and if it comes "
+            f"{dist.get_world_size(group)} tensor-parallel ranks; resume from the last checkpoint, and if it comes "
             "again look for a rank with other hardware or libraries"
         )
 

@@ -361,7 +361,7 @@ def refuse_foreign(folder: Path) -> None:
     if not (folder / WEIGHTS).is_dir() and (tracked or (folder / FORMAT).is_file()):
         raise ValueError(
             f"{folder} was saved by Megatron-LM or Megatron-Bridge; convert import --megatron {folder} first, "
-            "and go on from its output"
+            "and use its output"
         )
 
 

@@ -81,8 +81,7 @@ def refuse_lost(dims: ModelDims) -> None:
 
 
 def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) -> Namespace:
-    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline" of its ranks. Raises ValueError as
-    `refuse_lost`."""
+    """Megatron-LM's arguments for a model. `layout`: degrees "tensor", "pipeline". Raises as `refuse_lost`."""
     refuse_lost(dims)
     scaling = dict(dims.rope_scaling)
     kind = scaling.get("rope_type")
@@ -142,7 +141,7 @@ class Inert:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # The one container among them that may hold what is needed.
+        # The one container class that may hold needed values.
         return OrderedDict if (module, name) == ("collections", "OrderedDict") else Inert
 
     def persistent_load(self, _: Any) -> None:

@@ -9,7 +9,7 @@
 
 Parameters are cut into chunks as the ranks of the intended layout hold them, so that each rank reads only what is its
 own. Another layout reads the same files and cuts across the chunks. torch.distributed.checkpoint's FileSystemWriter is
-not used: it takes a whole model at once and can't go on from the files that a killed process finished.
+not used: it takes a whole model at once and can't resume from the files that a killed process finished.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def write_megatron(
         common = common_state(source.dims, asdict(layout), dtype or source.dtype(list(source)[-1]))
         torch.save(common, space.folder / WEIGHTS / COMMON)
         write_metadata(space.folder / WEIGHTS, chunks, _empty_objects(source.dims))
-        # Megatron-LM looks for a checkpoint in directories of its own naming, and for a file that says which counts.
+        # Megatron-LM expects its own directory names, and a file that names the current checkpoint.
         (space.folder / TRACKER).write_text("release\n")
         (space.folder / "release").symlink_to(WEIGHTS, target_is_directory=True)
         if tensors:
@@ -248,7 +248,7 @@ class ChunkFile:
             torch.serialization.set_crc32_options(False)
             torch.save(flat.view(tensor.dtype).view(tensor.shape), cast(IO[bytes], self._file))
         except RuntimeError:
-            # torch.save hides what the file said under a complaint of its own about positions.
+            # torch.save replaces the file's error by one about positions.
             raise OSError(f"{self._file.name}: cannot be written; is the disk full?") from None
         finally:
             torch.serialization.set_crc32_options(checksums)
@@ -267,7 +267,7 @@ class ChunkFile:
 def write_metadata(folder: Path, chunks: Sequence[StoredChunk], empty: Iterable[str] = ()) -> None:
     """Finish a checkpoint whose chunks and common.pt are written. Raises ValueError unless they tile every parameter.
 
-    empty: names of objects that readers ask for and that hold nothing: all are one `[None]` in a file of its own.
+    empty: names of empty objects that readers expect: all are one `[None]` in a separate file.
     """
     by_name: dict[str, list[StoredChunk]] = defaultdict(list)
     for chunk in chunks:

@@ -111,12 +111,12 @@ def check_base(
     base: HFDirectory | ModelSource,
     *,
     unchecked: bool = False,
-    otherwise: str = "use --base-unchecked to go on all the same",
+    otherwise: str = "use --base-unchecked to combine them anyway",
 ) -> None:
     """Raises ValueError, one line, if the policy checkpoint `policy` was made on another model than `base`.
 
-    `unchecked`: don't look. `otherwise`: what the user can do who wants the two together. A policy without a record is
-    accepted, with a remark on stderr, once.
+    `unchecked`: skip the check. `otherwise`: advice in the error for combining both anyway. A policy without a record
+    is accepted, with a remark on stderr, once.
     """
     if unchecked:
         return
@@ -124,7 +124,7 @@ def check_base(
     if expected is None:
         if str(policy) not in _warned:
             _warned.add(str(policy))
-            print(f"{policy}: doesn't say which base model it belongs to; {base.path} is not checked", file=sys.stderr)
+            print(f"{policy}: doesn't record its base model; {base.path} is not checked", file=sys.stderr)
         return
     identity = base_identity(base)
     if not identity.same(expected):
@@ -172,7 +172,7 @@ def policy_beside(base: ModelSource, unchecked: bool = False) -> Policy:
     """Policy in a Megatron checkpoint; empty for a plain model. Raises as `policy_on`."""
     if not (base.path / POLICY_JSON).is_file():
         return no_policy(base.dims.num_layers)
-    # What lies in one directory was put together; only a record can say that it was not.
+    # Files of one directory are taken to belong together unless a record contradicts.
     return policy_on(base, base.path, unchecked or recorded_base(base.path) is None)
 
 

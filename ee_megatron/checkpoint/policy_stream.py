@@ -1,7 +1,7 @@
 """Streams the policy's whole tensors between the ranks that hold their parts and rank 0, a bucket at a time.
 
-Every rank knows which tensors there are and cuts them, in name order, into the same buckets of rows. For each bucket a
-rank sends the leader what it holds of it, in one message; no other rank receives anything. Loading goes the other way
+Every rank cuts the list of tensors, in name order, into the same buckets of rows. For each bucket a
+rank sends rank 0 its part, in one message; no other rank receives anything. Loading goes the other way
 without messages: each rank reads what it holds from where the tensors are stored.
 """
 
@@ -104,8 +104,7 @@ def shares_of(pieces: Sequence[Piece], holder: Holder) -> dict[str, list[Share]]
 
 
 def buckets(table: Mapping[str, Shape], limit: int) -> Iterator[Bucket]:
-    """Split the rows of all tensors, in name order, into buckets of at most `limit` bytes in fp32, or of one larger
-    row."""
+    """Split the rows of all tensors, in name order, into buckets of at most `limit` bytes in fp32, or of one row."""
     bucket: Bucket = []
     room = limit
     for name in sorted(table):
@@ -207,7 +206,7 @@ class TensorStream:
         waiting = None
         for bucket in self._buckets():
             coming = bucket, [self._ask(rank, shares, bucket) for rank, shares in self._plan.others.items()]
-            # The next bucket travels while whoever iterates works on this one.
+            # The next bucket is sent while the consumer works on this one.
             if waiting:
                 yield from self._assemble(*waiting)
             waiting = coming

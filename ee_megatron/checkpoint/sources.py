@@ -1,5 +1,4 @@
-"""Models that a conversion reads, and the checks on every block. Without megatron-core, which takes seconds to
-import."""
+"""Models that a conversion reads, and the checks on every block. Without megatron-core, which is slow to import."""
 
 from __future__ import annotations
 

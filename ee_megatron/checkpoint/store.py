@@ -106,8 +106,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def entry(shape: Sequence[int], dtype: torch.dtype, sha256: str, file: str, stored_as: str | None = None) -> dict:
-    """Manifest line of a tensor: shape, dtype, sha256, the file that has it, and `stored_as`, its name there if that
-    differs."""
+    """Manifest line of a tensor: shape, dtype, sha256, its file, and `stored_as`, its name there if that differs."""
     line = {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "sha256": sha256, "file": file}
     return line if stored_as is None else {**line, "stored_as": stored_as}
 

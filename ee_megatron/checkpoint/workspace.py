@@ -88,7 +88,7 @@ class OutputFile:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self._filled:
-                # Up to a whole block; what is behind the end is cut off again.
+                # Padded to a whole block; the padding is truncated afterwards.
                 size = self.tell()
                 self._put(-(-self._filled // DISK_BLOCK) * DISK_BLOCK)
                 os.ftruncate(self._handle, size)
@@ -97,8 +97,7 @@ class OutputFile:
 
 
 class Workspace:
-    """The unfinished directory. `finished(file)` returns the facts of `finish(file, facts)` in this run or an earlier
-    one."""
+    """The unfinished directory. `finished(file)` returns the facts of `finish(file, facts)`, also from earlier runs."""
 
     def __init__(self, folder: Path, journal: TextIO, done: dict[str, dict], disk: ThreadPoolExecutor):
         self.folder, self._journal, self._done, self._disk = folder, journal, done, disk
@@ -182,7 +181,7 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
     with (folder / JOURNAL).open("a+") as journal:
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, the process that had it may have published or removed it.
+            # Between opening and locking, its former owner may have published or removed it.
             os.stat(folder / JOURNAL)
         except (BlockingIOError, FileNotFoundError):
             raise ValueError(f"{out} is being made by another process; wait for it, or choose another output") from None
@@ -210,7 +209,7 @@ def workspace(out: Path, job: dict[str, Any], resume: bool = False) -> Iterator[
 
 
 def _continue(out: Path, folder: Path, journal: TextIO, job: dict[str, Any]) -> dict[str, dict]:
-    """Files that an earlier run finished; whatever else lies there is removed."""
+    """Files that an earlier run finished; all others are removed."""
     journal.seek(0)
     text = journal.read()
     whole = text[: text.rfind("\n") + 1]

@@ -135,10 +135,10 @@ def site_options(environment: Mapping[str, str]) -> dict[str, str]:
             raise ValueError(f"{SITE}: --{key} follows from the settings (cluster.*); leave it out")
         for group in SAME[:2]:
             if key in group[1:]:
-                raise ValueError(f"{SITE}: --{key}: the job scripts say --{group[0]}, beside which sbatch refuses it")
+                raise ValueError(f"{SITE}: --{key}: the job scripts set --{group[0]}, beside which sbatch refuses it")
         if key == "gres" and "gpu" in value:
             raise ValueError(
-                f"{SITE}: {word}: the job scripts say --gpus-per-node, beside which sbatch refuses it; name the type "
+                f"{SITE}: {word}: the job scripts set --gpus-per-node, beside which sbatch refuses it; name the type "
                 "there: --gpus-per-node=h100:8"
             )
         options[key] = value

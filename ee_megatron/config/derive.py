@@ -193,7 +193,7 @@ def check_cache(rollout: RolloutConfig, dims: ModelDims, item: int) -> None:
     """Raises ValueError if rollout.cache_gib has no room for the longest answer, whatever its prompt."""
     held, longest = cache_positions(rollout, dims, item), rollout.max_new_tokens + 1
     if rollout.cache_gib and held < longest:
-        # A little more than it takes: what is held is cut into pages, and this is rounded.
+        # A little more than needed: the cache is cut into pages, and this is rounded.
         needed = 1.02 * longest * position_bytes(dims, item, rollout.tensor) / 2**30
         raise ValueError(
             f"rollout.cache_gib={rollout.cache_gib:g}: holds {held} positions, rollout.max_new_tokens="

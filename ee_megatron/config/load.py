@@ -71,7 +71,7 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
             chosen += choice
             given += settings
     if without & groups.keys():
-        # A group's choice decides about too much to go on without it.
+        # Too much depends on a group's choice to continue without it.
         return Attempt(None, faults)
     try:
         composed = _compose(directory, [text for text in chosen if text != "experiment=null"])
@@ -238,7 +238,7 @@ def settings_of(cfg: RunConfig) -> list[str] | None:
     for start in (*([f"experiment={name}"] for name in experiments), []):
         for settings in (start, [*start, *given]):
             if base := _base(directory, *settings):
-                # A section that is None here and on in the experiment is no key of `base`: it is written, too.
+                # A section that is None here and on in the experiment is not a key of `base`: it is written, too.
                 changed = {key: value for key, value in wanted.items() if base.get(key, MISSING) != value}
                 candidates.append([*settings, *(f"{key}={_word(value)}" for key, value in changed.items())])
                 break

@@ -124,11 +124,11 @@ class PretrainConfig:
     """Train all weights on the task's worked problems, question and answer, before any other stage."""
 
     init: str = setting("random", choices=("random", "model"), added_later=True)
-    """random (the shape in model.path's config.json) or model (the weights that are there)."""
+    """random (the shape in model.path's config.json) or model (the weights at model.path)."""
     layers: int = setting(0, at_least=0, added_later=True)
-    """Layers of a random model instead of config.json's; 0: as it says."""
+    """Layers of a random model; 0: config.json's."""
     width: int = setting(0, at_least=0, added_later=True)
-    """Hidden size instead of config.json's; MLP and number of heads in proportion. 0: as it says."""
+    """Hidden size of a random model; MLP and number of heads in proportion. 0: config.json's."""
     steps: int = setting(1000, above=0)
     batch_size: int = setting(64, above=0)
     """Sequences per update."""
@@ -426,7 +426,7 @@ class DeepspeedConfig:
 @dataclass
 class TrackerConfig:
     wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
-    """auto (what WANDB_MODE says, else online with a key, else offline), online, offline or disabled."""
+    """auto (by WANDB_MODE, else online with a key, else offline), online, offline or disabled."""
 
 
 @dataclass

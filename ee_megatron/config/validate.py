@@ -127,7 +127,7 @@ def _task(cfg: RunConfig) -> Iterator[Rule]:
     yield strange, "rl.families task.name; task.families", f"expected some of task.families, {some}"
     for key in ("traces.wide_operands", "rl.wide_operands", "evaluate.wide_problems", "evaluate.wide_test"):
         yield (find(cfg, key) and (name, task.operands) != ("arithmetic", "small"), f"{key} task.name task.operands",
-               f"there are no wide operands beside the task's own; set {key}=0")
+               f"the task has no separate wide operands; set {key}=0")
     yield (cfg.evaluate.style_choice and name not in STYLED, "evaluate.style_choice task.name",
            f"has no styles to choose from; expected task.name={' or '.join(STYLED)}, or evaluate.style_choice=null")
 
@@ -188,10 +188,10 @@ def _rl(cfg: RunConfig) -> Iterator[Rule]:
     yield (loss.advantage != "none" and rl.group_size < 2, "rl.group_size rl.loss.advantage",
            "compares the rollouts of one prompt; expected at least 2, or rl.loss.advantage=none")
     yield (rl.fixed_depth and rl.exit_credit, "rl.fixed_depth rl.exit_credit",
-           "no exit is chosen that could answer for itself; set rl.exit_credit=null")
+           "no gate chooses an exit that could be credited; set rl.exit_credit=null")
     yield (CREDITS[penalty.credit].to_go and DEPTH_COSTS[penalty.cost].largest,
            "rl.depth_penalty.credit rl.depth_penalty.cost",
-           "the largest depth is no sum over tokens; set rl.depth_penalty.credit=answer, or rl.exit_credit=true")
+           "the largest depth is not a sum over tokens; set rl.depth_penalty.credit=answer, or rl.exit_credit=true")
     yield (penalty.target and penalty.weight > LAMBDA_MAX, "rl.depth_penalty.weight rl.depth_penalty.target",
            f"lambda starts there and stays below {LAMBDA_MAX:g}; expected at most that")
     yield (importance and importance.kind == "mask" and importance.low >= importance.high,
@@ -213,7 +213,7 @@ def _scoring(cfg: RunConfig) -> Iterator[Rule]:
         yield every and wrong, about, f"{why}; leave that out, or set rl.exit_credit.divergence=taken"
     if not rl.skip_scoring:
         return
-    kl, judged, why = rl.kl_penalty, exits_judged(rl) and not exits_read(rl), "the objective has to know scores;"
+    kl, judged, why = rl.kl_penalty, exits_judged(rl) and not exits_read(rl), "the objective needs scores;"
     scored = KL_TERMS[kl.kind].teacher is None and (kl.weight > 0 or judged)
     yield rl.minibatches > 1, "rl.skip_scoring rl.minibatches", f"{why} expected 1"
     yield rl.loss.importance, "rl.skip_scoring rl.loss.importance.kind", f"{why} expected rl.loss.importance=null"

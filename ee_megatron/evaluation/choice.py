@@ -3,7 +3,7 @@
 Greedy answers would turn a share into 0 or 1, so answers are sampled, at the temperature and by the exit rule of RL.
 Beside the free ones every style is forced by its opening (`Prompt.prefill`): under the same exits; at full depth, where
 it shows whether the weights can still do it; with all tokens held to one depth, which shows what depth a style needs. A
-wrong first step, put in the model's mouth, tells whether the answer follows the text.
+wrong first step, prescribed to the model, shows whether the answer follows the text.
 
 A prompt's name decides its random numbers: all models and conditions draw the same.
 """
@@ -106,7 +106,7 @@ def choice(
     """Measure the pool's current weights under `exits` by family: style shares and costs as plain JSON values. depths:
     exit depths and L at which forced styles are measured. Raises ValueError without prompts."""
     if not prompts:
-        raise ValueError("no prompts to choose a style for; give the task more problems")
+        raise ValueError("no prompts to choose a style for; increase the task's number of problems")
     task = bench.task
     wanted = {family: cycled(group, bench.answers) for family, group in by_family(prompts).items()}
     free: dict[Key, list[Prompt]] = {(family, FREE): group for family, group in wanted.items()}
@@ -156,7 +156,7 @@ def _apart(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _followed(bench: ChoiceBench, answers: Sequence[Judged], leads: Sequence[str]) -> dict[str, float]:
-    """Shares of answers that are right all the same, and of those that are where the wrong step `leads`, [n] each."""
+    """Shares of answers that are right anyway, and of those that follow the wrong step (`leads`), [n] each."""
     led_to = [replace(a.prompt, answer=state) for a, state in zip(answers, leads, strict=True)]
     return {
         "n": len(answers),

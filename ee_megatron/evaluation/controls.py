@@ -31,7 +31,7 @@ def marginal_exits(answers: Sequence[AnswerRecord], outcomes: Sequence[int], fir
     """Share of each outcome over all tokens; first tokens count only with `first_token`. ValueError without tokens."""
     depths = [t["depth"] for a in answers for t in a["tokens"][not first_token :]]
     if not depths:
-        raise ValueError("answers of one token each have no exits; raise rollout.max_new_tokens")
+        raise ValueError("answers of one token have no exits to measure; raise rollout.max_new_tokens")
     return [depths.count(outcome) / len(depths) for outcome in outcomes]
 
 
@@ -128,8 +128,8 @@ def gate_calibration(
 
     hazards[i], divergences[i]: float [T_i, M] of answer i, NaN where no gate decides (`Inspection`). Bins of equal
     width over the hazard; ECE = Σ_b n_b/N |mean hazard_b - mean target_b| (Naeini et al., AAAI 2015; Guo et al. 2017,
-    arXiv 1706.04599, here with a target that is a probability instead of a label). A gate may be on average right in
-    each bin and know nothing: `mean_error`, the mean of |hazard - target|, is the figure that sees it.
+    arXiv 1706.04599, here with a target that is a probability instead of a label). A gate may be right on average
+    in each bin without any information: `mean_error`, the mean of |hazard - target|, shows it.
 
     {"ece", "mean_error": {"value", "low", "high"}, "asked", "bins": [{"hazard", "target", "asked"}],
     "exits": [{"depth", "ece", "hazard", "target", "asked"}]}; None if no gate decided. Intervals are 95 % over

@@ -107,7 +107,7 @@ def force(bench: Bench, prompts: Sequence[Prompt], chains: Sequence[str], cues: 
     answers = zip(bench.answer(requests, bench.exits, sampling), lengths, strict=True)
     said = [str(bench.tokenizer.decode(answer.tokens[n : n + ANSWER_TOKENS].tolist())) for answer, n in answers]
     numbers = [text_of.first_number(text) for text in said]
-    # The verdict is on what was said first: a model that runs on must not be judged by where it ends up.
+    # The verdict is on the first answer: a model that continues must not be judged by a later one.
     texts = [f" {text_of.MARK} {n or text.split(chr(10), 1)[0]}" for n, text in zip(numbers, said, strict=True)]
     return list(map(Forced, numbers, bench.correct(prompts, texts)))
 

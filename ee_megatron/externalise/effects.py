@@ -126,7 +126,7 @@ def _effect(runs: pd.DataFrame, effect: Effect) -> dict[str, Any]:
     taken = runs["compared"] & runs["condition"].isin([effect.condition, effect.against])
     used = runs[taken if effect.condition else runs["models"].str.contains(START)]
     met = len(by_base) > 0 and TARGETS[target](mean, by_base)
-    # One base against EVERY is enough, whatever others would say.
+    # One base against EVERY is enough, whatever the others' results.
     missing = by_base.empty or (len(by_base) < runs["base"].nunique() and (met or target != EVERY))
     decided = not missing and (math.isfinite(mean.low) or not target.startswith("interval"))
     return {

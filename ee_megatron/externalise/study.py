@@ -80,7 +80,7 @@ def condition(rl: RLConfig, first_exits: bool, num_layers: int) -> dict[str, Any
 
 def shape_of(cfg: RunConfig, layers: int) -> dict[str, Any]:
     """`layers` (as measured), `width`, `parameters` (without the embedding; None: not known) and `shape`. Where the
-    config.json that the run was made from is gone, the model's path tells shapes apart."""
+    config.json that the run was made from is gone, the model's path distinguishes shapes."""
     try:
         dims = read_dims(cfg)
     except (FileNotFoundError, ValueError):

@@ -116,7 +116,7 @@ def read_json(path: Path) -> dict:
 
 
 def _other_weights(folder: Path) -> str:
-    """What is there instead of the file that is wanted, and what to do about it; "" if there is nothing."""
+    """Advice if there are other files than the requested one; "" if there are none."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         return (

@@ -262,7 +262,7 @@ class EarlyExitModel:
     ) -> Readout:
         """Read a given text once, in parallel, and return every exit's prediction at every position (logit lens).
 
-        - text: or its token ids, an answer's `tokens` for one. With a `prompt` the text goes on from it, and position t
+        - text: or its token ids, an answer's `tokens` for one. With a `prompt` the text continues it, and position t
           of the result is the one that predicts token t of the text; the last predicts what would follow. Without one
           all positions of the text are read out
         - at: depths to read out at, instead of the exits (for a plain model: every layer)

@@ -62,7 +62,7 @@ class Readout:
         """Probability of each exit under sampled exits, float32 [N, T]; columns sum to 1. Raises ValueError where a
         depth other than the last has no gate."""
         if bool(self.hazards.isnan().any()):
-            raise ValueError("some of these depths have no gate; read the model out at its own exits, with its gates")
+            raise ValueError("some of these depths have no gate; use the model's exits, with its gates")
         return exit_distribution(self.hazards.T).T
 
     def piece(self, token: int) -> str:

@@ -206,7 +206,7 @@ def _cache_directory() -> Path:
             return directory
     except OSError:
         pass
-    # A library is code: only a directory that nobody else could have made will do.
+    # A library is code: use only a directory that no other user can have made.
     return Path(tempfile.mkdtemp(prefix="ee_megatron-"))
 
 

@@ -177,7 +177,7 @@ class Control:
         LIKELIHOOD     -log-likelihood of what the gate did or, where there are targets, the cross-entropy to them
         TARGET         its target hazard, -1 for none
         HAZARD         its hazard
-    `segments`: the slots that run on to each of `depths`, the exit depths that occur, in rising order.
+    segments[i]: slots whose exit depth is at least depths[i], the exit depths that occur, in rising order.
     `packed`: which slots belong together.
     `ranks`, `rank`: the sequence-parallel group's size (1 without) and this rank's place in it.
     """

@@ -1,6 +1,6 @@
 """Training objectives as values: each names the scores that it needs and gives a weight to each term of the loss.
 
-Every loss is linear in what the learner computes (weights.py): the sum over positions of
+Every objective is reduced to one fixed weight per log-probability (weights.py); the learner minimises the sum of
 
     token * (-log p(token)) + divergence * KL + exit * (-log q(exit)) + hazard * s
 

@@ -172,7 +172,7 @@ def _outcomes(batch: Positions, layout: ExitLayout) -> Tensor:
 
 def _equal_parts(values: Tensor) -> Tensor:
     """[n] -> int64 [n], which of PARTS parts of equal size, by rank; equal values share one. NaN, a policy's that has
-    diverged, is in the last: that its gradient is not finite is said of the update."""
+    diverged, is in the last: the update reports that its gradient is not finite."""
     import torch
 
     ranks = torch.searchsorted(values.sort().values, values).clamp(max=len(values) - 1)

@@ -54,12 +54,12 @@ RATIOS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "together": lambda token, exit_: (token + exit_, token + exit_),
     "apart": lambda token, exit_: (token, exit_),
 }
-"""From log ratios of token and exit, those that the two are weighed and clipped by: both by their product, or each by
-its own, which leaves either the whole trust region."""
+"""Log ratios that weight and clip token and exit, from their own log ratios: both by their product, or each by its own,
+so that each has the whole trust region."""
 
 
 K3_GAP = 5.0
-"""Nats of log(pi_ref / pi) from which on k3 goes on as its tangent."""
+"""Nats of log(pi_ref / pi) above which k3 is replaced by its tangent."""
 
 
 def k3_slope(policy: Tensor, reference: Tensor) -> Tensor:
@@ -93,8 +93,7 @@ KL_TERMS = {
 
 @dataclass(frozen=True)
 class Experience(TensorRows):
-    """Advantages and importance weights of a step's rollouts, the same for all updates on them; float32 [B, S] but for
-    `firing_cost`.
+    """Advantages and importance weights of a step's rollouts for all updates; float32 [B, S] but for `firing_cost`.
 
     token_advantage, exit_advantage: of the token and of the exit; token_importance, exit_importance: weights of the
     policy at the start of the step against the one that sampled; old_tokens, old_exits: the former's log-probabilities;

@@ -109,7 +109,7 @@ class RunLock:
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
         """Where the file system has no flock (NFS or Lustre mounted without), by a file beside the lock that only one
-        process can create. It is there for a moment only; one killed in that moment on another machine leaves it."""
+        process can create. It exists for a moment only; a process killed then on another machine leaves it."""
         # Preserved: filelock neither unlinks the file nor writes into it.
         flock = FileLock(self.path, GUARD_DEADLINE_S, mode=0o644, poll_interval=0.02, preserve_lock_file=True)
         marker = SoftFileLock(f"{self.path}.guard", GUARD_DEADLINE_S, poll_interval=0.02)

@@ -143,9 +143,9 @@ def _row(row: Mapping[str, Any], depths: Sequence[int], *, given: bool) -> dict[
         kinds = [f"p{min(STEPS - 1, int(math.exp(logprob) * STEPS))}", "same" if text == row["text"] else ""]
         if depth is not None and not given and depth >= row["taken"]:
             kinds.append("taken" if depth == row["taken"] else "behind")
-            where += ", where it left" if depth == row["taken"] else ", had it gone on"
+            where += ", where it left" if depth == row["taken"] else ", without that exit"
         words = [f"{_quoted(t)} {math.exp(p):.3f}" for t, p in readout]
-        came = f"{'the prompt goes on' if given else 'written'}: {_quoted(row['text'])}"
+        came = f"{'the prompt continues' if given else 'written'}: {_quoted(row['text'])}"
         shown = visible(text).strip("\n") if text.strip(" ") else "␣" * len(text) or "∅"
         cells.append({"text": shown, "css": " ".join(kinds), "tip": "\n".join([where, *words, came])})
     return {"text": visible(row["text"]), "given": given, "cells": cells}

@@ -296,7 +296,7 @@ def externalisation_charts(results: Results) -> list[ReportChart]:
     note = "Share of answers that are the same as after the whole chain."
     charts = line_chart("truncation", "Chain cut short", _by_label(results, cut), x, y, note)
     x, y = "depth (layers)", "probe − n-gram (accuracy)"
-    note = "What a linear map reads of later tokens, beyond what the text tells."
+    note = "Accuracy of a linear map on later tokens, beyond that of the text alone."
     return charts + line_chart("planning_probe", "Planning probe", _by_label(results, probes), x, y, note)
 
 

@@ -98,7 +98,7 @@ def runs_in(named: Sequence[Path]) -> tuple[list[ReportRun], list[Path]]:
     if len(set(labels)) < len(labels):
         labels = [f"{end.parent.name}/{end.name}" for end in ends]
     elif max(map(len, labels)) > LABEL_LENGTH:
-        # The table of settings says what they stand for.
+        # The table of settings defines the labels.
         labels = [f"run {i + 1}" for i in range(len(labels))]
     return [ReportRun(*each) for each in zip(stages, labels, settings, configs, strict=True)], ends
 
@@ -133,7 +133,7 @@ def _differing(configs: Sequence[RunConfig]) -> list[dict[str, str]]:
     """Per run the settings that count and in which not all are alike, by their last part where that is unambiguous."""
     frame = pd.json_normalize([identity(cfg, "evaluate") for cfg in configs]).map(_word)
     frame = frame.loc[:, frame.nunique() > 1]
-    # A sweep's `seed` sets them all; said once.
+    # A sweep's `seed` sets them all; shown once.
     seeds = [key for key in frame if key.endswith(".seed")]
     if (frame[seeds].nunique(axis=1) <= 1).all():
         frame = frame.drop(columns=seeds[1:])

@@ -47,11 +47,11 @@ RESULTS = (
     "of all; total depth: layers per answer; length: tokens per answer; KL to the teacher per token."
 )
 CONTROLS = (
-    "The policy against exit rules that know less, at its mean depth and at its accuracy on validation. "
-    "(!): that was not reached, so that it is no comparison. p: McNemar, exact."
+    "The policy against exit rules with less information, at its mean depth and at its accuracy on validation. "
+    "(!): not reached, so not comparable. p: McNemar, exact."
 )
 SEEDS = "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest"
-PHASE = "Median over steps; FLOPs by the lengths and exits that there were, recomputation left out"
+PHASE = "Median over steps; FLOPs from measured lengths and exits, without recomputation"
 
 
 class ReportSection(NamedTuple):

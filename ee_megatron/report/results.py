@@ -38,7 +38,7 @@ class Results:
     compared: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Label of a model at its chosen exits -> what changed from the model before it; evaluation/compare.py makes it."""
     wide: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Label -> what was measured on wide operands; evaluation/results.py makes it."""
+    """Label -> results on wide operands, from evaluation/results.py."""
     depth: dict[str, Any] = field(default_factory=dict)
     by_task: dict[str, Any] = field(default_factory=dict)
     kl_by_exit: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)

@@ -26,7 +26,7 @@ RESULTS: tuple[Column, ...] = (
     ("tokens/s", "tokens_per_s", "{:,.0f}"),
 )  # fmt: skip
 CONTROLS: tuple[Column, ...] = (
-    ("depth asked", "target", "{:.3f}"), ("depth got", "row/mean_depth", "{:.3f}"),
+    ("target depth", "target", "{:.3f}"), ("mean depth", "row/mean_depth", "{:.3f}"),
     ("accuracy", "row/accuracy", "{:.1%}", "low", "high"), ("reference - control", "comparison/difference", "{:+.1%}"),
     ("p", "comparison/p_value", "{:.2g}"),
 )  # fmt: skip
@@ -234,7 +234,7 @@ def correlation_table(correlations: Part) -> TextTable:
 def gates_table(gates: Part) -> TextTable:
     """Table of the gates' expected calibration error and mean error against the target hazard; then by exit."""
     by_exit = {m: {**figures, **{str(e["depth"]): e for e in figures.get("exits", [])}} for m, figures in gates.items()}
-    columns = [("ECE", "ece", "{:.3f}"), ("mean error", "mean_error", "{:.3f}"), ("asked", "asked", "{:,}")]
+    columns = [("ECE", "ece", "{:.3f}"), ("mean error", "mean_error", "{:.3f}"), ("decisions", "asked", "{:,}")]
     depths = sorted({int(e["depth"]) for figures in gates.values() for e in figures.get("exits", [])})
     return _by_label(by_exit, [*columns, *((f"ECE at {depth}", f"{depth}/ece", "{:.3f}") for depth in depths)], "model")
 
@@ -251,7 +251,7 @@ BY_MODEL: tuple[tuple[str, str, Callable[[Part], TextTable], str], ...] = (
      "Problems on wide operands, depth as a share of the layers; difference to the teacher over groups of problems "
      "that share operands; problems that only the teacher (lost) or only this model (won) has right; McNemar's p"),
     ("exits", "gates", gates_table,
-     "Gates wherever one was asked: expected calibration error (10 bins), mean error against the target hazard"),
+     "All decisions of gates: expected calibration error (10 bins), mean error against the target hazard"),
     ("depth", "depth", depth_table,
      "Layers per token: mean over answers, quantiles; then by kind of token, an answer's first left out"),
     ("depth", "depth_correlations", correlation_table,

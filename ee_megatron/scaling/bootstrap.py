@@ -24,7 +24,7 @@ def resample(fitted: Array, residual: Array, runs: Array, parameters: int, draws
     """Resampled data [S, R]: fitted values [R] plus residuals [R] of runs drawn at random, as if from other seeds.
 
     runs: int [R], 0..G-1. The rows of a run take, in their order, the residuals of one drawn run (from the first again
-    if it has fewer), so rows that share a run go on sharing its noise (Davison and Hinkley 1997, sections 3.8 and 6.3).
+    if it has fewer), so rows of a run still share its noise (Davison and Hinkley 1997, sections 3.8 and 6.3).
     Residuals are smaller than the noise by √((G - P)/G), since the P fitted parameters took their part of it, and are
     enlarged by as much.
     """

@@ -46,8 +46,7 @@ Result = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one sub-command; returns 0. Raises ValueError (Refused included) or FileNotFoundError for errors of the
-    user."""
+    """Run one sub-command; returns 0. Raises ValueError (Refused included) or FileNotFoundError for user errors."""
     given = _parser().parse_args(list(argv))
     if given.bootstrap < MIN_BOOTSTRAP or given.seed < 0:
         wanted = f"expected at least {MIN_BOOTSTRAP} resamples, for a 2.5 % quantile, and a seed >= 0"
@@ -227,7 +226,7 @@ def _write(given: argparse.Namespace, result: Result) -> None:
     print(text)
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-        # JSON last: it is what says that there is a forecast.
+        # JSON last: a forecast exists once its JSON does.
         for kind, content in (
             ("txt", text),
             ("json", json.dumps(result, indent=2, ensure_ascii=False, default=_plain)),
@@ -242,7 +241,7 @@ def _plain(frame: pd.DataFrame) -> Any:
 
 
 def _lines(result: Result) -> list[str]:
-    """A result as text: frames as tables, everything else by name; nothing of what is empty."""
+    """A result as text: frames as tables, everything else by name; empty parts are left out."""
     lines = []
     for name, value in result.items():
         if isinstance(value, pd.DataFrame):

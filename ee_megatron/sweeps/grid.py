@@ -135,7 +135,7 @@ class Grid:
         return [f"{name}={value.text}" for key, value in settings.items() for name in names[key]]
 
     def _of_budget(self, key: str) -> bool:
-        """Whether a setting says what the grid's budget is or buys."""
+        """Whether a setting belongs to the grid's budget."""
         return key == BUDGET or (key.startswith(ISOFLOP) and BUDGET in (*self.fixed, *self.keys))
 
     def budget(self, point: dict[str, Value]) -> IsoFlop | None:
@@ -217,8 +217,7 @@ class _Sections:
 
 
 def read_file(path: Path, given: Collection[str] = ()) -> Grid:
-    """Read a grid from YAML, without the keys in `given`. Raises FileNotFoundError, or ValueError naming the file and
-    the part."""
+    """Read a grid from YAML, without the keys in `given`. Raises FileNotFoundError, or ValueError naming the part."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such grid file; name a .yaml file or a grid of configs/{GROUP}")
     grid = Grid()

@@ -90,8 +90,7 @@ class Kind:
     words: bool = False
 
     def render(self, a: int, b: int, rng: random.Random, inside: Callable[[int, int], bool]) -> Problem | None:
-        """Render a problem; None if a draw does not work. `inside`: whether a pair belongs to the split that is being
-        drawn."""
+        """Render a problem; None if a draw does not work. `inside`: whether a pair belongs to the split being drawn."""
         if self.symbols == "-":
             a, b = max(a, b), min(a, b)
             if a == b:
@@ -184,7 +183,7 @@ class ArithmeticTask(ProceduralTask):
         return [self._stream(kind, family, split, seen) for kind in FAMILIES[family]]
 
     def _stream(self, kind: Kind, family: str, split: str, seen: set[str]) -> Iterator[Problem]:
-        """Distinct problems, going round all pairs of the split before any pair comes again in other words."""
+        """Distinct problems: all pairs of the split once before a pair is repeated in other words."""
         rng = random.Random(f"{self.seed}/{family}/{kind.name}/{split}")
         pairs = [pair for pair in kind.operands[self.operands] if self._pair_split(*pair) == split]
         fresh = True

@@ -21,7 +21,7 @@ SHARES = {"train": 0.66, "validation": 0.12, "evaluation": 0.22}
 EXAMPLES = 16
 """Training problems (of each family) that are set aside as worked examples: no prompt is ever its own example."""
 FAMILY_LIMIT = 1500
-"""Problems per family in a split that asks for all there are: the streams go on for long, or for ever."""
+"""Problems per family in a split that takes all: the streams are long or endless."""
 
 ChatTemplate = Callable[[list[dict[str, str]]], str]
 """Messages [{"role", "content"}, ...] -> the text that the model reads, up to where its answer begins."""
@@ -32,7 +32,7 @@ class Verdict:
     """A verifier's verdict on one answer.
 
     - correct: the final answer equals the reference
-    - well_formed: it was given in the form that the task asks for
+    - well_formed: it has the form that the task requires
     - answered: there is a final answer at all
     - timed_out: no verdict within the deadline (or the verifier process died); the other fields are then False
     """
@@ -208,7 +208,7 @@ class ProceduralTask(Task):
         least = min(drawn, key=lambda family: len(drawn[family]))
         if size and len(drawn[least]) < wanted:
             most = count * len(drawn[least])
-            raise ValueError(f"task.{split}: {size} problems, but family {least} allows at most {most}; ask for fewer")
+            raise ValueError(f"task.{split}: {size} problems, but family {least} allows at most {most}; set fewer")
         order = random.Random(f"order/{self.seed}/{split}")
         for index in range(len(drawn[least])):
             block = list(self.families)

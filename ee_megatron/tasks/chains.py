@@ -154,7 +154,7 @@ class HopsTask(ChainTask):
         self.tokens_per_step = task.tokens_per_step
         self.gap = "," * (task.tokens_per_step - 1)
         rng = random.Random(f"permutations/{self.seed}")
-        # What each operation makes of the states 0 to 7, in order.
+        # Each operation's results for the states 0 to 7, in order.
         self.permutations = {operation: "".join(rng.sample(STATES, len(STATES))) for operation in PERMUTATIONS}
 
     def chains(self, hops: int) -> Iterator[str]:

@@ -104,7 +104,7 @@ class DatasetTask(Task):
         size = self.sizes[split] or (len(rows) // 10 if keep else len(rows))
         if size > len(rows) - keep:
             raise ValueError(
-                f"task.{split}: {size} problems, but {self.path} leaves {len(rows) - keep} for it; ask for fewer"
+                f"task.{split}: {size} problems, but {self.path} leaves {len(rows) - keep} for it; set fewer"
             )
         return rows[:size]
 
@@ -225,7 +225,7 @@ def _rows(file: Path) -> Rows:
 def _object(line: str) -> dict[str, Any]:
     row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError(f"{line[:60]!r} is no object")
+        raise ValueError(f"{line[:60]!r} is not an object")
     return row
 
 

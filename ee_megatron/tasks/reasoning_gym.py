@@ -93,8 +93,7 @@ class ReasoningGymTask(ProceduralTask):
 
     def verify(self, prompt: Prompt, text: str) -> Verdict:
         """Judge an answer. Well formed: between answer tags. Otherwise what is marked as in `final_answer`, or the
-        whole text or its last line if that is right; if not, there is no answer. Partly right, by the scorer, is
-        wrong."""
+        whole text or its last line if that is right; else there is no answer. Partly right, by the scorer, is wrong."""
         part = answer_part(text)
         if part is None:
             return base.NO_ANSWER
@@ -191,7 +190,7 @@ def generate(families: Sequence[str], seed: int, wanted: dict[str, int]) -> Entr
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"task.families: {wanted} problems of each of {', '.join(families)} were not made in "
-            f"{GENERATE_TIMEOUT_S:.0f} s; ask for fewer (task.train, task.evaluation) or leave out the slow families"
+            f"{GENERATE_TIMEOUT_S:.0f} s; set fewer (task.train, task.evaluation) or leave out the slow families"
         ) from None
     if done.returncode:
         # The last line of a traceback is the exception.

@@ -42,8 +42,8 @@ class VerifierPool:
     """Runs `task.verify` in `workers` processes, each answer within `deadline_s` seconds.
 
     A process that misses the deadline or dies is killed and replaced, and its answer gets a verdict with `timed_out`.
-    `timeouts` counts these. A process has `memory_mb` MiB of its own (0: no limit); what asks for more fails or dies,
-    and costs its own answer only. `failures` counts answers at which `verify` raised an exception; they are treated
+    `timeouts` counts these. A process has `memory_mb` MiB (0: no limit); one that needs more fails or dies, and
+    loses its own answer only. `failures` counts answers at which `verify` raised an exception; they are treated
     alike, and the first exception is logged.
 
     Raises ValueError for bad settings; RuntimeError if a process can't start.
@@ -166,7 +166,7 @@ class _Worker:
         if kind == "error":
             return TIMED_OUT, content
         if not _FLAGS.fullmatch(content):
-            raise ValueError(f"{content!r} is no verdict")
+            raise ValueError(f"{content!r} is not a verdict")
         return Verdict(*(flag == "1" for flag in content)), None
 
     def _hear(self, good: str, bad: str, until: float) -> tuple[str, str]:
@@ -181,7 +181,7 @@ class _Worker:
                 raise ValueError("more than a line")
         match = re.fullmatch(rf"({good}|{bad}) {self.answers} (.*)\n", line.decode())
         if match is None:
-            raise ValueError(f"{line!r} is no answer")
+            raise ValueError(f"{line!r} is not an answer")
         return match[1], match[2]
 
     def stop(self) -> None:
@@ -214,8 +214,7 @@ def _refuse(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def main() -> None:
-    """Entry point. Arguments: the connection's descriptor, an answer's deadline in seconds, memory in MiB (0: no
-    limit)."""
+    """Entry point. Arguments: the connection's descriptor, an answer's deadline in seconds, MiB of memory (0: any)."""
     descriptor, deadline_s, memory = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]) << 20
     if memory:
         # Memory that the process fills itself, not the libraries that it maps.

@@ -120,7 +120,7 @@ def firing_costs(
 
 def _reading(rollout: Rollout) -> ExitReading:
     if rollout.exits is None:
-        raise ValueError(f"{rollout.prompt_id}: a rollout whose exits the pool has not read; read them first")
+        raise ValueError(f"{rollout.prompt_id}: its exits are not scored; call `read_exits` of the pool first")
     return rollout.exits
 
 

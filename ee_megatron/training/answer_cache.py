@@ -94,7 +94,7 @@ class AnswerCache:
             if [r.prompt_id for r in saved.rollouts] != [p.id for p in request.prompts for _ in range(request.samples)]:
                 raise ValueError("other prompts")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            logger.warning("%s: damaged (%s); its answers are made again", place, error)
+            logger.warning("%s: damaged (%s); its answers are generated again", place, error)
             return None
         logger.info("%s: %d answers reused", place, len(saved.rollouts))
         return saved

@@ -178,7 +178,7 @@ class WeightHistory:
         if number == current.version:
             return current
         if not self._path(number).is_dir():
-            log.warning("%s is gone; rollouts are made under version %d instead", self._path(number), current.version)
+            log.warning("%s is gone; rollouts use version %d instead", self._path(number), current.version)
             return current
         return WeightSet(number, open_policy(self._path(number))[1])
 

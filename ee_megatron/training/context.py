@@ -207,7 +207,7 @@ class StageContext:
             self.checkpoints.save(learner, step)
         world = dist.get_world_size() if dist.is_initialized() else 1
         store = dist.distributed_c10d._get_default_store() if world > 1 else None
-        raise Stopped(f"stopped after {step} step(s), as told; the same command goes on", self.ranks.rank, world, store)
+        raise Stopped(f"stopped on request after {step} step(s); rerun to resume", self.ranks.rank, world, store)
 
     def sample(
         self, pool: RolloutPool, prompts: list[Prompt], samples: int, temperature: float, seed: int, what: str
@@ -255,8 +255,7 @@ class StageContext:
         bar.advance(1, loss=loss)
 
     def start(self, seed: int) -> Mapping[str, torch.Tensor]:
-        """The policy that the stage starts from; under full fine-tuning a rank reads its tensors of the base on
-        access."""
+        """The policy that the stage starts from; in full fine-tuning a rank reads tensors of the base on access."""
         if not self.spec.full:
             return initial_policy(self.source.dims, self.spec, seed)
         added = initial_policy(self.source.dims, replace(self.spec, full=False), seed)

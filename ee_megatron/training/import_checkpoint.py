@@ -49,7 +49,7 @@ def open_source(cfg: RunConfig) -> MegatronTensors:
     """Open the checkpoint at model.checkpoint, tensors by their Hugging Face names; no weights are read yet.
 
     Raises FileNotFoundError or ValueError, one line: none named, no such checkpoint, one of another shape than
-    model.path's config.json says, gates or adapters of its own, no tokenizer at model.path.
+    in model.path's config.json, own gates or adapters, no tokenizer at model.path.
     """
     if not cfg.model.checkpoint:
         raise ValueError("model.checkpoint: not set; give the Megatron checkpoint that is to be imported")
@@ -78,8 +78,8 @@ def open_source(cfg: RunConfig) -> MegatronTensors:
             raise ValueError(f"model.checkpoint={path}: another shape than {given / 'config.json'} says; give its own")
         if policy_beside(source)[0].exit_depths:
             raise ValueError(
-                f"model.checkpoint={path}: has gates of its own; give the model that they were trained on as "
-                "model.path and the policy as start"
+                f"model.checkpoint={path}: has its own gates; give the model that they were trained on as "
+                "model.path and the policy as init_policy"
             )
     source.tokenizer = given
     return source

@@ -67,7 +67,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     adopt_rank(os.environ)
     bound_memory(os.environ)
     if "SLURM_STEP_ID" in os.environ or (WITH_PARENT in os.environ and ranks(cfg) == 1):
-        # Elsewhere TERM comes from a launcher that wants its ranks to end, not to go on to their next step.
+        # Elsewhere TERM comes from a launcher that wants its ranks to end, not to finish their step.
         listener.listen()
     follow_parent()
     if stages.is_done(cfg, stage):
@@ -357,6 +357,6 @@ def check_place(cfg: RunConfig, wanted: Sequence[str], overrides: list[str], env
     if nodes > 1 or gpus > here:
         commands = "; ".join(launch_command(cfg, stage, overrides) for stage in wanted)
         raise ValueError(
-            f"the settings need {nodes} node(s) with {gpus} GPU(s) each, this machine has {here} and is no Slurm job: "
+            f"the settings need {nodes} node(s) with {gpus} GPU(s) each, this machine has {here}, outside a Slurm job: "
             f"submit {commands}; to run here, set cluster.nodes=1 cluster.rollout_nodes=0 cluster.gpus_per_node=0"
         )

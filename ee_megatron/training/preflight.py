@@ -104,7 +104,7 @@ def _is_given(task: TaskConfig) -> bool:
 
 
 def _dims_of(cfg: RunConfig) -> tuple[ModelDims | None, list[str]]:
-    """The model's dimensions, or what keeps them from being read."""
+    """The model's dimensions, or the errors of reading them."""
     try:
         return read_dims(cfg), []
     except (ValueError, FileNotFoundError) as error:
@@ -120,7 +120,7 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
     if spec != wanted:
         raise ValueError(
             f"init_policy={cfg.init_policy}: made with exits {list(spec.exit_depths)} and adapters of rank "
-            f"{spec.rank}, the settings say {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, "
+            f"{spec.rank}, the settings have {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, "
             "targets, gates or exits.first_token)"
         )
 
@@ -129,7 +129,7 @@ def check_runs(runs: str) -> None:
     """Raises ValueError if no directory can be made at `runs`."""
     there = next(path for path in (Path(runs).absolute(), *Path(runs).absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"runs={runs}: {there} is no directory; name one that can be made")
+        raise ValueError(f"runs={runs}: {there} is not a directory; name one that can be made")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(
             f"runs={runs}: {there} may not be written to; name another directory, or change its permissions"

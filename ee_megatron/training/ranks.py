@@ -1,8 +1,8 @@
 """Ranks as processes: launchers' environment variables, requests to stop, and several ranks on one machine.
 
 Slurm sends USR1, USR2 or TERM before a time limit or at a preemption; a stage then ends at its next step with a
-checkpoint, and its process with an exit code that says so. A signal may reach one rank and not another, so ranks act on
-it only once they have agreed. torch is imported only when a stage runs: signal handlers are installed before the slow
+checkpoint, and its process with the exit code STOPPED. A signal may reach one rank and not another, so ranks act on it
+only once they have agreed. torch is imported only when a stage runs: signal handlers are installed before the slow
 imports.
 """
 
@@ -144,7 +144,7 @@ class Listener:
             raise self._stopped()
 
     def _stopped(self) -> Stopped:
-        return Stopped(f"told to stop by {signal.Signals(self.last_signal).name}")
+        return Stopped(f"stopped by {signal.Signals(self.last_signal).name}")
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -192,7 +192,7 @@ class Forked(multiprocessing.context.ForkProcess):
     """`ee-megatron` with these arguments in a process forked off this one, which has the imports already; with the
     methods of subprocess.Popen that are used here. The child calls `before` first.
 
-    `launch.may_fork` tells whether forking is safe.
+    `launch.may_fork`: whether forking is safe.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ def _reason(name: str, log: Path, code: int) -> str:
         return f"error: {name}: killed by {signal.Signals(-code).name}; its log is {log}"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if code == STOPPED:
-        return lines[-1] if lines else f"{name}: stopped, as told"
+        return lines[-1] if lines else f"{name}: stopped on request"
     errors = [line for line in lines if line.startswith("error: ")]
     last = errors[-1] if errors else f"error: {name}: ended with exit code {code}"
     return last if code == 2 else f"{last} ({log})"

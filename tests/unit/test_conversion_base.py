@@ -330,7 +330,7 @@ def ours(given: Start, *words: str) -> None:
         (lambda given: [file.unlink() for file in given.shape.glob("tokenizer.*")], "tokenizer.*model.checkpoint"),
         (other_shape, "norm_epsilon=1e-06.*0.5.*model.path"),
         (lambda given: shutil.rmtree(given.saved), "saved: no such directory"),
-        (lambda given: ours(given, "--exit-depths 1"), "has gates of its own.*model.path"),
+        (lambda given: ours(given, "--exit-depths 1"), "has its own gates.*model.path"),
         (lambda given: (ours(given), other_shape(given)), "another shape.*config.json"),
     ],
     ids=["no tokenizer", "another shape", "gone", "with gates", "ours of another shape"],

@@ -114,7 +114,7 @@ def test_a_signal_is_noted_and_interrupts_only_what_may_be_given_up() -> None:
         listener.listen()
         os.kill(os.getpid(), signal.SIGUSR1)
         assert listener.last_signal == signal.SIGUSR1
-        with pytest.raises(Stopped, match="told to stop by SIGUSR1"), listener.at_once():
+        with pytest.raises(Stopped, match="stopped by SIGUSR1"), listener.at_once():
             raise AssertionError("what may be given up is not begun after a signal")
         listener.last_signal = 0
         waiting = threading.Event()

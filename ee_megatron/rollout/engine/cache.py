@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # Positions of a page: what the compiled attention reads at a time, so that none of its steps crosses pages.
 PAGE = LANES
-# The pool grows by a 1/SPARE of what is held, and shrinks once more than two of these are free.
+# The pool grows by 1/SPARE of the pages in use, and shrinks once more than twice that is free.
 SPARE = 32
-# Columns before the pages in what `where` says: slot, position, and the page and the offset where the position lies.
+# Columns before the pages in the result of `where`: slot, position, and the position's page and offset.
 TABLE = 4
 
 
@@ -149,7 +149,7 @@ class KVCache:
         blocks = at // PAGE
         lacking = blocks >= self.held[slots]
         if lacking.any():
-            raise ValueError(f"position {int(at[lacking][0])} has no page in the cache; hold it first")
+            raise ValueError(f"position {int(at[lacking][0])} has no page in the cache; call `hold` first")
         places = np.empty((len(slots), TABLE + 1 + int(blocks.max())), dtype=np.int64)
         places[:, 0], places[:, 1], places[:, 2], places[:, 3] = slots, at, self.table[slots, blocks], at % PAGE
         places[:, TABLE:] = self.table[slots, : places.shape[1] - TABLE]
@@ -157,8 +157,8 @@ class KVCache:
 
     @torch.inference_mode()
     def fill(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        """Write keys, values [L, T, KVH, hd] of a sequence at positions start..start+T-1 of a row with pages for
-        them."""
+        """Write keys, values [L, T, KVH, hd] of a sequence at positions start..start+T-1 of a row that has the
+        pages."""
         positions = np.arange(start, start + keys.shape[1])
         index = np.stack([self.table[row, positions // PAGE], positions % PAGE])
         pages, offsets = torch.from_numpy(index).to(self.device)
@@ -210,7 +210,7 @@ class Slots:
     def __init__(self, cache: KVCache, count: int):
         self.cache = cache
         self._free = list(range(count))[::-1]
-        # Slots of rows that hold whole pages of what was read of their prompts together, by what that is.
+        # Slots of rows that share the whole pages of a prefilled prompt, by its tokens.
         self._together: dict[tuple[int, ...], list[int]] = {}
 
     @property

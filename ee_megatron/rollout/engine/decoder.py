@@ -265,7 +265,7 @@ class Decoder:
     # ---- one position per row, with the cache ----
 
     def rows(self, cache: KVCache, slots: Sequence[int], positions: Sequence[int]) -> Rows:
-        """A rows at distinct slots of the cache and their positions. Raises ValueError for one that has no page."""
+        """`Rows` for A distinct slots at these positions. Raises ValueError for one without a page."""
         self._check_ready()
         where, span = cache.where(slots, positions), 1 + max(positions)
         self._reach(span)

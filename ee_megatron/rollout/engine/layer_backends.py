@@ -144,8 +144,7 @@ class TorchOps:
     def attend(
         self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
     ) -> Tensor:
-        """Attention with fused q, k, v [A, (H + 2 KVH) hd] -> [A, H hd]; writes the rows' keys and values to the
-        cache."""
+        """Attention, fused q, k, v [A, (H + 2 KVH) hd] -> [A, H hd]; writes the rows' keys and values to the cache."""
         q, k, v = self.split_and_rotate(fused, at, q_gain, k_gain)
         keys, values = cache.layers[layer].unbind(1)
         keys[at.pages, at.offsets] = k

@@ -1,7 +1,7 @@
 """The logit lens (nostalgebraist 2020): predictions of the readout at every exit, also behind the one that was taken.
 
-Behind it there is nothing to read in the run itself, since the stream is frozen. So a token's position is read again
-and goes on to the end, alone: the positions before it keep their own exits.
+Behind it the run itself has no predictions, since the stream is frozen. So a token's position is run again to the end,
+alone: the positions before it keep their own exits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def lens(
     Raises ValueError for a rollout without a token.
     """
     if any(not rollout.length for rollout in rollouts):
-        raise ValueError("an answer without a token has nothing to look at; leave it out")
+        raise ValueError("an answer without tokens has no lens; leave it out")
     # The first position read, that of the prompt's last token, one behind the last position read.
     lasts = [len(r.prompt_tokens) - 1 for r in rollouts]
     windows = [

@@ -83,8 +83,7 @@ class Linear:
 
 
 class WideLinear(Linear):
-    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype, for readout and gates (mixed_matmul.py); b
-    float32."""
+    """x [..., in] -> x W^T + b in float32, x rounded to W's dtype: readout and gates (mixed_matmul.py); b float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         self.dtype = weight.dtype

@@ -79,8 +79,7 @@ class Prefiller:
                     self._read[prompt] = Read((*before, own), last)
 
     def forget(self, waiting: Iterable[Row]) -> None:
-        """Keep only prompts of waiting rows, the next ones' first, up to `positions`: they take memory beside the
-        cache."""
+        """Keep only prompts of waiting rows, next ones first, up to `positions`: they take memory beside the cache."""
         needed, room = set[tuple[int, ...]](), self.positions
         for row in waiting if self._read else ():
             if row.read in self._read and row.read not in needed and len(row.read) <= room:

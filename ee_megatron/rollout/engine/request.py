@@ -200,7 +200,7 @@ class Row:
         return len(self.prompt_tokens) + self.request.sampling.max_new_tokens
 
     def ending(self, token: int) -> str | None:
-        """Why the answer ends if this token comes next, as in `Event.finished`; None: it goes on."""
+        """Why the answer ends if this token comes next, as in `Event.finished`; None: it continues."""
         made = len(self.tokens) + 1
         # What was given can't end an answer: it would leave the model nothing to say.
         if made > len(self.request.prefill) and self.stopping.ends(self.tokens, token):

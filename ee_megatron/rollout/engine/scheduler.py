@@ -271,7 +271,7 @@ class Scheduler:
     # ---- running ----
 
     def _segment(self, segment: int, rows: list[Row]) -> list[Event]:
-        """One segment, then its gate: each row goes on to the readout or to the next segment. No new tokens."""
+        """One segment, then its gate: each row moves to the readout or to the next segment. No new tokens."""
         leave = self.runner.segment(segment, rows)
         del self.queues.queues[segment][: len(rows)]
         bounds = (0, *self.decoder.layout.outcomes)

@@ -45,8 +45,7 @@ class Comparison(NamedTuple):
 
 
 def compare(logits: Tensor, others: Tensor) -> Comparison:
-    """Compare softmax(logits) and softmax(others), float32 [n, V], row by row. -inf where a token has no
-    probability."""
+    """Compare softmax(logits) and softmax(others), float32 [n, V], by rows. -inf where a token has no probability."""
     library = compiled.library(torch.float32) if logits.device.type == "cpu" else None
     if library is not None:
         logits, others, figures = logits.contiguous(), others.contiguous(), torch.empty(len(logits), 4)
@@ -446,7 +445,7 @@ def _bunches(rollouts: Sequence[Rollout], groups: Iterable[list[int]]) -> Iterat
 def _of_like_length(
     decoder: Decoder, rollouts: Sequence[Rollout], read: dict[int, Prefilled] | dict[int, None], shared: int
 ) -> Iterator[_Part]:
-    """The rollouts of these indices, the longest first, with what was read of each."""
+    """The rollouts of these indices, the longest first, with their scored parts."""
     sizes = {i: len(rollouts[i].prompt_tokens) + rollouts[i].length for i in read}
     order = sorted(read, key=lambda i: -sizes[i])
     while order:

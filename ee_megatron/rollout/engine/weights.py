@@ -173,8 +173,7 @@ class DecoderWeights:
 
 @dataclass
 class GateWeights:
-    """A gate's fc1 [w, D] in the model's dtype; its bias [w], fc2 [1, w] and its bias [1] in float32 whatever that
-    is."""
+    """A gate: fc1 [w, D] in the model's dtype; its bias [w], fc2 [1, w] and its bias [1] always in float32."""
 
     fc1: WideLinear
     fc2: Tensor

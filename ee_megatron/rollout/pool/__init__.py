@@ -20,7 +20,7 @@ from .vllm import check_python
 def make_pool(
     rollout: RolloutConfig, model_path: str | Path, spec: PolicySpec | None, dtype: torch.dtype, device: str
 ) -> RolloutPool:
-    """Make the pool that `rollout.backend` names. Raises ValueError for a cache that no answer fits, and without a
+    """Make the pool that `rollout.backend` names. Raises ValueError for a cache that no answer fits, or without
     vLLM."""
     source = HFDirectory(model_path)
     check_cache(rollout, source.dims, dtype.itemsize)

@@ -37,7 +37,7 @@ def prepare_environment() -> None:
         path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
         if not (os.environ.get("RAY_AUTH_TOKEN") or Path(path).is_file()):
             raise ValueError(
-                f"RAY_ADDRESS={address} is another machine and there is no token for it; start its cluster with "
+                f"RAY_ADDRESS={address} is another machine and has no token here; start its cluster with "
                 "RAY_AUTH_MODE=token and set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH here (docs/serving.md)"
             )
 
@@ -97,7 +97,7 @@ def await_nodes(ray: Any, timeout_s: float) -> None:
     try:
         _wait(lambda: joined() >= expected, timeout_s, TimeoutError())
     except TimeoutError:
-        log.warning("%d of %d Ray nodes joined within %g s; going on with these", joined(), expected, timeout_s)
+        log.warning("%d of %d Ray nodes joined within %g s; continuing with these", joined(), expected, timeout_s)
 
 
 def _wait(what: Callable[[], bool], timeout_s: float, error: Exception) -> None:

@@ -41,7 +41,7 @@ def pack(stream: Stream, dtype_of: Callable[[str], torch.dtype], chunk_bytes: in
 def unpack(chunk: Chunk) -> dict[str, Tensor]:
     """Views of the tensors in a chunk's bytes: read-only once it has been transferred."""
     with warnings.catch_warnings():
-        # torch has no tensors that can't be written and says so.
+        # torch has no read-only tensors and warns.
         warnings.simplefilter("ignore", UserWarning)
         return {name: torch.from_numpy(data).view(dtype).view(shape) for name, (dtype, shape, data) in chunk.items()}
 

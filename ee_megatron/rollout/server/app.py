@@ -243,9 +243,9 @@ def as_refusal(error: Exception) -> BadRequest:
     if isinstance(error, ClientDisconnect):
         return BadRequest("the client has left", 499)
     text = " ".join(str(error).split())
-    # torch raises RuntimeErrors where there is no memory.
+    # torch raises RuntimeErrors when memory runs out.
     if isinstance(error, MemoryError | OSError) or "alloc" in text or "out of memory" in text:
-        return BadRequest("there is no memory for this request now; try again later or ask for less", 503, "no_memory")
+        return BadRequest("not enough memory for this request now; try again later or request less", 503, "no_memory")
     return BadRequest(text) if isinstance(error, ValueError) else BadRequest(f"the engine failed: {text}", 500)
 
 

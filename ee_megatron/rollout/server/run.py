@@ -37,7 +37,7 @@ MAX_CONNECTIONS = 500
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 # Bytes left to the interpreter, threads and bodies; of a limit on addresses, which threads reserve without using them.
 MARGIN, ADDRESSES = 256 << 20, 384 << 20
-# Of what is free then: at most so much for prefill; and of the rest so much stays free.
+# Shares of the memory then free: at most so much for prefill; and so much of the rest stays free.
 PREFILL_SHARE, SPARE_SHARE = 0.4, 0.1
 # float32 copies of a row's logits while a token is sampled.
 LOGITS_COPIES = 4
@@ -104,7 +104,7 @@ def free_memory(device: torch.device) -> tuple[int, str]:
             limits.append((most - _kib("self/status", used) - ADDRESSES, f"ulimit {name}"))
     try:
         most, now = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        # Files that the kernel caches until somebody wants the memory.
+        # Files that the kernel caches until memory is needed.
         cached = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())["inactive_file"]
         limits.append((most - now + int(cached), "the control group's limit"))
     except (OSError, ValueError, KeyError):
@@ -172,7 +172,7 @@ def run(
     """Serve at a bound socket until SIGTERM or SIGINT. Raises ValueError for settings that contradict the model."""
     exits.check(decoder.layout, decoder.gates is not None)
     budget = plan_memory(decoder, settings.rows, settings.max_length, settings.cache_gib)
-    # Where not all rows can have the longest request, short ones pass those that wait for room.
+    # If not all rows can have the longest request, short requests overtake those that wait for room.
     scarce = budget.positions < settings.rows * budget.longest
     tokenizer = load_tokenizer(model_path)
     engine = ServingEngine(decoder, tokenizer, settings.rows, settings.queue, budget.positions, budget.prefill, scarce)

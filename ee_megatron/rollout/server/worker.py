@@ -254,6 +254,6 @@ class ServingEngine:
                 ticket.tell(event)
 
     def _failed(self, request: int, error: Exception) -> None:
-        """The scheduler has given up one request, which alone can't go on."""
+        """The scheduler dropped one request, which alone can't continue."""
         log.warning("request %d failed: %s", request, error)
         self._end(self._by_id[request], "failed", error)

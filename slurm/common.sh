@@ -95,6 +95,7 @@ prepare() {
   local cache=$scratch/ee-cache-$UID
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$cache/triton} VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$cache/vllm}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}
+  [[ -w ${HOME:-/} ]] || export XDG_CACHE_HOME=${XDG_CACHE_HOME:-$cache}
   if [[ -n ${EE_INTERFACE:-} ]]; then
     export NCCL_SOCKET_IFNAME=$EE_INTERFACE GLOO_SOCKET_IFNAME=$EE_INTERFACE
   fi
@@ -102,6 +103,10 @@ prepare() {
   # point, Ray's head, and one for a server of Ray's that nobody asks for.
   local base=$((20000 + 3 * (SLURM_JOB_ID % 4000)))
   MASTER_ADDR=$(slurm/node_address.sh) || exit 2
+  if ((${#hosts[@]} > 1)); then
+    srun --quiet --nodes="${#hosts[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1 slurm/node_address.sh >/dev/null ||
+      exit 2
+  fi
   export MASTER_ADDR MASTER_PORT=$base EE_RAY_PORT=$((base + 1))
 }
 

@@ -163,8 +163,10 @@ class MiniSlurm:
 
         until(dark, STOP_S, f"the end of {node}", pause=0.02)
 
-    def power_on(self, node: str) -> None:
-        """Start a node again and return once it is idle."""
+    def power_on(self, node: str, setup: str = "") -> None:
+        """Start a node again and return once it is idle. `setup`: shell commands that make it differ from the others,
+        such as mounts, which only this node sees."""
+        (self.directory / f"{node}.sh").write_text(setup)
         self.run(*start_node(self.directory, node))
         until(lambda: self.node_state(node) == "idle", START_S, f"{node} to be idle")
 
@@ -331,9 +333,11 @@ def namespace(pid: int, kind: str) -> str:
 
 
 def start_node(directory: Path, node: str) -> list[str]:
-    """The command that starts a node's daemon, under a hostname of its own."""
-    script = 'hostname "$1" && exec slurmd -N "$1" -f "$2"'
-    return ["unshare", "--uts", "--", "sh", "-c", script, "sh", node, str(directory / "slurm.conf")]
+    """The command that starts a node's daemon, under a hostname of its own and with mounts of its own."""
+    script = (
+        'set -e; hostname "$1"; if [ -f "$2/$1.sh" ]; then . "$2/$1.sh"; fi; exec slurmd -N "$1" -f "$2/slurm.conf"'
+    )
+    return ["unshare", "--uts", "--mount", "--", "sh", "-c", script, "sh", node, str(directory)]
 
 
 def first_process(directory: Path, nodes: Sequence[str]) -> int:

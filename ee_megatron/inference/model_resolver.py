@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from ..checkpoint.policy_files import check_base, policy_beside
 from ..checkpoint.sources import HFSource, gates_of, is_megatron
+from ..config.identity import stage_dir
+from ..config.load import read_saved
 from ..config.schema import RunConfig
 from ..exit_rules import ExitRule, Off, Threshold, make_rule
 from ..families.hf_directory import HFDirectory
+from ..observe.rundir import latest_checkpoint
 from ..policy import POLICY_JSON, PolicySpec, load_policy
 from ..tensors import ModelSource
 from ..training import stages
@@ -85,6 +90,21 @@ def stage_of(place: Path) -> Path | None:
         stage = place.absolute().parents[1]
         return stage if (stage / "config.yaml").is_file() else None
     return place if (place / "config.yaml").is_file() else _furthest_stage(place)
+
+
+def evaluation_of(checkpoint: Path) -> tuple[Path | None, str]:
+    """The newest results.json of a policy checkpoint in its run, and the policy's name there; (None, "") if there is
+    none, or another checkpoint of its stage was measured."""
+    stage = checkpoint.resolve().parents[1]
+    if latest_checkpoint(stage) != checkpoint.resolve():
+        return None, ""
+    for done in sorted(stage.parent.glob(f"evaluate-*/{stages.DONE}"), key=os.path.getmtime, reverse=True):
+        with suppress(ValueError):  # of another version
+            cfg = read_saved(done.with_name("config.yaml"))
+            for made_by, name in NAMES.items():
+                if stage_dir(cfg, made_by).name == stage.name:
+                    return done.with_name("results.json"), name
+    return None, ""
 
 
 def resolve_configured(

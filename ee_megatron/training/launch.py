@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -217,7 +219,7 @@ def run_method(cfg: RunConfig, overrides: list[str]) -> None:
         code = _run_child([stage, *overrides], forks)
         if code:
             raise SystemExit(code)
-    exported = export(cfg)
+    exported = export(cfg, shlex.join(["ee-megatron", "run", *overrides]))
     from ..report.page import report_run
 
     page = report_run(cfg)
@@ -257,14 +259,15 @@ def _run_child(arguments: list[str], forks: bool) -> int:
         child.wait()
 
 
-def export(cfg: RunConfig) -> Path:
+def export(cfg: RunConfig, command: str = "") -> Path:
     """Export the reinforced model as a Hugging Face directory whose `generate` exits early, at the chosen threshold.
 
     Its name follows the RL stage, but the threshold comes from the evaluation: an existing export from another
-    evaluation or policy, by its manifest, is replaced.
+    evaluation or policy, by its manifest, is replaced, but not a model card that a user wrote. `command`: for the card.
     """
     quiet_libraries()
     from ..checkpoint.hf_export import export_hf
+    from ..checkpoint.model_card import CARD, Provenance
     from ..checkpoint.store import MANIFEST, read_manifest
     from ..policy import read_policy_json
 
@@ -274,12 +277,20 @@ def export(cfg: RunConfig) -> Path:
     policy = Threshold(float(results["meta"].get("threshold_reinforced", 0.5))).to_json()
     known = read_policy_json(reinforced)
     origin = {"evaluation": evaluation.name, "exit_policy": policy, "policy": known.sha256, "base": known.base}
+    card, users = out / CARD, b""
     if out.is_dir():
-        if (out / MANIFEST).is_file() and read_manifest(out).get("origin") == origin:
+        manifest = read_manifest(out) if (out / MANIFEST).is_file() else {}
+        if manifest.get("origin") == origin:
             return out
+        if card.is_file() and hashlib.sha256(card.read_bytes()).hexdigest() != manifest.get("card"):
+            users = card.read_bytes()
         print(f"{out}: made from another evaluation or policy; it is made again from {evaluation.name}")
         shutil.rmtree(out)
-    return export_hf(base, reinforced, out, "merge", "embed", exit_policy=policy, origin=origin)
+    made = Provenance(command, evaluation / "results.json", "reinforced")
+    export_hf(base, reinforced, out, "merge", "embed", exit_policy=policy, origin=origin, made=made)
+    if users:
+        card.write_bytes(users)
+    return out
 
 
 # -- a stage as a Slurm job -------------------------------------------------------------------------------------------

@@ -474,7 +474,6 @@ REFUSED: list[tuple[Callable[[], object] | None, str | tuple[str, ...], tuple[st
     (None, f"{EXPORT} megatron --adapters keep", ("--base-name",)),
     (None, f"{EXPORT} megatron --adapters keep --base-name ./nowhere", ("./nowhere",)),
     (None, f"{EXPORT} megatron --adapters keep --base-name other", ("other", "dimensions")),
-    (None, f"{EXPORT} megatron --base-name plain", ("--adapters keep",)),
     # There is no model: the output alone is what is found wrong.
     (lambda: os.symlink("missing", "dangling"), "import --hf nowhere --out dangling", ("dangling", "missing")),
     (lambda: os.symlink("plain", "in"), "import --hf x --out in", ("in is", "plain")),

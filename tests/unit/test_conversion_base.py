@@ -19,9 +19,11 @@ from ee_megatron.checkpoint.policy_files import base_identity, recorded_base
 from ee_megatron.checkpoint.sources import HFSource, TunedSource
 from ee_megatron.checkpoint.store import read_manifest
 from ee_megatron.config.errors import faults_of
-from ee_megatron.config.identity import stage_dir, stage_order
+from ee_megatron.config.identity import stage_dir, stage_order, to_yaml
 from ee_megatron.config.load import attempt, load
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.evaluation.evaluate import EvaluationRow
+from ee_megatron.evaluation.results import write_results
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.rundir import DONE, RunDirectory
 from ee_megatron.policy import POLICY_JSON, PolicySpec, initial_policy
@@ -220,13 +222,21 @@ def test_an_export_is_kept_for_the_evaluation_that_it_came_from_and_made_again_f
             leave(cfg, "rl", models["base"])
         folder = stage_dir(cfg, "evaluate")
         folder.mkdir(exist_ok=True)
-        (folder / "results.json").write_text(json.dumps({"meta": {"threshold_reinforced": threshold}}))
-        out = launch.export(cfg)
+        meta = {"name": "x", "split": "held out", "threshold_reinforced": threshold}
+        write_results(folder / "results.json", rows(threshold), [], meta)
+        out = launch.export(cfg, "ee-megatron run name=x")
         assert read_manifest(out)["origin"]["evaluation"] == folder.name
         return out, json.loads((out / "config.json").read_text())["exit_policy"]
 
+    def rows(threshold: float) -> list[EvaluationRow]:
+        said = [("teacher", "full depth", 0.9, 1.0), ("reinforced", f"hazard > {threshold:g}", 0.8125, 0.5)]
+        return [EvaluationRow(model, exits, 16, 0, right, 0.5, 1, depth, 1, 1) for model, exits, right, depth in said]
+
     out, rule = exported(0.5)
     assert rule["value"] == 0.5
+    card = (out / "README.md").read_text()
+    assert "| reinforced | hazard > 0.5 | 0.812 | 0.500 to 1.000 | 0.500 | 16 |" in card and "run name=x\n" in card
+    assert "| teacher | full depth | 0.900 | 0.500 to 1.000 | 1.000 | 16 |" in card
     before = out.stat().st_ino
     assert exported(0.5) == (out, rule) and out.stat().st_ino == before
     capsys.readouterr()
@@ -238,6 +248,30 @@ def test_an_export_is_kept_for_the_evaluation_that_it_came_from_and_made_again_f
     (out / "manifest.json").write_text(json.dumps(manifest))
     fields(out / "config.json", exit_policy="stale")
     assert exported(0.7)[1]["value"] == 0.7
+    assert "hazard > 0.7" in (out / "README.md").read_text()
+    # What a user has made of the card stays.
+    (out / "README.md").write_text("mine")
+    assert exported(0.9)[1]["value"] == 0.9 and (out / "README.md").read_text() == "mine"
+
+
+def test_a_converted_policy_has_the_figures_of_its_evaluation_and_no_other_checkpoint_has(models, tmp_path):
+    cfg = settings(models["base"], tmp_path)
+    leave(cfg, "rl", models["base"])
+    folder, policy = stage_dir(cfg, "evaluate"), stage_dir(cfg, "rl") / "checkpoints" / "step_1"
+
+    def card(name: str) -> str:
+        made("export --quiet --checkpoint", policy, "--hf", models["base"], "--out", tmp_path / name)
+        return (tmp_path / name / "README.md").read_text()
+
+    assert "Not measured" in card("before") and "0.250" not in card("again")
+    with RunDirectory(folder) as directory:
+        directory.write_atomic("config.yaml", to_yaml(cfg))
+        row = EvaluationRow("reinforced", "full depth", 8, 2, 0.25, 0.1, 0.4, 1.0, 1, 1)
+        write_results(folder / "results.json", [row], [], {"name": "x", "split": "held out"})
+        directory.write_atomic(DONE, "")
+    assert "| reinforced | full depth | 0.250 | 0.100 to 0.400 | 1.000 | 8 |" in card("after")
+    shutil.copytree(policy, policy.with_name("step_2"))
+    assert "Not measured" in card("older")
 
 
 class Start:

@@ -216,12 +216,12 @@ def without_compilers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
 
 
-@pytest.mark.parametrize("command", ["calibrate", "run", "job"])
+@pytest.mark.parametrize("command", ["calibrate", "run", "slurm-spec"])
 def test_a_gpu_node_without_a_compiler_is_named_before_anything_starts(command, model, capsys, monkeypatch, tmp_path):
     torch_of_a_gpu_node(monkeypatch, 8)
     without_compilers(monkeypatch, tmp_path)
     monkeypatch.setattr("ee_megatron.training.stages.check_inputs", lambda cfg, stage: None)
-    words = ["job", "calibrate"] if command == "job" else [command]
+    words = ["slurm-spec", "calibrate"] if command == "slurm-spec" else [command]
     said = refused(capsys, *words, *model)
     assert "device=cuda" in said and "C compiler" in said and "gcc" in said, said
     assert not (tmp_path / "runs").exists()
@@ -239,10 +239,10 @@ def test_a_python_without_its_header_is_named_and_what_only_generates_needs_none
     bare.write_text(f"#!/bin/sh\necho {tmp_path}/include\n")
     bare.chmod(0o755)
     vllm = ["rollout=vllm", f"rollout.vllm.python={bare}", "cluster.gpus_per_node=2"]
-    said = refused(capsys, "job", "traces", *model, *vllm)
+    said = refused(capsys, "slurm-spec", "traces", *model, *vllm)
     assert "rollout.backend=vllm" in said and f"Python.h in {tmp_path}/include" in said, said
     without_compilers(monkeypatch, tmp_path)
-    assert cli.main(["job", "traces", *model, "cluster.gpus_per_node=2"]) == 0
+    assert cli.main(["slurm-spec", "traces", *model, "cluster.gpus_per_node=2"]) == 0
 
 
 def test_gpus_that_are_there_cost_no_look_at_nvidia_smi(model, monkeypatch, tmp_path: Path) -> None:

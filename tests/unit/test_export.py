@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -190,6 +191,33 @@ def test_manifest_names_every_tensor(tmp_path, gates):
     assert (out / "model.safetensors.index.json").is_file()
     assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)("abc").input_ids == [97, 98, 99]
     assert (out / "generation_config.json").read_text() == (base / "generation_config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("adapters", "gates", "library"),
+    [("merge", "embed", "transformers"), ("merge", "drop", "transformers"), ("keep", "sidecar", "peft")],
+)
+def test_every_export_has_a_card_that_says_what_is_known_and_the_same_each_time(tmp_path, adapters, gates, library):
+    base = tiny_hf("llama", tmp_path / "base")
+    policy = made_policy(base)
+
+    def card(name: str, **options) -> ModelCard:
+        out = export_hf(base, policy, tmp_path / name, adapters=adapters, gates=gates, **options)
+        text = (out / "README.md").read_bytes()
+        assert json.loads((out / "manifest.json").read_text())["card"] == hashlib.sha256(text).hexdigest()
+        return ModelCard.load(out / "README.md")
+
+    first = card("one")
+    assert str(first) == str(card("two")) and "Not measured" in first.text
+    assert (first.data.license, first.data.base_model, first.data.library_name) == ("unknown", None, library)
+    assert first.data.pipeline_tag == "text-generation" and ("early-exit" in first.data.tags) == (gates != "drop")
+    assert ("exits after 2, 3, 5" in first.text) == (gates != "drop")
+    assert card("named", base_name="org/model").data.base_model == "org/model"
+    # The base's own card knows the licence; of the model it knows the parent, unless the card is one of these.
+    for tags, parent in (("x", None), ("ee-megatron", "org/parent")):
+        (base / "README.md").write_text(f"---\nlicense: mit\nbase_model: org/parent\ntags: [{tags}]\n---\ntext\n")
+        known = card(tags)
+        assert (known.data.license, known.data.base_model) == ("mit", parent) and "licence: mit" in known.text
 
 
 def test_bfloat16_rounds_the_merged_weight_once(tmp_path):

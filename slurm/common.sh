@@ -86,7 +86,10 @@ prepare() {
   fi
   # srun has not inherited it from sbatch since Slurm 22.05; steps that need another number say so.
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONUNBUFFERED=1
+  # A rank beside a GPU has its task's cores to itself. Without GPUs sums are not to depend on how many cores there are.
+  local threads=1
+  if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then threads=$SRUN_CPUS_PER_TASK; fi
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} PYTHONUNBUFFERED=1
   # Memory in segments that grow: batches of ever new shapes leave no holes. Every torch since 2.1 reads this name.
   if [[ -z ${PYTORCH_ALLOC_CONF+set}${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True

@@ -283,6 +283,16 @@ def test_cuda_memory_grows_in_segments_unless_somebody_has_chosen(chosen: dict[s
     assert {name: value for name, value in environment.items() if name.startswith("PYTORCH_")} == (chosen or GROWING)
 
 
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [({"SLURM_GPUS_ON_NODE": "8"}, "8"), ({}, "1"), ({"SLURM_GPUS_ON_NODE": "8", "OMP_NUM_THREADS": "3"}, "3")],
+)
+def test_a_rank_beside_a_gpu_uses_the_cores_of_its_task(given: dict[str, str], threads: str, tmp_path: Path) -> None:
+    given = {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "", "SLURM_GPUS_ON_NODE": ""} | given
+    done = in_a_job(tmp_path, "prepare && echo threads=$OMP_NUM_THREADS", **given)
+    assert f"threads={threads}\n" in done.stdout, done.stderr
+
+
 def test_a_stage_bounds_memory_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import os, sys\n"

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,6 +27,24 @@ from ..parallel.groups import MegatronUnits
 GROUPS = ("body", "gates")
 BETAS = 0.9, 0.95
 """Of AdamW."""
+# What is used of DeepSpeed's optimizers, by ZeRO stage, beyond its documentation, and the versions that have
+# it. Gradients between backward pass and step, and parts of flat parameters, have no public names before stage 3.
+DEEPSPEED = ">=0.19,<0.20"
+_FLAT = (
+    "averaged_gradients", "params_in_partition", "get_grad_norm_direct", "use_grad_accum_attribute",
+    "fill_grad_accum_attribute", "round_robin_bit16_groups", "round_robin_bit16_offsets",
+    "single_partition_of_fp32_groups", "real_dp_process_group", "optimizer",
+)  # fmt: skip
+PRIVATE = {0: (), 1: _FLAT, 2: _FLAT, 3: ("_get_norm_groups", "fp32_partitioned_groups_flat", "optimizer")}
+
+
+def check_private(optimizer: Any, stage: int) -> None:
+    """Raises ValueError for an optimizer of a DeepSpeed that lacks some of `PRIVATE`."""
+    if missing := [name for name in PRIVATE[stage] if not hasattr(optimizer, name)]:
+        raise ValueError(
+            f"the optimizer of this DeepSpeed ({metadata.version('deepspeed')}) has no {', '.join(missing)}, which "
+            f"deepspeed.zero_stage={stage} uses; expected deepspeed{DEEPSPEED}: pip install 'deepspeed{DEEPSPEED}'"
+        )
 
 
 def split_groups(pieces: Iterable[Piece]) -> dict[str, list[nn.Parameter]]:
@@ -74,6 +93,7 @@ class Updater:
             mpu=MegatronUnits,
             dist_init_required=False,
         )
+        check_private(self.engine.optimizer, settings.zero_stage)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -82,7 +102,7 @@ class Updater:
         if self.settings.zero_stage:
             with self.engine.coalesce_grad_reduction():
                 yield
-                if getattr(self.engine.optimizer, "use_grad_accum_attribute", False):
+                if self.settings.zero_stage < 3 and self.engine.optimizer.use_grad_accum_attribute:
                     # ZeRO-1 reduces bfloat16 parameters' gradients in fp32, from where its own backward pass, which
                     # does not run here, would have put them.
                     self.engine.optimizer.fill_grad_accum_attribute()
@@ -325,10 +345,11 @@ class ShardedState(StateHolder):
     replicated = False
 
     def _part(self, parameter: nn.Parameter) -> Tensor:
-        kind = None if self._kind in ("master", "value") else self._kind
-        return self._optimizer._get_fp32_opt_state_partition(
-            parameter, release_swap_buffers=False, optim_state_key=kind
-        )[0].detach()
+        from deepspeed import utils
+
+        if self._kind in ("master", "value"):
+            return utils.safe_get_local_fp32_param(parameter).detach()
+        return utils.safe_get_local_optimizer_state(parameter, self._kind).detach()
 
     def _first(self, parameter: Any) -> tuple[int, int]:
         """The first element that is here, and how many are."""
@@ -348,8 +369,15 @@ class ShardedState(StateHolder):
         return self._part(parameter)[begin - first : end - first].to(self.dtype(parameter))
 
     def write(self, parameter: nn.Parameter, begin: int, values: Tensor) -> None:
+        from deepspeed import utils
+
         begin -= self._first(parameter)[0]
-        self._part(parameter)[begin : begin + len(values)].copy_(values)
+        whole = self._part(parameter)
+        whole[begin : begin + len(values)].copy_(values)
+        if self._kind in ("master", "value"):
+            utils.safe_set_local_fp32_param(parameter, whole)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, whole, self._kind)
 
 
 def prepare(updater: Updater, updates: int) -> None:

@@ -255,6 +255,8 @@ def _initialize(*, model: Any, optimizer: Any, config: dict, **_: Any) -> tuple[
 class _Flat:
     """What ee_megatron asks of DeepSpeed's ZeRO-1 optimizer, for one rank: a flat fp32 copy per group."""
 
+    use_grad_accum_attribute, fill_grad_accum_attribute = False, None
+
     def __init__(self, optimizer: torch.optim.Optimizer, clipping: float):
         self.optimizer, self.clipping = optimizer, clipping
         self.params_in_partition = [list(group["params"]) for group in optimizer.param_groups]

@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import schedules
 from torch.utils.flop_counter import FlopCounterMode
 
 from ee_megatron.checkpoint import policy_stream
-from ee_megatron.learner import passes
+from ee_megatron.learner import engine, passes
 from ee_megatron.learner.batch import ReplayBatch
 from ee_megatron.learner.learner import Learner
 from ee_megatron.learner.passes import run_schedule
@@ -196,6 +196,23 @@ def resume(optimizer):
     if isinstance(optimizer, Path):
         optimizer = read_training(optimizer, check=False)[0]
     _kept["learner"].load_optimizer(optimizer)
+
+
+def lacking() -> dict[str, str]:
+    """What is said of the optimizer without each of the private names that are used of it."""
+    updater, said = _kept["learner"].updater, {}
+    optimizer, stage = updater.engine.optimizer, updater.settings.zero_stage
+    for name in engine.PRIVATE[stage]:
+        owner = optimizer if name in vars(optimizer) else type(optimizer)
+        # A property's object, not its value.
+        value = vars(owner)[name]
+        delattr(owner, name)
+        try:
+            engine.check_private(optimizer, stage)
+        except ValueError as error:
+            said[name] = str(error)
+        setattr(owner, name, value)
+    return said
 
 
 def drift(rank: int | None = None, name: str = "") -> str:

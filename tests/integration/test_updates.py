@@ -4,6 +4,8 @@ was saved under one layout goes on under another as if nothing had happened."""
 from __future__ import annotations
 
 import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from test_parallel_model import make_batch
 
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.learner.engine import DEEPSPEED, PRIVATE
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.tensors import digest
 from tests.covering import covering, some
@@ -88,6 +91,17 @@ def by_the_book(path, spec, policy):
 
 def settings(stage, **options):
     return DeepspeedConfig(stage, gradient_clipping=CLIP, eps=EPS, **options)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_deepspeed_without_what_is_used_of_it_is_refused_by_name(stage, ranks, models):
+    build(ranks, models["llama_tied", "lora"], "DP4", settings(stage))
+    said = ranks.call("parallel_cases:lacking")[0]
+    assert said.keys() == set(PRIVATE[stage])
+    for name, error in said.items():
+        assert name in error and f"deepspeed{DEEPSPEED}" in error
+    wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"deepspeed{DEEPSPEED}" in wanted
 
 
 def build(ranks, case, layout, optimizer):

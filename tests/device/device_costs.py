@@ -64,16 +64,16 @@ _TABLE = {
     "read prompts":                    (     0,      0,  64.67,      0),
     "load policy":                     (     0,     16,  17.83,      0),
     # Attention counts by its parts, sequence by sequence, for compiled kernels don't run here: 8 kernels forward and 17
-    # backward where CUDA has 1 and 2. The reference's states are made micro-batch by micro-batch, one transfer more.
+    # backward where CUDA has 1 and 2.
     "score":                          (  0.08,   0.33, 151.25,      0),
     "score reference":                (  0.08,   0.33, 103.58,      0),
     "learn likelihood":               (  0.42,   0.33, 451.92,      2),
-    "learn likelihood, recompute":    (  0.42,   0.33, 580.92,      2),
+    "learn likelihood, recompute":    (  0.42,   0.33, 566.08,      2),
     "learn likelihood, whole model":  (  0.42,   0.33, 381.58,      2),
     "learn distill":                  (  0.42,   0.33, 457.92,      2),
     # 548.67 while it left out the label's likelihood, which exact_kl, at 556.0, then read out by itself.
-    "learn distill_full":             (  0.42,      1, 554.33,      2),
-    "learn exact_kl":                 (  0.42,      1, 554.33,      2),
+    "learn distill_full":             (  0.42,   0.33, 538.42,      2),
+    "learn exact_kl":                 (  0.42,   0.33, 538.42,      2),
 }  # fmt: skip
 BUDGETS = {name: dict(zip(KINDS, row, strict=True)) for name, row in _TABLE.items()}
 

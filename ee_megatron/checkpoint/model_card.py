@@ -50,9 +50,9 @@ def model_card(
     served = "`vllm serve DIR`" + (", without the exits" if kind == "sidecar" else "")
     if kind == "embed":
         served += ", with ee-megatron installed beside vLLM"
-    if kind == "keep" or (kind == "embed" and (spec.first_token or base.dims.family not in VLLM)):
+    if kind == "keep" or (kind == "embed" and base.dims.family not in VLLM):
         served = "export the plain model (`--adapters merge --gates drop`)"
-    front = {key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs}
+    front: dict[str, Any] = {key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs}
     front |= {"base_model": name} if name else {}
     front |= {"library_name": "peft" if kind == "keep" else "transformers", "pipeline_tag": "text-generation"}
     front["tags"] = [TAG, *(["early-exit"] if depths else []), *(["custom_code"] if kind == "embed" else [])]

@@ -37,7 +37,8 @@ PREFIX = {stage: {"import-checkpoint": "imported"}.get(stage, stage) for stage i
 # Stages that a run may skip: model.checkpoint decides, or the section of the stage's name.
 OPTIONAL = ("import-checkpoint", "pretrain", "teacher")
 RECORD = "data.json"
-"""In a stage's directory: {"sha256": of the content at task.path}. Stages of older versions have none."""
+"""In a stage's directory: {"sha256": of the content of task.path and of task.reward's file}. Stages of older versions
+have none."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
 _digests: dict[tuple[object, ...], str] = {}
@@ -49,7 +50,7 @@ def stage_dir(cfg: RunConfig, stage: str) -> Path:
     The digits are those of the settings; where the directory of that name was made from another content of task.path,
     those of settings and content.
     """
-    settings, content = identity(cfg, stage), digest(cfg.task.path)
+    settings, content = identity(cfg, stage), task_content(cfg)
     plain = Path(cfg.runs) / cfg.name / f"{PREFIX[stage]}-{_digits(settings)}"
     if recorded(plain) in ("", content) or not content:
         return plain
@@ -121,6 +122,12 @@ def _put(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
     section, _, name = key.partition(".")
     if section in sections and name:
         sections[section][name] = value
+
+
+def task_content(cfg: RunConfig) -> str:
+    """SHA-256 of what the task reads: its data and the file of its reward function; "" without either."""
+    data, reward = digest(cfg.task.path), digest(cfg.task.reward.rpartition(":")[0])
+    return hashlib.sha256(f"{data} {reward}".encode()).hexdigest() if reward else data
 
 
 def digest(path: str) -> str:

@@ -108,6 +108,8 @@ class TaskConfig:
     """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, or a saved `datasets` data set."""
     dataset: DatasetNames | None = optional(DatasetNames, bound=False)
     """gsm8k and dataset: names of columns and splits that differ from the defaults."""
+    reward: str = setting("", kind="path", added_later=True)
+    """FILE.py:NAME, a function that scores answers instead of the task's own verdict (docs/tasks.md)."""
     train: int = setting(0, at_least=0)
     """Training problems; 0: all there are."""
     validation: int = setting(200, above=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..config.schema import RunConfig, TaskConfig
 from . import arithmetic, chains, dataset, reasoning_gym, tom  # noqa: F401  (they register their tasks)
 from .base import TASKS, ChatTemplate, Split, Task, Verdict, register
+from .reward import RewardFunction
 from .verifier import VerifierPool
 
 __all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", "make_task", "register", "task_of"]
@@ -23,7 +24,9 @@ def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
     if task.name not in TASKS:
         near = difflib.get_close_matches(task.name, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(f"task.name: no task {task.name!r}; did you mean {near!r}? There are {', '.join(TASKS)}")
-    return TASKS[task.name](task, chat)
+    made = TASKS[task.name](task, chat)
+    made.reward = RewardFunction(task.reward) if task.reward else None
+    return made
 
 
 def task_of(cfg: RunConfig, model_path: Path) -> Task:

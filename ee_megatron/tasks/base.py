@@ -35,19 +35,23 @@ class Verdict:
     - well_formed: it has the form that the task requires
     - answered: there is a final answer at all
     - timed_out: no verdict within the deadline (or the verifier process died); the other fields are then False
+    - score: the reward by a function of the user's (`task.reward`), in [0, 1]; None: by the other fields
     """
 
     correct: bool
     well_formed: bool
     answered: bool
     timed_out: bool = False
+    score: float | None = None
 
     @property
     def reward(self) -> float:
-        """r_task of docs/method.md, stage 2: 1 right and well formed, 0.5 right, 0 wrong, -1 no answer.
+        """r_task of docs/method.md, stage 2: 1 right and well formed, 0.5 right, 0 wrong, -1 no answer; or the score.
 
         0 for a timed-out verdict: what the text was worth is unknown, and silence is not what happened.
         """
+        if self.score is not None:
+            return self.score
         if self.timed_out or (self.answered and not self.correct):
             return 0.0
         if not self.answered:
@@ -98,6 +102,8 @@ class Task:
     """The form that an answer must have; stated to chat models only; plain prompts show it by example."""
     seed = 0
     """Decides which problems belong to which split."""
+    reward: Any = None
+    """The `RewardFunction` of task.reward."""
 
     def __init__(self, task: TaskConfig, known: Iterable[str] | None, chat: ChatTemplate | None) -> None:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
@@ -150,6 +156,10 @@ class Task:
 
     def warm_up(self) -> None:
         """Import what `verify` may need, so that no answer's deadline pays for it."""
+
+    def judge(self, prompt: Prompt, text: str) -> Verdict:
+        """The verdict of `task.reward`, if there is one, else of `verify`."""
+        return self.verify(prompt, text) if self.reward is None else self.reward(prompt, text)
 
     def _build(self, split: str) -> Iterable[tuple[str, tuple[Prompt, Problem]]]:
         """Prompt ids with their prompts and problems, at least as many as the split has."""

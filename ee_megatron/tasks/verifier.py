@@ -2,7 +2,7 @@
 
 A process receives a task and then answers, pickled. An answer may have got hold of it, so that what it sends back is
 never unpickled: lines of text, KIND NUMBER CONTENT. KIND is ready or failed (0, and why); then for each answer (1, 2,
-...) verdict, with the verdict's fields (1100), or error, with the exception's text.
+...) verdict, with the verdict's fields (1100) and its score, if it has one, or error, with the exception's text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, fields
+from dataclasses import astuple
 from functools import partial
 
 from ..types import Prompt
@@ -34,7 +34,7 @@ DEFAULT_MEMORY_MB = 4096
 LONGEST_LINE = 4096
 TIMED_OUT = Verdict(correct=False, well_formed=False, answered=False, timed_out=True)
 _START = "from ee_megatron.tasks.verifier import main; main()"
-_FLAGS = re.compile(f"[01]{{{len(fields(Verdict))}}}")
+_VERDICT = re.compile(r"([01]{4})(?: ([0-9.e-]+))?")
 log = logging.getLogger(__name__)
 
 
@@ -75,9 +75,13 @@ class VerifierPool:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
-        errors = [error for _, error in settled if error is not None]
+        errors = [
+            f"{error}, for the answer {text[-80:]!r}"
+            for (_, error), (_, text) in zip(settled, items, strict=True)
+            if error is not None
+        ]
         if errors and self.failures == 0:
-            log.warning("a verifier raised %r; such answers count as timed out", errors[0])
+            log.warning("a verifier raised %s; such answers count as timed out", errors[0])
         self.failures += len(errors)
         self.timeouts += sum(verdict.timed_out for verdict, _ in settled) - len(errors)
         return [verdict for verdict, _ in settled]
@@ -165,9 +169,12 @@ class _Worker:
         kind, content = self._hear("verdict", "error", until)
         if kind == "error":
             return TIMED_OUT, content
-        if not _FLAGS.fullmatch(content):
+        match = _VERDICT.fullmatch(content)
+        if match is None:
             raise ValueError(f"{content!r} is not a verdict")
-        return Verdict(*(flag == "1" for flag in content)), None
+        correct, well_formed, answered, timed_out = (flag == "1" for flag in match[1])
+        score = None if match[2] is None else float(match[2])
+        return Verdict(correct, well_formed, answered, timed_out, score), None
 
     def _hear(self, good: str, bad: str, until: float) -> tuple[str, str]:
         """Kind, one of the two that may come now, and content of the next line."""
@@ -225,6 +232,8 @@ def main() -> None:
     try:
         task = pickle.load(source)
         task.warm_up()
+        if task.reward is not None:
+            task.reward.load()
     except Exception as error:
         os.write(descriptor, _line("failed", 0, f"{type(error).__name__}: {error}"))
         return
@@ -239,7 +248,9 @@ def main() -> None:
         # If the parent is gone, nothing else ends a verifier that hangs: this timer needs no interpreter to do so.
         faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
         try:
-            reply = _line("verdict", number, "".join("01"[bool(flag)] for flag in astuple(task.verify(prompt, text))))
+            *flags, score = astuple(task.judge(prompt, text))
+            said = "".join("01"[bool(flag)] for flag in flags) + ("" if score is None else f" {score!r}")
+            reply = _line("verdict", number, said)
         except Exception as error:
             reply = _line("error", number, f"{type(error).__name__}: {error}")
         faulthandler.cancel_dump_traceback_later()

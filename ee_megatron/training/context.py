@@ -28,7 +28,7 @@ from ..checkpoint.policy_files import base_identity
 from ..config.cluster import verifier_workers
 from ..config.derive import policy_spec
 from ..config.device import pick_device, pick_dtype
-from ..config.identity import RECORD, digest, identity, recorded, stage_dir, to_yaml
+from ..config.identity import RECORD, identity, recorded, stage_dir, task_content, to_yaml
 from ..config.schema import RunConfig
 from ..exit_rules import Off
 from ..families.hf_directory import HFDirectory
@@ -89,7 +89,7 @@ class StageContext:
         if self.leads:
             self.directory = self.stack.enter_context(RunDirectory(self.path))
             self.directory.write_atomic("config.yaml", to_yaml(self.cfg))
-            content = digest(self.cfg.task.path)
+            content = task_content(self.cfg)
             if content and not recorded(self.path):
                 self.directory.write_atomic(RECORD, json.dumps({"sha256": content}) + "\n")
             base = base_identity(self.source).to_json() if self.learns else None

@@ -42,7 +42,8 @@ from ee_megatron.types import Prompt
 # Few positions at a time: the graph is tried with as many as a step may have.
 COMPILED = {"compile": True, "max_num_batched_tokens": 256}
 CHUNKS = {"rows": 16, "max_num_batched_tokens": 16}
-FEW_BLOCKS = {"rows": 16, "num_gpu_blocks_override": 10, "block_size": 32}
+# A request that is resumed reads prompt and answer again, in chunks.
+FEW_BLOCKS = {"rows": 16, "num_gpu_blocks_override": 10, "block_size": 32, "max_num_batched_tokens": 24}
 # Two blocks of 32.
 BLOCKS = " ".join(map(str, range(10, 31))) + "  "
 SPECS = {"prompts never exit": LORA, "first token exits": FIRST}

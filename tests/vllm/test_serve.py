@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from vllm_setup import ENVIRONMENT, LORA, SAMPLINGS, START_S, TEXTS, TOKENS, Own, by_vllm, make_model, policy_of
+from vllm_setup import ENVIRONMENT, FIRST, LORA, SAMPLINGS, START_S, TEXTS, TOKENS, Own, by_vllm, make_model, policy_of
 
 from ee_megatron.checkpoint.hf_export import DEFAULT_EXIT_POLICY, export_hf
 from ee_megatron.exit_rules import Confidence, ExitRule, Fixed, Off, Patience, Sample, Threshold
@@ -37,6 +37,7 @@ RULES: dict[str, ExitRule | None] = {
     "patience": Patience(2),
 }
 GREEDY = {"temperature": 0, "max_tokens": TOKENS}
+EITHER = pytest.mark.parametrize("export", [None, FIRST], ids=["", "first token exits"], indirect=True)
 ENDLESS = {**GREEDY, "extra_body": {"ignore_eos": True}}
 
 
@@ -100,13 +101,14 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Own]:
-    directory = tmp_path_factory.mktemp("export")
+def export(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Own]:
+    """A policy whose prompts never exit, or of the spec that a test is parametrised with."""
+    directory, spec = tmp_path_factory.mktemp("export"), getattr(request, "param", None) or LORA
     base = make_model("llama", directory / "base")
     (base / "chat_template.jinja").write_text(TEMPLATE)
     policy = policy_of(base)
-    export_hf(base, (LORA, policy), directory / "export", gates="embed", exit_policy=DEFAULT.to_json())
-    own = Own(base)
+    export_hf(base, (spec, policy), directory / "export", gates="embed", exit_policy=DEFAULT.to_json())
+    own = Own(base, spec)
     own.decoder.load_policy(policy)
     return directory / "export", own
 
@@ -138,6 +140,7 @@ def assert_same(told: dict, rollout: Rollout) -> None:
     assert told["exit_logprobs"] == pytest.approx(rollout.exit_logprobs.tolist(), abs=1e-4)
 
 
+@EITHER
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("rule", RULES)
 def test_answers_are_the_embedded_engines_token_for_token_and_depth_for_depth(rule, sampling, served, own):
@@ -148,7 +151,7 @@ def test_answers_are_the_embedded_engines_token_for_token_and_depth_for_depth(ru
     more = {"top_k": params.top_k} if params.top_k else {}
     with ThreadPoolExecutor(len(TEXTS)) as threads:
         found = list(threads.map(lambda text: served.complete(text, exits, extra_body=more, **options), TEXTS))
-    depths = set()
+    depths, firsts = set(), set()
     for text, answer in zip(TEXTS, found, strict=True):
         rollouts = expected(own, text, exits or DEFAULT, params, samples)
         assert [choice.text for choice in answer.choices] == [r.text for r in rollouts]
@@ -156,9 +159,11 @@ def test_answers_are_the_embedded_engines_token_for_token_and_depth_for_depth(ru
             assert_same(choice.early_exit, rollout)
             assert choice.finish_reason == ("stop" if rollout.finished else "length")
             depths |= set(rollout.exit_depths.tolist())
+            firsts.add(rollout.exit_depths[0])
         all_depths = [d for r in rollouts for d in r.exit_depths.tolist()]
         assert answer.usage.mean_depth == pytest.approx(sum(all_depths) / len(all_depths) / LORA.num_layers)
-    assert (len(depths) > 1) == (rule != "off")
+    assert (len(depths) > 1) == (rule != "off" and not (rule == "fixed" and own.spec.first_token))
+    assert (min(firsts) < LORA.num_layers) == (own.spec.first_token and rule != "off")
 
 
 def test_streams_say_the_same_piece_by_piece(served: Served):
@@ -276,16 +281,18 @@ def test_a_client_that_leaves_frees_its_place(served: Served, chat: bool):
     assert 0 < made() - before < 200
 
 
-def test_blocks_of_prompts_are_found_again_and_those_of_answers_never(served: Served):
+@EITHER
+def test_blocks_of_prompts_are_found_again_and_those_of_answers_never(served: Served, own: Own):
     """An answer in the next prompt gives what it gives where nothing was read before: `cache_salt` makes it so."""
-    prompt = [ord(c) for c in "3 1 4 1 5 9 2 6 5 3 5 8 9 7 9 3 2 3 8 4 6 2 6 4 3 3 8 3 2 7 9 5"]
+    prompt = [ord(c) for c in "3 1 4 1 5 9 2 6 5 3 5 8 9 7 9 3 2 3 8 4 6 2 6 4 3 3 8 3 2 7 9 5 "]
     asked = {"temperature": 0, "max_tokens": 100, "extra_body": {"ignore_eos": True}}
     first = served.complete(prompt, Threshold(0.4), **asked).choices[0].early_exit
     assert min(first["depths"]) < 6
     reads = [*prompt, *first["token_ids"], 65]
-    for rule in (Threshold(0.4), Off()):
+    assert len(prompt) == 64
+    for rule, known in ((Threshold(0.4), 64 - own.spec.first_token), (Off(), 64)):
         again, found = read_on(served, reads, rule)
-        assert found == len(prompt) // 32 * 32 > 0
+        assert found == known // 32 * 32
         fresh, found = read_on(served, reads, rule, cache_salt=os.urandom(8).hex())
         assert found == 0
         assert (again["token_ids"], again["depths"]) == (fresh["token_ids"], fresh["depths"])

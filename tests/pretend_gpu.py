@@ -8,6 +8,7 @@ the line of ee_megatron or megatron that asked (`counting`, `Counts`):
 - copies: from the host to the device
 - kernels: operations that would launch one; fused ones (torch.compile is off here) count by their parts
 - duplicates: the most often any element is hit by one accumulating `index_put` or `index_add`, which CUDA serialises
+- unordered: `index_add`s that hit an element of bfloat16 twice or more, rounded after each, in CUDA's order of the day
 
 and bytes that are alive (`memory`).
 
@@ -36,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "gpu"
-KINDS = ("syncs", "copies", "kernels")
+KINDS = ("syncs", "copies", "kernels", "unordered")
 
 # Operations by what CUDA does with them. Results whose size depends on values make the host wait.
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive",
@@ -343,7 +344,10 @@ def _count_waiting(name: str, args: tuple, kwargs: dict) -> None:
         elif "index_put" in name and len(args) > 3 and args[3]:
             _counts.duplicates = max(_counts.duplicates, _most_hits(_raw(args[0]), args[1]))
     elif name in ("index_add", "index_add_") and args[2].numel():
-        _counts.duplicates = max(_counts.duplicates, int(torch.bincount(_raw(args[2])).max()))
+        most = int(torch.bincount(_raw(args[2])).max())
+        _counts.duplicates = max(_counts.duplicates, most)
+        if most > 1 and args[0].dtype == torch.bfloat16:
+            _counts.note("unordered", name)
 
 
 def _most_hits(target: torch.Tensor, index: Any) -> int:

@@ -1,7 +1,9 @@
 """Exact causal attention of packed sequences of which some positions ask nothing.
 
 A query sees the keys of its own sequence up to its own position. Nothing is padded, key and value heads that several
-query heads share are not repeated, and no mask of all queries by all keys is ever made.
+query heads share are not repeated, and no mask of all queries by all keys is ever made. Positions that several
+sequences begin with are keys once, for all of them: copies would get gradients that have to be added in some order,
+which on CUDA, in bfloat16, is another one each time.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,14 @@ QUERIES = 32
 # to the longest: one by one the calls would take longer than the products. Elsewhere each layer would have to send what
 # goes where to the device.
 SHORT = QUERIES
+# Kinds of inputs that attention is compiled for: with gradients or without, as many queries as keys or fewer, a single
+# block of either or several, dtypes; its masks included. tests/device counts what training needs.
+VARIANTS = 64
 
 
 @dataclass(frozen=True)
 class Together:
-    """R sequences of like length as rows: `queries` int64 [R * n] and `keys` int64 [R * m], which go where, padding
+    """R sequences of like length as rows: `queries` int64 [R * n] and `keys` int64 [R * m], what goes where, padding
     repeats a sequence's first; `seen` bool [R, 1, n, m]; `used` int64: which of the R * n queries are not padding, and
     `places` where their results go."""
 
@@ -42,35 +48,63 @@ class Together:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """N queries and K keys of R sequences, both sequence by sequence, in rising positions.
+class LongSequence:
+    """`runs`: the slots of a sequence's keys, in order; `blocks`: queries, how many of these keys come before the last
+    of them or are its own, how many the first of them sees."""
 
-    query_bounds, key_bounds int64 [R + 1], host; host_positions int64 [N], and the same on the device: position of a
-    query in its sequence, which is also its place among the sequence's keys.
+    runs: list[slice]
+    blocks: list[tuple[slice, int, int]]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All slots [.., L, d] -> the sequence's keys [.., n, d]; a view, unless they lie in several runs."""
+        parts = [x[..., run, :] for run in self.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+
+    def scatter_add(self, x: Tensor, into: Tensor) -> None:
+        """`gather`'s gradient, which is added to that of all slots."""
+        for part, run in zip(x.split([run.stop - run.start for run in self.runs], -2), self.runs, strict=True):
+            into[..., run, :] += part
+
+
+@dataclass(frozen=True)
+class Spans:
+    """N queries and the keys of L slots, of R sequences, which see K keys in all; sequence by sequence, in rising
+    positions.
+
+    query_bounds, key_bounds int64 [R + 1], host: whose queries and whose keys; keys int64 [K], host: the slot of each
+    key; host_positions int64 [N]: position of a query in its sequence, which is also its place among the sequence's
+    keys. On the device: queries int64 [2, N], a query's position and sequence; slots int64 [3, L], a slot's position
+    and the first and last sequence that sees it.
     """
 
     query_bounds: np.ndarray
     key_bounds: np.ndarray
+    keys: np.ndarray
     host_positions: np.ndarray
-    positions: Tensor
+    queries: Tensor
+    slots: Tensor
 
     @property
     def short(self) -> int:
         """Keys of the longest sequence that is attended to together with others."""
-        return SHORT if self.positions.device.type == "cpu" else 0
+        return SHORT if self.queries.device.type == "cpu" else 0
 
     @cached_property
-    def blocks(self) -> list[tuple[slice, slice, int]]:
-        """(queries, keys up to those of the last of them, how many of these keys the first of them sees)."""
-        blocks = []
-        for row in np.flatnonzero(np.diff(self.key_bounds) > self.short):
+    def long(self) -> list[LongSequence]:
+        """Those that are attended to by blocks of their queries."""
+        found = []
+        for row in np.flatnonzero((np.diff(self.key_bounds) > self.short) & (np.diff(self.query_bounds) > 0)):
             first, stop = self.query_bounds[row : row + 2].tolist()
-            start = int(self.key_bounds[row])
+            slots = self.keys[slice(*self.key_bounds[row : row + 2])]
+            ends = [*(np.flatnonzero(np.diff(slots) != 1) + 1).tolist(), len(slots)]
+            runs = [slice(int(slots[at]), int(slots[end - 1]) + 1) for at, end in pairwise([0, *ends])]
+            blocks = []
             for at in range(first, stop, QUERIES):
                 end = min(stop, at + QUERIES)
                 low, high = self.host_positions[[at, end - 1]].tolist()
-                blocks.append((slice(at, end), slice(start, start + high + 1), low + 1))
-        return blocks
+                blocks.append((slice(at, end), high + 1, low + 1))
+            found.append(LongSequence(runs, blocks))
+        return found
 
     @cached_property
     def together(self) -> list[Together]:
@@ -84,46 +118,37 @@ class Spans:
         asking, lengths = (np.diff(bounds)[rows, None] for bounds in (self.query_bounds, self.key_bounds))
         query, key = np.arange(asking.max()), np.arange(lengths.max())
         queries = self.query_bounds[rows, None] + np.where(query < asking, query, 0)
-        keys = self.key_bounds[rows, None] + np.where(key < lengths, key, 0)
+        keys = self.keys[self.key_bounds[rows, None] + np.where(key < lengths, key, 0)]
         used = (query < asking).ravel().nonzero()[0]
         # A query's place is among its sequence's own keys, so none that is padding comes before it.
         seen = key <= self.host_positions[queries][:, None, :, None]
         flat = queries.ravel()
         parts = [torch.from_numpy(x) for x in (flat, keys.ravel(), seen, used, flat[used])]
-        return Together(*(x.to(self.positions.device, non_blocking=True) for x in parts))
+        return Together(*(x.to(self.queries.device, non_blocking=True) for x in parts))
 
     @cached_property
     def block_mask(self) -> BlockMask:
         """For `flex_attention`: which blocks of queries see which blocks of keys."""
-        device, queries, keys = self.positions.device, int(self.query_bounds[-1]), int(self.key_bounds[-1])
-
-        def rows(bounds: np.ndarray) -> Tensor:
-            each = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-            return torch.from_numpy(each).to(device, non_blocking=True)
-
-        row, key_row = rows(self.query_bounds), rows(self.key_bounds)
-        start = torch.from_numpy(self.key_bounds[:-1]).to(device, non_blocking=True)
-        place = torch.arange(keys, device=device) - start[key_row]
-        at = self.positions
+        (at, row), (place, first, last) = self.queries, self.slots
 
         def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (row[query] == key_row[key]) & (place[key] <= at[query])
+            return (first[key] <= row[query]) & (row[query] <= last[key]) & (place[key] <= at[query])
 
-        return create_block_mask(seen, None, None, queries, keys, device=device, _compile=device.type == "cuda")
+        return compiled(create_block_mask)(seen, None, None, len(at), len(place), device=at.device)
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, spans: Spans, flex: bool) -> Tensor:
-    """query [N, h, d], key and value [K, g, d] with h a multiple of g -> [N, h, d], in the query's dtype.
+    """query [N, h, d], key and value [L, g, d] with h a multiple of g -> [N, h, d], in the query's dtype.
 
     `flex`: by PyTorch's FlexAttention, compiled, which needs CUDA; else block by block in float32, whose products are
     several times as fast as those of bfloat16 on a CPU.
     """
     if flex:
-        return flexible(query, key, value, spans, _compiled())
+        return flexible(query, key, value, spans, compiled(flex_attention))
     wide = query.float(), key.float(), value.float()
     if not spans.together:
         return _BlockAttention.apply(*wide, spans).to(query.dtype)
-    out = _BlockAttention.apply(*wide, spans) if spans.blocks else torch.zeros_like(wide[0])
+    out = _BlockAttention.apply(*wide, spans) if spans.long else torch.zeros_like(wide[0])
     for rows in spans.together:
         out = out.index_copy(0, rows.places, _rows_attend(*wide, rows))
     return out.to(query.dtype)
@@ -149,8 +174,34 @@ def flexible(query: Tensor, key: Tensor, value: Tensor, spans: Spans, attend: Ca
 
 
 @cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled, for inputs of any sizes.
+
+    Raises RuntimeError where PyTorch would only warn and run it uncompiled, which for attention means scores of all
+    queries by all keys in memory, in every layer.
+    """
+    remedy = "EE_MEGATRON_FLEX=0 attends without FlexAttention, several times as slowly"
+
+    def only_compiled(*args: Any, **options: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                f"torch.compile is off and {function.__name__} needs it: unset TORCHDYNAMO_DISABLE; {remedy}"
+            )
+        return function(*args, **options)
+
+    run = torch.compile(only_compiled, dynamic=True, fullgraph=True)
+
+    # The limit is one of PyTorch's whole process: as it was for everybody else's functions.
+    @torch._dynamo.config.patch(recompile_limit=VARIANTS)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return run(*args, **options)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise RuntimeError(
+                f"{function.__name__} was compiled for {VARIANTS} kinds of inputs and met another; {remedy}"
+            ) from error
+
+    return call
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -159,16 +210,18 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-        q, k, v = _grouped(query, key).mul_(query.size(-1) ** -0.5), _heads_first(key), _heads_first(value)
+        q, both = _grouped(query, key).mul_(query.size(-1) ** -0.5), _heads_first(key, value)
         # Zero where no block has a query; where each is in one, nothing needs a beginning.
         make = q.new_zeros if spans.together else q.new_empty
         out, normaliser = make(q.shape), make(q.size(0), q.size(1), 1)
-        for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), spans):
-            top = scores.amax(-1, keepdim=True)
-            scores.sub_(top).exp_()
-            total = scores.sum(-1, keepdim=True)
-            out[:, rows] = torch.bmm(scores, v[:, keys]).div_(total)
-            normaliser[:, rows] = total.log_().add_(top)
+        for sequence in spans.long:
+            k, v = sequence.gather(both)
+            for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), sequence, spans):
+                top = scores.amax(-1, keepdim=True)
+                scores.sub_(top).exp_()
+                total = scores.sum(-1, keepdim=True)
+                out[:, rows] = torch.bmm(scores, v[:, keys]).div_(total)
+                normaliser[:, rows] = total.log_().add_(top)
         ctx.spans = spans
         ctx.save_for_backward(query, key, value, out, normaliser)
         return _ungrouped(out, query)
@@ -177,24 +230,31 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, normaliser = ctx.saved_tensors
         scale = query.size(-1) ** -0.5
-        q, k, v = _grouped(query, key).mul_(scale), _heads_first(key), _heads_first(value)
+        q, both = _grouped(query, key).mul_(scale), _heads_first(key, value)
         d_out = _grouped(gradient, key)
         shift = (d_out * out).sum(-1, keepdim=True)
         d_q = torch.zeros_like(q) if ctx.spans.together else torch.empty_like(q)
-        d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), ctx.spans):
-            weights = scores.sub_(normaliser[:, rows]).exp_()
-            d_v[:, keys].baddbmm_(weights.transpose(1, 2), d_out[:, rows])
-            slope = torch.bmm(d_out[:, rows], v[:, keys].transpose(1, 2))
-            slope.sub_(shift[:, rows]).mul_(weights)
-            torch.bmm(slope, k[:, keys], out=d_q[:, rows])
-            d_k[:, keys].baddbmm_(slope.transpose(1, 2), q[:, rows])
-        return _ungrouped(d_q, query).mul_(scale), d_k.transpose(0, 1), d_v.transpose(0, 1), None
+        d_both = torch.zeros_like(both)
+        for sequence in ctx.spans.long:
+            k, v = sequence.gather(both)
+            own = d_both[..., sequence.runs[0], :] if len(sequence.runs) == 1 else both.new_zeros(2, *k.shape)
+            d_k, d_v = own
+            for rows, keys, scores in _scores(q, k, query.size(1) // key.size(1), sequence, ctx.spans):
+                weights = scores.sub_(normaliser[:, rows]).exp_()
+                d_v[:, keys].baddbmm_(weights.transpose(1, 2), d_out[:, rows])
+                slope = torch.bmm(d_out[:, rows], v[:, keys].transpose(1, 2))
+                slope.sub_(shift[:, rows]).mul_(weights)
+                torch.bmm(slope, k[:, keys], out=d_q[:, rows])
+                d_k[:, keys].baddbmm_(slope.transpose(1, 2), q[:, rows])
+            if len(sequence.runs) > 1:
+                sequence.scatter_add(own, d_both)
+        d_key, d_value = d_both.transpose(1, 2)
+        return _ungrouped(d_q, query).mul_(scale), d_key, d_value, None
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    """[K, g, d] -> [g, K, d]."""
-    return x.transpose(0, 1).contiguous()
+def _heads_first(key: Tensor, value: Tensor) -> Tensor:
+    """[L, g, d] each -> [2, g, L, d]."""
+    return torch.stack([key.transpose(0, 1), value.transpose(0, 1)])
 
 
 def _grouped(x: Tensor, key: Tensor) -> Tensor:
@@ -208,13 +268,15 @@ def _ungrouped(x: Tensor, query: Tensor) -> Tensor:
     return x.unflatten(1, (query.size(0), query.size(1) // x.size(0))).transpose(0, 1).reshape(query.shape)
 
 
-def _scores(q: Tensor, k: Tensor, heads: int, spans: Spans) -> Iterator[tuple[slice, slice, Tensor]]:
+def _scores(
+    q: Tensor, k: Tensor, heads: int, sequence: LongSequence, spans: Spans
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Per block: its rows of `q`, its keys, and the scores [g, rows, keys], -inf where a query doesn't see a key;
     `heads` share a key's."""
-    for queries, keys, common in spans.blocks:
-        rows = slice(queries.start * heads, queries.stop * heads)
+    for queries, stop, common in sequence.blocks:
+        rows, keys = slice(queries.start * heads, queries.stop * heads), slice(0, stop)
         scores = torch.bmm(q[:, rows], k[:, keys].transpose(1, 2))
-        later = torch.arange(common, scores.size(-1), device=q.device)
-        hidden = later > spans.positions[queries].unsqueeze(1)
+        later = torch.arange(common, stop, device=q.device)
+        hidden = later > spans.queries[0, queries].unsqueeze(1)
         scores.unflatten(1, (-1, heads))[..., common:].masked_fill_(hidden.unsqueeze(1), -math.inf)
         yield rows, keys, scores

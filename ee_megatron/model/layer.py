@@ -80,8 +80,8 @@ class SkippingAttention(SelfAttention):
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         turn_keys, turn_queries = active.turns(angles, query.dtype)
-        key, query, take = turned(key, turn_keys), turned(query, turn_queries), active.packed.take
-        attended = attend_packed(query, take(key), take(value), active.spans, self.config.flex_attention)
+        key, query = turned(key, turn_keys), turned(query, turn_queries)
+        attended = attend_packed(query, key, value, active.spans, self.config.flex_attention)
         output = self.linear_proj.leave(self.linear_proj.local(attended.flatten(1)), active)
         return output if self.linear_proj.bias is None else output + self.linear_proj.bias
 

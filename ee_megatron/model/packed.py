@@ -29,17 +29,17 @@ class PackedSequences:
     takes their keys and values from where they are.
 
     bounds int64 [R + 1], host: sequence r has the slots bounds[r] to bounds[r + 1]. key_bounds int64 [R + 1], host: the
-    same among all keys that sequences see, K of them. positions int64 [W]: place in its sequence, 0 for padding.
-    keys int64 [K]: the slot of each key; None: the slots as they are.
+    same among all keys that sequences see, K of them; keys int64 [K], host: the slot of each. slots int64 [3, W]: a
+    slot's place in its sequence, that sequence, and the last one that sees it; 0 for padding.
     """
 
     width: int
     length: int
     bounds: np.ndarray
     key_bounds: np.ndarray
+    keys: np.ndarray
     host_positions: np.ndarray
-    positions: Tensor
-    keys: Tensor | None
+    slots: Tensor
 
     @staticmethod
     def of(lengths: Sequence[int], shared: Sequence[int] = (), width: int = 0) -> PackedSequences:
@@ -48,20 +48,22 @@ class PackedSequences:
         shared = shared or [0] * len(lengths)
         bounds = np.cumsum([0, *(n - common for n, common in zip(lengths, shared, strict=True))])
         length = int(bounds[-1])
-        positions = np.zeros(max(width, length), dtype=np.int64)
-        paths: list[np.ndarray] = []
+        slots = np.zeros((3, max(width, length)), dtype=np.int64)
+        paths = [np.empty(0, dtype=np.int64)]
         for row, (n, common) in enumerate(zip(lengths, shared, strict=True)):
             own = np.arange(bounds[row], bounds[row + 1])
-            positions[own] = np.arange(common, n)
-            paths.append(np.concatenate([paths[-1][:common], own]) if common else own)
-        keys = torch.from_numpy(np.concatenate(paths)) if any(shared) else None
+            slots[0, own], slots[1, own] = np.arange(common, n), row
+            paths.append(np.concatenate([paths[-1][:common], own]))
+            slots[2, paths[-1]] = row
         return PackedSequences(
-            len(positions), length, bounds, np.cumsum([0, *lengths]), positions, torch.from_numpy(positions), keys
-        )
+            slots.shape[1], length, bounds, np.cumsum([0, *lengths]), np.concatenate(paths), slots[0],
+            torch.from_numpy(slots),
+        )  # fmt: skip
 
-    def take(self, x: Tensor) -> Tensor:
-        """Keys or values of the slots in use [length, ...] -> of what every sequence sees [K, ...]."""
-        return x if self.keys is None else x.index_select(0, self.keys)
+    @property
+    def positions(self) -> Tensor:
+        """Of every slot in its sequence, int64 [W]."""
+        return self.slots[0]
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,12 @@ class Active:
     def spans(self) -> Spans:
         """Whose keys each active slot sees, and how many of them."""
         host = self.segment.host_index
+        packed = self.packed
+        slots = packed.slots[:, : packed.length]
         return Spans(
-            np.searchsorted(host, self.packed.bounds),
-            self.packed.key_bounds,
-            self.packed.host_positions[host],
-            self.pick(self.packed.positions),
-        )
+            np.searchsorted(host, packed.bounds), packed.key_bounds, packed.keys, packed.host_positions[host],
+            slots[:2] if self.everywhere else slots[:2].index_select(1, self.index), slots,
+        )  # fmt: skip
 
     def turns(self, angles: Tensor, dtype: torch.dtype) -> tuple[Turn, Turn]:
         """Rotary turns of the keys (all slots in use) and of the queries (the active ones); angles [W, 1, 1, d]."""

@@ -23,7 +23,8 @@ from layout_cases import split
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import transformer_block
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from transformers import AutoTokenizer
 
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
@@ -458,6 +459,37 @@ def run_path(path: Path, name: str, degrees: tuple[int, ...] = ()) -> dict[str, 
         with on(kind, Degrees(*degrees)):
             found[kind] = plain(PATHS[name](Bench(kind, path, Degrees(*degrees))))
     return found
+
+
+class _FlexBench(Bench):
+    """Its learners attend by FlexAttention, as on CUDA."""
+
+    def learner(self, spec: PolicySpec = LORA, **options: Any) -> Learner:
+        learner = super().learner(spec, **options)
+        learner.config.flex_attention = True
+        return learner
+
+
+def flex_paths(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """What the passes of RL and calibration compute on the CPU, with attention by blocks and by FlexAttention, of which
+    PyTorch compiles everything but the kernels; and the graphs that this took."""
+    counter, found = CompileCounterWithBackend("aot_eager"), []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(on("cpu"))
+        stack.enter_context(torch._dynamo.config.patch(disable=False))
+        stack.enter_context(patched(flex_attention, _validate_device=lambda *_: None))
+        stack.enter_context(patched(torch, compile=partial(torch.compile, backend=counter)))
+        for bench in (Bench("cpu", path), _FlexBench("cpu", path)):
+            results = {}
+            for name in FLEX_PATHS:
+                torch.manual_seed(0)
+                results[name] = plain(PATHS[name](bench))
+            found.append(results)
+    return found, counter.frame_count
+
+
+FLEX_PATHS = ("learner_score_exact_kl", "learner_score_full", "learn_exact_kl", "learn_soft_targets", "learn_recompute",
+              "learn_full", "learn_bfloat16")  # fmt: skip
 
 
 def plain(value: Any) -> Any:

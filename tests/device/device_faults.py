@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from device_cases import PATHS, Bench, on, patched
 from device_costs import live_bytes, measure
 
 from ee_megatron.learner import engine as learner_engine
 from ee_megatron.learner import learner as learner_module
+from ee_megatron.model import layer
 from ee_megatron.model.packed import Active
 from ee_megatron.parallel.vocabulary import Head
 from ee_megatron.rollout.engine import decoder as decoder_module
@@ -93,6 +95,16 @@ def _asks_each_sequence(real):
     return init
 
 
+def _copied_keys(real):
+    def attend_packed(query, key, value, spans, flex):
+        """Of what several sequences begin with each has a copy, whose gradients are then added."""
+        copies, once = spans.keys, np.unique(spans.keys, return_index=True)[1]
+        key = key.index_select(0, torch.from_numpy(copies).to(key.device))
+        return real(query, key.index_select(0, torch.from_numpy(once).to(key.device)), value, spans, flex)
+
+    return attend_packed
+
+
 FAULTS = {
     "a wrong .to(device): recorded exits": Fault(
         scoring, "replay_depths", lambda real: lambda *args: real(*args).cpu(), "score", DEVICE
@@ -133,6 +145,9 @@ FAULTS = {
         layer_backends.Rows, "angles",
         lambda real: lambda rows: tuple(table[rows.positions.cpu()][:, None] for table in (rows.cos, rows.sin)),
         "decode off", "copies",
+    ),
+    "keys copied for each sequence": Fault(
+        layer, "attend_packed", _copied_keys, "learn likelihood, bfloat16", "unordered"
     ),
     "a copy of the whole cache in every layer": Fault(
         layer_backends.TorchOps, "attend", _copied_cache, "decode off", "kernels"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +37,7 @@ def tokens_seen(batch: ReplayBatch, dealt: MicroBatchPlan) -> dict[int, list[int
     for rows in (rows for part in dealt.ranks for rows in part):
         packed = rows.packed()
         tokens = batch.tokens.flatten()[rows.places(batch.tokens.size(1))]
-        seen, positions = packed.take(tokens).tolist(), packed.take(packed.positions[: packed.length]).tolist()
+        seen, positions = tokens[packed.keys].tolist(), packed.positions[packed.keys].tolist()
         for row, first, stop in zip(rows.rows, packed.key_bounds, packed.key_bounds[1:], strict=False):
             assert row not in found and positions[first:stop] == list(range(stop - first))
             found[row] = seen[first:stop]
@@ -95,9 +94,9 @@ def test_groups_with_long_prompts_stay_together_and_few_shot_examples_are_in_eve
 def test_what_no_sequence_has_is_padding() -> None:
     packed = PackedSequences.of([3, 4], [0, 2], width=8)
     assert packed.length == 5 and packed.positions.tolist() == [0, 1, 2, 2, 3, 0, 0, 0]
-    assert packed.take(torch.tensor([10, 11, 12, 22, 23])).tolist() == [10, 11, 12, 10, 11, 22, 23]
-    alone = PackedSequences.of([3, 4])
-    assert alone.keys is None and alone.take(torch.arange(7)).tolist() == list(range(7))
+    assert packed.keys.tolist() == [0, 1, 2, 0, 1, 3, 4] and PackedSequences.of([3, 4]).keys.tolist() == list(range(7))
+    # The first and the last sequence that sees a slot.
+    assert packed.slots[1:, :5].tolist() == [[0, 0, 0, 1, 1], [1, 1, 0, 1, 1]]
 
 
 def test_data_ranks_without_a_sequence_have_empty_micro_batches() -> None:

@@ -1,9 +1,8 @@
 """Exact causal attention of packed sequences of which some positions ask nothing.
 
 A query sees the keys of its own sequence up to its own position. Nothing is padded, key and value heads that several
-query heads share are not repeated, and no mask of all queries by all keys is ever made. Positions that several
-sequences begin with are keys once, for all of them: copies would get gradients that have to be added in some order,
-which on CUDA, in bfloat16, is another one each time.
+query heads share are not repeated, and no mask of all queries by all keys is ever made. A shared beginning
+is keys once: gradients of copies would be added in an order that CUDA leaves open.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ QUERIES = 32
 # to the longest: one by one the calls would take longer than the products. Elsewhere each layer would have to send what
 # goes where to the device.
 SHORT = QUERIES
-# Kinds of inputs that attention is compiled for: with gradients or without, as many queries as keys or fewer, a single
-# block of either or several, dtypes; its masks included. tests/device counts what training needs.
+# Kinds of inputs (gradients, sizes that are equal or 1, dtypes) that attention and its masks are compiled for.
 VARIANTS = 64
 
 
@@ -68,8 +66,7 @@ class LongSequence:
 
 @dataclass(frozen=True)
 class Spans:
-    """N queries and the keys of L slots, of R sequences, which see K keys in all; sequence by sequence, in rising
-    positions.
+    """N queries and L slots of keys of R sequences, which see K keys in all; by sequence, in rising positions.
 
     query_bounds, key_bounds int64 [R + 1], host: whose queries and whose keys; keys int64 [K], host: the slot of each
     key; host_positions int64 [N]: position of a query in its sequence, which is also its place among the sequence's
@@ -177,8 +174,7 @@ def flexible(query: Tensor, key: Tensor, value: Tensor, spans: Spans, attend: Ca
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, compiled, for inputs of any sizes.
 
-    Raises RuntimeError where PyTorch would only warn and run it uncompiled, which for attention means scores of all
-    queries by all keys in memory, in every layer.
+    Raises RuntimeError where PyTorch would only warn and run it uncompiled, with scores of all queries by all keys.
     """
     remedy = "EE_MEGATRON_FLEX=0 attends without FlexAttention, several times as slowly"
 

@@ -1,6 +1,6 @@
 """The directory of a run. Files and checkpoints appear atomically, and one process writes at a time.
 
-config.yaml  metrics.jsonl  log.txt  checkpoints/step_N/ (…, COMPLETE)  .lock
+config.yaml  metrics.jsonl  log.txt  checkpoints/step_N/ (…, COMPLETE)  .lock  DONE; ../latest/STAGE links to it
 """
 
 from __future__ import annotations
@@ -166,6 +166,19 @@ class RunDirectory:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, data)
         return target
+
+    def finish(self, stage: str, text: str) -> None:
+        """Write DONE and make <run>/latest/<stage> a link to this directory, relative, so that runs can be moved."""
+        self.write_atomic(DONE, text)
+        link = self.path.absolute().parent / "latest" / stage
+        temporary = _sibling(link, "new")
+        try:
+            link.parent.mkdir(exist_ok=True)
+            temporary.symlink_to(Path("..", self.path.name))
+            os.replace(temporary, link)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            logger.warning("no link %s to the stage that has finished: %s", link, error)
 
     def checkpoint_dir(self, step: int) -> Path:
         """Path of a step's checkpoint, which `write_checkpoint` makes."""

@@ -105,6 +105,8 @@ def runs_in(named: Sequence[Path]) -> tuple[list[ReportRun], list[Path]]:
 
 def _ends(path: Path) -> list[Path]:
     """The last stage's directories of the runs that `path` names."""
+    if path.is_symlink():  # runs/NAME/latest/STAGE
+        path = path.resolve()
     if _stage_of(path) and (path / "config.yaml").is_file():
         return [path]
     if not path.is_dir():

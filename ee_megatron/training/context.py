@@ -36,7 +36,7 @@ from ..learner.batch import ReplayBatch
 from ..objectives.weights import Weights
 from ..observe.metrics import MetricsLog, Tracking, read_metrics
 from ..observe.progress import Progress
-from ..observe.rundir import DONE, RunDirectory, write_atomic
+from ..observe.rundir import RunDirectory, write_atomic
 from ..parallel.heartbeat import Heartbeat
 from ..policy import PolicySpec, initial_policy
 from ..rollout.engine.request import GenerationRequest
@@ -295,7 +295,7 @@ class StageContext:
         """Mark the stage as finished. Raises RuntimeError if it has diverged."""
         if self.directory:
             self._check_last_step()
-            self.directory.write_atomic(DONE, text + "\n")
+            self.directory.finish(self.stage, text + "\n")
             shutil.rmtree(self.path / ANSWERS, ignore_errors=True)
 
     def _check_last_step(self) -> None:

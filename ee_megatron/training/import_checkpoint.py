@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..config.derive import model_dir, read_dims
 from ..config.identity import stage_dir, to_yaml
 from ..config.schema import RunConfig
-from ..observe.rundir import DONE, RunDirectory
+from ..observe.rundir import RunDirectory
 from .ranks import listener
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def import_model(cfg: RunConfig) -> Path:
             origin = {"checkpoint": cfg.model.checkpoint}
             export_hf(source, no_policy(source.dims.num_layers), model, gates="drop", resume=True, origin=origin)
         directory.write_atomic(FIGURES, json.dumps(trained_for(source.reader.folder)) + "\n")
-        directory.write_atomic(DONE, f"{cfg.model.checkpoint}\n")
+        directory.finish("import-checkpoint", f"{cfg.model.checkpoint}\n")
     return model
 
 

@@ -314,6 +314,8 @@ def test_the_model_is_the_checkpoints_to_the_bit_and_others_start_from_it(given)
     launch.run_stage("import-checkpoint", cfg, words)
     model = stages.base_model(cfg)
     (run,), ends = runs_in([made_in := stage_dir(cfg, "import-checkpoint")])
+    link = made_in.parent / "latest" / "import-checkpoint"
+    assert link.resolve() == made_in and runs_in([link])[1] == [made_in]
     assert [*run.stages.items()] == [("import-checkpoint", made_in)] and ends == [made_in]
     assert model == made_in / "model" and hashes(model) == hashes(given.base)
     assert (model / "tokenizer.json").read_bytes() == (given.base / "tokenizer.json").read_bytes()

@@ -288,3 +288,29 @@ def test_the_packages_log_goes_to_the_runs_file_until_it_is_closed(tmp_path):
     text = (tmp_path / "log.txt").read_text()
     assert "INFO ee_megatron.training: kept 1" in text and "not kept" not in text
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_latest_links_to_the_stage_that_finished_last_wherever_the_run_is_moved(tmp_path, caplog):
+    def finish(name: str) -> None:
+        with RunDirectory(tmp_path / "run" / name) as directory:
+            directory.write_atomic("results.json", name)
+            directory.finish("evaluate", "\n")
+        assert (tmp_path / "run" / name / "DONE").is_file()
+
+    for name in ("evaluate-1", "evaluate-2", "evaluate-1"):
+        finish(name)
+        assert (tmp_path / "run" / "latest" / "evaluate" / "results.json").read_text() == name
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "latest" / "evaluate" / "results.json").read_text() == "evaluate-1"
+    assert [path.name for path in (tmp_path / "moved" / "latest").iterdir()] == ["evaluate"] and not caplog.records
+
+
+def test_a_file_system_without_links_costs_a_warning(tmp_path, caplog, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    with RunDirectory(tmp_path / "run" / "rl-1") as directory, caplog.at_level(logging.WARNING):
+        directory.finish("rl", "\n")
+    assert (tmp_path / "run" / "rl-1" / "DONE").is_file() and len(caplog.records) == 1
+    assert "latest/rl" in caplog.text and not list((tmp_path / "run" / "latest").iterdir())

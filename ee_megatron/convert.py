@@ -13,6 +13,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,20 @@ FLAGS = {"parallel.pipeline=": "--pp x --vpp = ", "exits.depths": "--exit-depths
 NAMED = ("checkpoint", "policy", "hf", "a", "b", "directory")
 
 
+def _command(words: list[str]) -> str:
+    """The command for a model card, without what makes no difference to the result."""
+    shown: list[str] = []
+    for before, word in pairwise(["", *words]):
+        if word not in ("--resume", "--quiet", "--out") and before != "--out" and not word.startswith("--out="):
+            shown.append(word)
+    return shlex.join(["ee-megatron", "convert", *shown])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command; returns the exit code: 0, 1 (a difference or damage was found), 2 (an error, one line) or
     130 (interrupted)."""
     args = _parser().parse_args(argv)
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("--resume", "--quiet")]
-    args.command = shlex.join(["ee-megatron", "convert", *words])
+    args.command = _command(sys.argv[1:] if argv is None else argv)
     out = Path(args.out) if "out" in args else None
     try:
         with interruptible():

@@ -98,7 +98,9 @@ def test_the_converter_takes_a_run_or_a_stage_of_it_with_its_base(house: House, 
         return cli.main(["convert", *map(str, arguments)])
 
     def contents(folder: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+        return {
+            path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("manifest.json", "README.md")
+        }
 
     stage, megatron = house.run / "rl-00000000", tmp_path / "megatron"
     assert convert("export", "--checkpoint", house.checkpoint, "--hf", house.base, "--out", tmp_path / "parts") == 0

@@ -174,7 +174,7 @@ def test_run_writes_the_report_after_every_stage_and_prints_the_table_once(
     monkeypatch.setattr(launch, "may_fork", lambda _: False)
     monkeypatch.setattr(launch, "pick_device", lambda *_: "cpu")
     monkeypatch.setattr(launch.stages, "check_given", lambda _: None)
-    monkeypatch.setattr(launch, "export", lambda _: tmp_path / "export")
+    monkeypatch.setattr(launch, "export", lambda *_: tmp_path / "export")
     monkeypatch.setattr("ee_megatron.config.validate.validate", lambda *_: None)
     monkeypatch.setattr("ee_megatron.config.derive.read_dims", lambda _: None)
     launch.run_method(cfg, [])

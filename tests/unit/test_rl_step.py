@@ -365,7 +365,7 @@ def test_hazards_that_the_pool_has_read_tell_tokens_apart_whether_a_step_is_scor
     torch.testing.assert_close(skipped.firing_cost, apart, rtol=1e-5, atol=1e-6)
     assert (apart - alike)[batch.gate_mask].abs().max() > 0.1
     group.rollouts[1].exits = None
-    with pytest.raises(ValueError, match="exits the pool has not read"):
+    with pytest.raises(ValueError, match="exits are not scored"):
         learned([group], rl)
 
 

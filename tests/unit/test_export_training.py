@@ -222,6 +222,13 @@ def test_attention_weights_are_those_of_the_plain_export(folders):
 
 
 @torch.no_grad()
+def test_the_model_without_its_head_runs_as_the_bases_own(folders):
+    """As TRL's trainers call it."""
+    model, plain = load(folders[0]), load(folders[1])
+    torch.testing.assert_close(model.model(tokens(2))[0], plain.model(tokens(2))[0], atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_accelerate_places_and_offloads(folders, tmp_path):
     expected = load(folders[0]).generate(tokens(2), max_new_tokens=6, do_sample=False)
     whole = load(folders[0], device_map="cpu")

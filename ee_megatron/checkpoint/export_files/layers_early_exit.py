@@ -150,7 +150,13 @@ class ExitAttention(Exiting):
         k = rotate(heads(normed_BTD, self.k_proj, self, "k_norm"), *shared.rope)
         return shared.keep(k, heads(normed_BTD, self.v_proj, self), self.layer_idx)
 
-    def forward(
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`attend` for a layer with exits; called in any other way, it is the base's."""
+        if args and isinstance(args[0], Pass):
+            return self.attend(hidden_states, *args)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def attend(
         self: Any, hidden_states: Tensor, shared: Pass, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [rows, T, D]: keys and values for all rows, attention for `rows` (int64; None: all)."""
@@ -179,7 +185,13 @@ class ExitLayer(Exiting):
         """Every position has exited: only keys and values are made, from the stream [B, T, D]."""
         self.self_attn.keys_and_values(self.input_layernorm(hidden_states), shared)
 
-    def forward(self: Any, hidden_states: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`run` for a model with exits; called in any other way, as by the base's own loop, it is the base's."""
+        if args and isinstance(args[-1], Pass):
+            return self.run(hidden_states, *args)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+    def run(self: Any, hidden_states: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
         """[B, T, D] -> [B, T, D]. active_BT, bool, one at least: positions that run the layer. Rows without one get
         keys and values only; norms, projections and MLP inside the layer see the rows that have one."""
         active_B = active_BT.any(dim=1)

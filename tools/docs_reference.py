@@ -11,7 +11,7 @@ from mkdocs.structure.files import File, Files
 
 from ee_megatron import cli
 from ee_megatron.config import schema
-from ee_megatron.config.fields import MANDATORY, known
+from ee_megatron.config.fields import MANDATORY, all_settings
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -29,7 +29,7 @@ def page() -> str:
     )
     texts = field_texts()
     section = None
-    for entry in known(schema.RunConfig):
+    for entry in all_settings(schema.RunConfig):
         name = entry.key.rpartition(".")[0]
         if entry.kind is not None:
             continue
@@ -75,7 +75,7 @@ def meaning(entry: Any, texts: dict[tuple[str, str], str]) -> str:
     kind: Any = schema.RunConfig
     *sections, name = entry.key.split(".")
     for part in sections:
-        kind = next(known_entry.kind for known_entry in known(kind) if known_entry.key == part)
+        kind = next(known_entry.kind for known_entry in all_settings(kind) if known_entry.key == part)
     choices = ", ".join(f"`{choice}`" for choice in entry.rules.choices)
     text = texts.get((kind.__name__, name), "")
     return (text + (f" One of {choices}." if choices else "")).replace("|", "\\|")

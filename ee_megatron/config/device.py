@@ -86,8 +86,8 @@ def require_compiler(python: str, request: str) -> None:
     # As Triton looks for it.
     code = "import sysconfig; print(sysconfig.get_path('include', 'posix_prefix'))"
     try:
-        asked = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
-        folder = asked.stdout.strip()
+        printed = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        folder = printed.stdout.strip()
         compiled = subprocess.run(
             [compiler, f"-I{folder}", "-E", "-x", "c", "-o", os.devnull, "-"], input="#include <Python.h>\n",
             capture_output=True, text=True, timeout=60, check=False,

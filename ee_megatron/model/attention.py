@@ -89,7 +89,7 @@ class Spans:
     @cached_property
     def long(self) -> list[LongSequence]:
         """Those that are attended to by blocks of their queries."""
-        found = []
+        sequences = []
         for row in np.flatnonzero((np.diff(self.key_bounds) > self.short) & (np.diff(self.query_bounds) > 0)):
             first, stop = self.query_bounds[row : row + 2].tolist()
             slots = self.keys[slice(*self.key_bounds[row : row + 2])]
@@ -100,8 +100,8 @@ class Spans:
                 end = min(stop, at + QUERIES)
                 low, high = self.host_positions[[at, end - 1]].tolist()
                 blocks.append((slice(at, end), high + 1, low + 1))
-            found.append(LongSequence(runs, blocks))
-        return found
+            sequences.append(LongSequence(runs, blocks))
+        return sequences
 
     @cached_property
     def together(self) -> list[Together]:

@@ -109,14 +109,14 @@ def ray() -> str:
 def main(words: Sequence[str]) -> int:
     parts = {"node": node, "reduce": reduce, "ray": ray}
     try:
-        found = parts[words[0]](*(word.removeprefix("device=") for word in words[1:]))  # type: ignore[operator]
+        finding = parts[words[0]](*(word.removeprefix("device=") for word in words[1:]))  # type: ignore[operator]
     except Exception as error:
         traceback.print_exc()
         why = " ".join(str(error).split())[:400] or type(error).__name__
         print(f"error: {socket.gethostname()}: {why}", file=sys.stderr)
         return 1
     if os.environ.get("SLURM_PROCID", "0") == "0" or words[0] == "node":
-        print(found, flush=True)
+        print(finding, flush=True)
     return 0
 
 

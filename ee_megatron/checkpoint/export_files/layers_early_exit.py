@@ -134,7 +134,7 @@ class Pass:
 
 
 class Exiting:
-    """A module of the base under a class of its own, made by `exit_class`; it can be pickled."""
+    """Makes modules whose class `exit_class` has derived picklable."""
 
     def __reduce__(self) -> tuple:
         mixin, base = type(self).__bases__
@@ -142,16 +142,17 @@ class Exiting:
 
 
 class ExitAttention(Exiting):
-    """A base's attention, of which a row may need no more than its keys and values. Hooks see it as they see the
-    base's: called with the normed stream, it returns (output, weights or None)."""
+    """A base's attention that can skip rows, for which it makes keys and values only. As in the base, it is called with
+    the normed stream and returns (output, weights or None), which is what hooks see."""
 
     def keys_and_values(self: Any, normed_BTD: Tensor, shared: Pass) -> tuple[Tensor, Tensor]:
-        """Those of the new positions, put into the cache -> those of all positions, [B, G, past + T, d]."""
+        """Make keys and values of the new positions [B, T, D] and cache them; returns those of all positions, each
+        [B, G, past + T, d]."""
         k = rotate(heads(normed_BTD, self.k_proj, self, "k_norm"), *shared.rope)
         return shared.keep(k, heads(normed_BTD, self.v_proj, self), self.layer_idx)
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`attend` for a layer with exits; called in any other way, it is the base's."""
+        """`attend` if called by `ExitLayer.run`, else the base's forward."""
         if args and isinstance(args[0], Pass):
             return self.attend(hidden_states, *args)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -179,21 +180,21 @@ class ExitAttention(Exiting):
 
 
 class ExitLayer(Exiting):
-    """A base's decoder layer that leaves a position as it is where that position has exited."""
+    """A base's decoder layer that returns the positions that have exited unchanged."""
 
     def skip(self: Any, hidden_states: Tensor, shared: Pass) -> None:
-        """Every position has exited: only keys and values are made, from the stream [B, T, D]."""
+        """Make keys and values only, from the stream [B, T, D]: every position has exited."""
         self.self_attn.keys_and_values(self.input_layernorm(hidden_states), shared)
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`run` for a model with exits; called in any other way, as by the base's own loop, it is the base's."""
+        """`run` if called by `EarlyExitForCausalLM`, else (by the base's own loop, say) the base's forward."""
         if args and isinstance(args[-1], Pass):
             return self.run(hidden_states, *args)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
     def run(self: Any, hidden_states: Tensor, active_BT: Tensor, shared: Pass) -> Tensor:
-        """[B, T, D] -> [B, T, D]. active_BT, bool, one at least: positions that run the layer. Rows without one get
-        keys and values only; norms, projections and MLP inside the layer see the rows that have one."""
+        """Stream [B, T, D] -> [B, T, D]. active_BT: bool, the positions that run the layer, at least one. Queries, MLP
+        and second norm are computed for the rows that have one, keys and values for all."""
         active_B = active_BT.any(dim=1)
         rows = None if bool(active_B.all()) else active_B.nonzero().squeeze(1)
         made, weights = self.self_attn(self.input_layernorm(hidden_states), shared, rows)
@@ -209,8 +210,8 @@ class ExitLayer(Exiting):
 
 
 def with_exits(layer: Any) -> None:
-    """Give a decoder layer of the base, and its attention, a `forward` that knows exits. The classes keep their names,
-    by which tools and `device_map` know them."""
+    """Give a decoder layer of the base, and its attention, a `forward` with exits. The classes keep their names, by
+    which interpretability tools and `device_map` recognise them."""
     for module, mixin in ((layer, ExitLayer), (layer.self_attn, ExitAttention)):
         base: Any = type(module)
         module.__class__ = exit_class(mixin, base)

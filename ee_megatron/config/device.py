@@ -76,6 +76,8 @@ def require_gpus(count: int, request: str) -> None:
 def require_compiler(python: str, request: str) -> None:
     """Raises ValueError unless Triton can build here, on its first use, what starts its kernels: by $CC, gcc or clang,
     with the Python.h of this interpreter. `request`: the settings that need it."""
+    if shutil.which(python) is None:
+        raise ValueError(f"{request} on {socket.gethostname()}: no Python at {python}; run: make vllm")
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     where = f"{request} on {socket.gethostname()}: kernels are compiled there on first use, and"
     if compiler is None:

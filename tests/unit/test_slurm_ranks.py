@@ -91,6 +91,9 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatc
     # Where devices are left, actors of a lost node find a place.
     assert describe_job(load([*settings, "rollout.actors=4"]), "traces", {})["ray_cpus"] == "4"
     several = ["rollout=vllm", "rollout.vllm.tensor=2", "rollout.actors=4"]
+    with pytest.raises(ValueError, match="no Python at absent/python .*make vllm"):
+        describe_job(load([*settings, *several, "rollout.vllm.python=absent/python"]), "traces", {})
+    several.append(f"rollout.vllm.python={sys.executable}")
     found = describe_job(load([*settings, *several]), "traces", {})
     assert found["ray_gpus"] == "0,1,2,3" and found["ray_cpus"] == "2"
     # On a CPU cores are shared out instead of devices.

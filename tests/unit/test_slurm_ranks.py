@@ -91,7 +91,7 @@ def test_a_job_is_described_once_its_inputs_are_there(tmp_path: Path, monkeypatc
     # Where devices are left, actors of a lost node find a place.
     assert describe_job(load([*settings, "rollout.actors=4"]), "traces", {})["ray_cpus"] == "4"
     several = ["rollout=vllm", "rollout.vllm.tensor=2", "rollout.actors=4"]
-    with pytest.raises(ValueError, match="no Python at absent/python .*make vllm"):
+    with pytest.raises(ValueError, match="no Python at absent/python; run: make vllm"):
         describe_job(load([*settings, *several, "rollout.vllm.python=absent/python"]), "traces", {})
     several.append(f"rollout.vllm.python={sys.executable}")
     found = describe_job(load([*settings, *several]), "traces", {})

@@ -23,7 +23,7 @@ from ..engine.request import GenerationRequest, Progress
 from .interface import TEACHER, ReplicaSettings, RolloutPool, identity
 from .local import LocalPool
 from .ray_cluster import RayNodes, prepare_environment, start_ray
-from .ray_driver import Driver, Place, Sent, Work
+from .ray_driver import Driver, Sent, Work
 from .transport import pack, sync_dtype, travels_in, unpack
 from .vllm import EngineDied, VllmPool
 
@@ -183,9 +183,10 @@ class RayPool(RolloutPool):
         return self._driver.submit(work).result(progress)
 
     def health(self) -> dict:
-        """State as of the last call: `alive` counts actors with the requested weights; `pids` are theirs."""
+        """State of the pool: `alive` counts actors that have started, those that load the next weights among them;
+        `pids` are theirs; `version` and `digest` are of the weights that were last requested."""
         wanted = self._sent.identity
-        ready = [place for place in self._manned() if place.held == wanted]
+        ready = [place for place in self._driver.places if place.pid]
         return {
             "backend": self._rollout.backend,
             "actors": self._rollout.actors,
@@ -222,9 +223,6 @@ class RayPool(RolloutPool):
             assert isinstance(put.tensors, PutTensors)
             self._sent, self._origin = Sent(identity(put), put.tensors.chunks), identity(weights)
         return self._sent
-
-    def _manned(self) -> list[Place]:
-        return [place for place in self._driver.places if place.handle is not None]
 
     def _generation(self, sent: Sent, request: GenerationRequest) -> Work:
         # By the number of actors that there should be: answers must not depend on who is alive.

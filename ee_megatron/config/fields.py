@@ -29,8 +29,9 @@ class Rules:
     at_most: float | None = None
     """Bounds of a number, or of each in a list."""
     kind: str = ""
-    """name (becomes part of directories' and jobs' names), path (other spellings of the same are equal), text (may hold
-    line ends and other characters that don't print); empty: plain text."""
+    """name (becomes part of directories' and jobs' names), path (other spellings of the same are equal), code
+    (FILE.py:NAME, beside the choices), text (may hold line ends and other characters that don't print); empty: plain
+    text."""
     execution: bool = False
     """Changes how a result is computed, not what it is."""
     added_later: bool = False
@@ -125,7 +126,10 @@ def fault(key: str, value: Any, rules: Rules) -> str | None:
         (all(isinstance(number, int) or math.isfinite(number) for number in numbers), "a finite number"),
         (all(isinstance(number, float) or abs(number) < LARGEST for number in numbers), "a number below 2^63"),
         (shown_as_is, "text of printable characters"),
-        (not rules.choices or value in rules.choices, f"one of {', '.join(map(str, rules.choices))}"),
+        (
+            not rules.choices or value in rules.choices or (rules.kind == "code" and code_file(value)),
+            f"one of {', '.join(map(str, rules.choices))}{', or FILE.py:NAME' if rules.kind == 'code' else ''}",
+        ),
         (
             all(holds(number, bound) for _, holds, bound in bounds for number in numbers),
             f"a number {' and '.join(f'{sign} {bound}' for sign, _, bound in bounds)}",
@@ -137,6 +141,12 @@ def fault(key: str, value: Any, rules: Rules) -> str | None:
     if rules.kind == "name" and not NAME.fullmatch(value):
         return wrong_name(key, value)
     return None
+
+
+def code_file(value: str) -> str:
+    """The file in FILE.py:NAME; "" of any other value."""
+    file, _, name = value.rpartition(":")
+    return file if file.endswith(".py") and name else ""
 
 
 def wrong_name(what: str, text: str) -> str:

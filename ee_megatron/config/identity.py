@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from .aliases import MAY_BE_OFF, REMOVED
 from .derive import model_dir, read_dims, resolve_exits
-from .fields import MANDATORY, find
+from .fields import MANDATORY, code_file, find
 from .schema import KEYS, RunConfig
 
 # What each stage adds to the settings of the stage before it.
@@ -37,7 +37,7 @@ PREFIX = {stage: {"import-checkpoint": "imported"}.get(stage, stage) for stage i
 # Stages that a run may skip: model.checkpoint decides, or the section of the stage's name.
 OPTIONAL = ("import-checkpoint", "pretrain", "teacher")
 RECORD = "data.json"
-"""In a stage's directory: {"sha256": of the content of task.path and of task.reward's file}. Stages of older versions
+"""In a stage's directory: {"sha256": of the content of task.path and of the task's code}. Stages of older versions
 have none."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 
@@ -107,7 +107,7 @@ def _results(cfg: RunConfig) -> dict[str, Any]:
         if off.intersection(k.inside):
             value = k.rules.off if k.is_switch else k.default
         if not (k.rules.added_later and value == unset):
-            path = k.rules.kind == "path" and value
+            path = k.rules.kind in ("path", "code") and value
             _put(sections, k.rules.was or k.key, os.path.normpath(value) if path else value)
     sections["rl"]["credit"] = cfg.rl.credit
     if cfg.rl.kl_penalty.kind == "reward_sum":
@@ -125,9 +125,11 @@ def _put(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
 
 
 def task_content(cfg: RunConfig) -> str:
-    """SHA-256 of what the task reads: its data and the file of its reward function; "" without either."""
-    data, reward = digest(cfg.task.path), digest(cfg.task.reward.rpartition(":")[0])
-    return hashlib.sha256(f"{data} {reward}".encode()).hexdigest() if reward else data
+    """SHA-256 of what the task reads: its data and the files of its code; "" without any."""
+    parts = [digest(cfg.task.path), digest(code_file(cfg.task.reward)), digest(code_file(cfg.task.name))]
+    while len(parts) > 1 and not parts[-1]:
+        parts.pop()
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
 
 def digest(path: str) -> str:

@@ -93,9 +93,11 @@ class DatasetNames:
 @dataclass
 class TaskConfig:
     name: str = setting(
-        "arithmetic", choices=("arithmetic", "gsm8k", "tom", "hops", "sums", "reasoning_gym", "dataset", "jsonl")
-    )
-    """Built in: arithmetic, tom, hops, sums; others read files or a package (docs/tasks.md)."""
+        "arithmetic", choices=("arithmetic", "gsm8k", "tom", "hops", "sums", "reasoning_gym", "dataset", "jsonl"),
+        kind="code",
+    )  # fmt: skip
+    """Built in: arithmetic, tom, hops, sums; others read files or a package. FILE.py:CLASS: a task of yours
+    (docs/tasks.md)."""
     families: list[str] = setting(["product", "sum", "word"])
     """Kinds of problems, by task (docs/tasks.md)."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)
@@ -108,7 +110,7 @@ class TaskConfig:
     """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, or a saved `datasets` data set."""
     dataset: DatasetNames | None = optional(DatasetNames, bound=False)
     """gsm8k and dataset: names of columns and splits that differ from the defaults."""
-    reward: str = setting("", kind="path", added_later=True)
+    reward: str = setting("", kind="code", added_later=True)
     """FILE.py:NAME, a function that scores answers instead of the task's own verdict (docs/tasks.md)."""
     train: int = setting(0, at_least=0)
     """Training problems; 0: all there are."""

@@ -30,7 +30,7 @@ from .derive import (
 )
 from .device import asks_for_gpus
 from .errors import faults_of, refuse
-from .fields import MANDATORY, NAME, fault, find, settings, wrong_name
+from .fields import MANDATORY, NAME, code_file, fault, find, settings, wrong_name
 from .schema import KEYS, SEQUENCE_MULTIPLE, DatasetNames, RunConfig
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _families(cfg: RunConfig) -> Iterator[Rule]:
 
 def _files(cfg: RunConfig) -> Iterator[Rule]:
     task, names = cfg.task, cfg.task.dataset or DatasetNames()
-    if task.name in (*TASK_FAMILIES, "reasoning_gym"):
+    if task.name in (*TASK_FAMILIES, "reasoning_gym") or code_file(task.name):
         return
     kinds = "expected a .jsonl or .parquet file, a directory of them, or a data set saved to disk"
     yield not task.path, "task.path task.name", kinds

@@ -5,13 +5,17 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
+from ..config.fields import code_file
 from ..config.schema import RunConfig, TaskConfig
 from . import arithmetic, chains, dataset, reasoning_gym, tom  # noqa: F401  (they register their tasks)
-from .base import TASKS, ChatTemplate, Split, Task, Verdict, register
-from .reward import RewardFunction
+from .base import TASKS, ChatTemplate, Problem, ProceduralTask, Split, Task, Verdict, register, split_of
+from .user_code import RewardFunction, TaskClass
 from .verifier import VerifierPool
 
-__all__ = ["TASKS", "ChatTemplate", "Split", "Task", "Verdict", "VerifierPool", "make_task", "register", "task_of"]
+__all__ = [
+    "TASKS", "ChatTemplate", "Problem", "ProceduralTask", "Split", "Task", "Verdict", "VerifierPool", "make_task",
+    "register", "split_of", "task_of",
+]  # fmt: skip
 
 
 def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
@@ -21,11 +25,14 @@ def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
     Raises ValueError for an unknown task or family, a missing path, package or column, or more problems than there are;
     FileNotFoundError.
     """
-    if task.name not in TASKS:
+    make = TASKS.get(task.name)
+    if make is None and code_file(task.name):
+        make = TaskClass("task.name", task.name)
+    if make is None:
         near = difflib.get_close_matches(task.name, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(f"task.name: no task {task.name!r}; did you mean {near!r}? There are {', '.join(TASKS)}")
-    made = TASKS[task.name](task, chat)
-    made.reward = RewardFunction(task.reward) if task.reward else None
+    made = make(task, chat)
+    made.reward = RewardFunction("task.reward", task.reward) if task.reward else None
     return made
 
 

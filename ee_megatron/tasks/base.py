@@ -104,6 +104,8 @@ class Task:
     """Decides which problems belong to which split."""
     reward: Any = None
     """The `RewardFunction` of task.reward."""
+    source: Any = None
+    """The `TaskClass` of a task from a file of the user's."""
 
     def __init__(self, task: TaskConfig, known: Iterable[str] | None, chat: ChatTemplate | None) -> None:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
@@ -122,6 +124,10 @@ class Task:
     def __getstate__(self) -> dict:
         # A verifier process needs no problems, and a chat template may not be picklable.
         return {**self.__dict__, "_problems": {}, "chat": None}
+
+    def __reduce__(self) -> tuple:
+        # A process that has not run the file of a user's task must run it before it knows the class.
+        return _unpickled, (self.source or type(self), self.__getstate__())
 
     def prompts(self, split: Split) -> list[Prompt]:
         """The problems of a split, always in the same order. Raises ValueError for an unknown split."""
@@ -183,6 +189,13 @@ class Task:
 
     def _with_examples(self, prompt: Prompt, examples: Sequence[Problem]) -> Prompt:
         return replace(prompt, text=self.render(self._problem(prompt).question, examples))
+
+
+def _unpickled(source: Any, state: dict) -> Task:
+    kind = source if isinstance(source, type) else source.load()
+    made = object.__new__(kind)
+    made.__dict__.update(state)
+    return made
 
 
 class ProceduralTask(Task):

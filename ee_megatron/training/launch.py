@@ -81,7 +81,7 @@ def run_stage(stage: str, cfg: RunConfig, overrides: list[str]) -> None:
     require_device(cfg, [stage], int(os.environ.get("LOCAL_WORLD_SIZE", here)))
     if "RANK" not in os.environ:
         if before := outdated(cfg, stage):
-            changed = f"{stage}: the file of task.path or task.reward has changed since {before} was made"
+            changed = f"{stage}: the data or code of the task has changed since {before} was made"
             print(f"{changed}; now {stage_dir(cfg, stage)}")
         forks = here > 1 and may_fork(cfg)
         stages.ready_model(cfg, stage)

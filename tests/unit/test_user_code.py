@@ -1,4 +1,4 @@
-"""A reward function of the user's: what it is given, what comes of its scores and mistakes."""
+"""Rewards and tasks from files of the user's: what they are given, what comes of their results and mistakes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from ee_megatron.config.identity import stage_dir, task_content
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
+from ee_megatron.config.validate import validate
 from ee_megatron.tasks import VerifierPool, make_task
 
 TASKS_PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -28,16 +29,19 @@ def odd(data_source, solution_str, ground_truth, extra_info):
 """
 
 
+def example(named: str) -> str:
+    """The block of the docs' page on tasks that has `named` in it."""
+    blocks = re.findall(r"```python\n(.*?)```", TASKS_PAGE.read_text(), re.S)
+    return next(text for text in blocks if named in text)
+
+
 def section(file: Path, name: str) -> TaskConfig:
     return TaskConfig("arithmetic", train=4, validation=2, evaluation=2, reward=f"{file}:{name}")
 
 
 def test_the_example_of_the_docs_gives_partial_credit(tmp_path: Path):
-    block = next(
-        text for text in re.findall(r"```python\n(.*?)```", TASKS_PAGE.read_text(), re.S) if "def words" in text
-    )
     file = tmp_path / "reward.py"
-    file.write_text(block)
+    file.write_text(example("def words"))
     task = make_task(section(file, "words"))
     prompt = task.prompts("train")[0]
     right, long = f"The answer is {prompt.answer}.", "word " * 30
@@ -100,3 +104,52 @@ def test_another_content_of_the_file_is_another_directory(tmp_path: Path):
     assert stage_dir(cfg, "rl") == before
     file.write_text("def f(*_): return 0.5")
     assert stage_dir(cfg, "rl") != before
+
+
+def test_the_task_of_the_docs_is_shown_judged_and_divided(tmp_path: Path):
+    file = tmp_path / "modular.py"
+    file.write_text(example("class Modular"))
+    task = make_task(TaskConfig(f"{file}:Modular", families=["add", "times"], train=40, validation=4, evaluation=6))
+    splits = [task.prompts(split) for split in ("train", "validation", "evaluation")]
+    assert [len(prompts) for prompts in splits] == [40, 4, 6]
+    assert len({prompt.text for prompts in splits for prompt in prompts}) == 50
+    prompt = splits[2][0]
+    assert prompt.task in ("modular.add", "modular.times") and "mod" in task.few_shot(prompt, 2, 0).text
+    answers = [f"it is mod {prompt.answer}", prompt.answer, "none", f"{prompt.answer}, no, {int(prompt.answer) + 1}"]
+    with VerifierPool(task) as pool:
+        verdicts = pool.verify_many([(prompt, text) for text in answers])
+    assert [verdict.reward for verdict in verdicts] == [1.0, 0.5, -1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("Mine = 3", "TypeError: expected a subclass"),
+        ("raise RuntimeError('of mine')\nclass Mine: pass", "RuntimeError: of mine"),
+        ("class Other: pass", "no 'Mine' there, only Other"),
+        (
+            "from ee_megatron.tasks import ProceduralTask\nclass Mine(ProceduralTask):\n"
+            "    def __init__(self, task, chat): super().__init__(task, ('a',), chat)",
+            "choose one or more, each once, of a",
+        ),
+    ],
+)
+def test_mistakes_in_a_task_are_one_line(tmp_path: Path, content: str, says: str):
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(says)) as raised:
+        make_task(TaskConfig(f"{file}:Mine"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_tasks_file_is_named_beside_the_tasks_there_are_and_its_content_identifies_results(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"task\.name=modular\.py: expected one of arithmetic, .*, or FILE\.py:NAME"):
+        validate(load(["experiment=demo_cpu", "task.name=modular.py"]), None)
+    file = tmp_path / "modular.py"
+    file.write_text(example("class Modular"))
+    off = ("traces.wide_operands=0", "rl.wide_operands=0", "evaluate.wide_problems=0", "task.families=[add,times]")
+    cfg = load(["experiment=demo_cpu", f"task.name={file}:Modular", *off])
+    validate(cfg, None)
+    first = task_content(cfg)
+    file.write_text(f"{file.read_text()}\n")
+    assert task_content(cfg) != first

@@ -429,6 +429,8 @@ class DeepspeedConfig:
 
 @dataclass
 class TrackerConfig:
+    kind: str = setting("wandb", choices=("wandb", "trackio", "mlflow"))
+    """What receives the metrics beside metrics.jsonl; trackio and mlflow have to be installed."""
     wandb: str = setting("auto", choices=("auto", "online", "offline", "disabled"))
     """auto (by WANDB_MODE, else online with a key, else offline), online, offline or disabled."""
 

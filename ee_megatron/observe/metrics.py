@@ -1,18 +1,21 @@
-"""Metrics of a run over its steps: metrics.jsonl and timings.jsonl; wandb on request, whose errors never end a run.
+"""Metrics of a run over its steps: metrics.jsonl, timings.jsonl and a tracker, whose errors never end a run.
 
 Timings are in a file of their own, so that two runs of the same settings and seed have byte-equal metrics.jsonl.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import shutil
+import sys
 import threading
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat, cast
@@ -31,14 +34,15 @@ INIT_TIMEOUT_S, LOCAL_TIMEOUT_S = 30.0, 90.0
 
 @dataclass(frozen=True)
 class Tracking:
-    """A run's description for trackers. `wandb`: one of WANDB_MODES; `group`: runs that are compared; `job_type`: the
-    stage; `config`: its settings, nested as they are, a column each in wandb."""
+    """A run's description for trackers. `kind`: wandb, trackio or mlflow; `wandb`: one of WANDB_MODES; `group`: runs
+    that are compared; `job_type`: the stage; `config`: its settings, nested as they are, a column each in wandb."""
 
     wandb: str = "disabled"
     name: str = ""
     group: str = ""
     job_type: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "wandb"
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -62,11 +66,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 class MetricsLog:
-    """Writes one JSON line per `log` call and forwards it to wandb, which is switched off if it fails.
+    """Writes one JSON line per `log` call and forwards it to a tracker, which is switched off if it fails.
 
     Args:
         run_dir: metrics.jsonl, timings.jsonl and wandb/ go here.
-        tracking: the run's description for wandb, which is off by default.
+        tracking: the run's description for the tracker; by default there is none.
         resume_step: lines of later steps are cut, so that a resumed run writes them anew; None keeps every line.
 
     Raises ValueError for an unknown mode of wandb.
@@ -77,16 +81,15 @@ class MetricsLog:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / "metrics.jsonl"
         files = self.path, self.run_dir / "timings.jsonl"
-        for path in files:
-            _mend(path, resume_step)
-        self._tracker = _start_tracker(self.run_dir, tracking or Tracking(), _together(*files))
+        logged = max((_mend(path, resume_step) for path in files), default=-1)
+        self._tracker = _start_tracker(self.run_dir, tracking or Tracking(), _together(*files), logged)
         self._files = [os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644) for path in files]
         self._warned: set[str] = set()
 
     def log(
         self, step: int, values: Mapping[str, SupportsFloat], timings: Mapping[str, SupportsFloat] | None = None
     ) -> None:
-        """Append {"step": step, name: value, …} to metrics.jsonl, and the timings to timings.jsonl; wandb gets both.
+        """Append {"step": step, name: value, …} to metrics.jsonl, the timings to timings.jsonl; a tracker gets both.
 
         Values that are not finite are written as null and warned of once.
         """
@@ -105,11 +108,11 @@ class MetricsLog:
             try:
                 self._tracker.log(row)
             except Exception as error:
-                logger.warning("wandb is dropped for the rest of the run: %s", error)
+                logger.warning("the tracker is dropped for the rest of the run: %s", error)
                 self._tracker = None
 
     def close(self) -> None:
-        """Close the log; waits for wandb's upload at most FINISH_TIMEOUT_S, the rest stays in its directory."""
+        """Close the log; waits for a tracker's upload at most FINISH_TIMEOUT_S; wandb's rest stays in its directory."""
         for file in self._files:
             os.close(file)
         tracker, self._files, self._tracker = self._tracker, [], None
@@ -118,7 +121,7 @@ class MetricsLog:
             ending.start()
             ending.join(FINISH_TIMEOUT_S)
             if ending.is_alive():
-                logger.warning("wandb did not finish within %g s; `wandb sync` sends the rest", FINISH_TIMEOUT_S)
+                logger.warning("the tracker did not finish in %g s; `wandb sync` sends wandb's rest", FINISH_TIMEOUT_S)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -127,14 +130,15 @@ class MetricsLog:
         self.close()
 
 
-def _mend(path: Path, resume_step: int | None) -> None:
-    """Cut a partial last line and the lines after the step that a run resumes from."""
+def _mend(path: Path, resume_step: int | None) -> int:
+    """Cut a partial last line and the lines after the step that a run resumes from. Returns the last step before."""
     if not path.exists():
-        return
+        return -1
     rows = read_metrics(path)
     remaining = rows if resume_step is None else [row for row in rows if row["step"] <= resume_step]
     if len(remaining) < len(rows) or not path.read_bytes().endswith(b"\n"):
         write_atomic(path, "".join(_line(row) for row in remaining))
+    return max((row["step"] for row in rows), default=-1)
 
 
 def _together(metrics: Path, timings: Path) -> list[dict[str, Any]]:
@@ -151,20 +155,88 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
+class _Trackio:
+    """A run of trackio, in TRACKIO_PROJECT. A resumed run continues it: the steps that it repeats are sent already."""
+
+    def __init__(self, run_dir: Path, tracking: Tracking, logged: int) -> None:
+        import trackio
+
+        self._logged, project = logged, os.environ.get("TRACKIO_PROJECT", "ee-megatron")
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run = trackio.init(
+                project=project, name=tracking.name, group=tracking.group, config=dict(tracking.config),
+                resume="allow", embed=False,
+            )  # fmt: skip
+
+    def log(self, row: dict[str, Any]) -> None:
+        if row["step"] > self._logged:
+            self._run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self._run.finish()
+
+
+class _MLflow:
+    """As `_Trackio`, a run of mlflow, at MLFLOW_TRACKING_URI or else in the stage's directory."""
+
+    def __init__(self, run_dir: Path, tracking: Tracking, logged: int) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve() / 'mlflow.db'}"
+        self._client, self._logged = MlflowClient(tracking_uri=uri), logged
+        identity = run_dir / "mlflow_run_id"
+        if not identity.exists():
+            named = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ee-megatron")
+            found = self._client.get_experiment_by_name(named)
+            experiment = found.experiment_id if found else self._client.create_experiment(named)
+            tags = {"group": tracking.group, "stage": tracking.job_type}
+            made = self._client.create_run(experiment, tags=tags, run_name=tracking.name).info.run_id
+            params = [Param(key, str(value)[:500]) for key, value in _flat(tracking.config)]
+            for first in range(0, len(params), 100):
+                self._client.log_batch(made, params=params[first : first + 100])
+            write_atomic(identity, made)
+        self._id = identity.read_text()
+
+    def log(self, row: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        if row["step"] > self._logged:
+            now = int(1000 * time.time())
+            metrics = [Metric(key, value, now, row["step"]) for key, value in row.items() if key != "step"]
+            self._client.log_batch(self._id, metrics=metrics)
+
+    def finish(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+def _flat(settings: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested settings."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
+
+
 def _finish(tracker: Any) -> None:
     try:
         tracker.finish()
     except Exception as error:
-        logger.warning("wandb did not finish: %s", error)
+        logger.warning("the tracker did not finish: %s", error)
 
 
-def _start_tracker(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]]) -> Any:
-    """wandb's run, or None if it is off or could not be started. `rows`: what the run has logged before.
+def _start_tracker(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, Any]], logged: int) -> Any:
+    """A tracker's run, or None if it is off or could not be started. `rows`: what the run has logged before, up to the
+    step that it resumes from; `logged`: the last step that it had logged.
 
     Raises ValueError for an unknown `tracking.wandb`."""
     if tracking.wandb not in WANDB_MODES:
         raise ValueError(f"tracker.wandb: {tracking.wandb!r} is none of {', '.join(WANDB_MODES)}; choose one of them")
     try:
+        if tracking.kind != "wandb":
+            return {"trackio": _Trackio, "mlflow": _MLflow}[tracking.kind](run_dir, tracking, logged)
         mode = wandb_mode(tracking.wandb, os.environ)
         if mode == "online":
             try:
@@ -175,7 +247,7 @@ def _start_tracker(run_dir: Path, tracking: Tracking, rows: Sequence[dict[str, A
                 _forget_wandb()
         return None if mode == "disabled" else _offline(run_dir, tracking, rows)
     except Exception as error:
-        logger.warning("wandb is not used: %s: %s", type(error).__name__, error)
+        logger.warning("%s is not used: %s: %s", tracking.kind, type(error).__name__, error)
         return None
 
 

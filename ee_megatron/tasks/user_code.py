@@ -79,7 +79,7 @@ class TaskClass(UserCode):
             kind = self.load()
             if not (isinstance(kind, type) and issubclass(kind, Task)):
                 raise TypeError(f"expected a subclass of {Task.__module__}.{Task.__name__}")
-            made = kind(task, chat)
+            made: Task = kind(task, chat)  # type: ignore[call-arg]  # a subclass knows its families
             made.source = self
         except ValueError:
             raise

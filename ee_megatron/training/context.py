@@ -167,7 +167,8 @@ class StageContext:
             settings = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(self.cfg)))
             config = {"stage": self.stage, **settings}
             name = f"{self.cfg.name}-{self.path.name}"
-            tracking = Tracking(self.cfg.tracker.wandb, name, self.cfg.name, self.stage, config)
+            wanted = self.cfg.tracker
+            tracking = Tracking(wanted.wandb, name, self.cfg.name, self.stage, config, wanted.kind)
             self.metrics = self.stack.enter_context(MetricsLog(self.path, tracking, resume_step))
 
     def progress(self, total: int, done: int = 0, what: str = "") -> Progress:

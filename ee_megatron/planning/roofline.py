@@ -157,11 +157,13 @@ class Roofline:
         return (2 * dims.num_layers + 1) * each * self.device.likely.links
 
     def _sync(self) -> DeviceWork:
-        """A version of the policy's tensors for all actors, which load it at a time."""
+        """A version of the policy's tensors for all actors, which load it at a time: vLLM reads what is adapted."""
         sent = sync_bytes(self.layout, self.item, self.cfg.rollout.sync_dtype)
         work = DeviceWork(links=sent / self.device.network, host=sent / PACKED_BYTES_PER_S)
         if self.cfg.rollout.backend == "vllm" and not self.layout.spec.full:
-            work.host += self.item * vllm_elements(self.layout, 1) / READ_BYTES_PER_S
+            dims, spec = self.layout.dims, self.layout.spec
+            adapted = [math.prod(dims.linear_shapes()[name]) for name in (spec.targets if spec.rank else ())]
+            work.host += self.item * dims.num_layers * sum(adapted) / READ_BYTES_PER_S
         return work
 
     def _learn(self, phase: str) -> DeviceWork:

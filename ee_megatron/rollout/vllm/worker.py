@@ -47,7 +47,7 @@ class ExitWorker(Worker):
         # On a GPU `runner.model` is what captures and replays graphs of it.
         model = runner.get_model()
         assert isinstance(model, EarlyExit), type(model)
-        self._exits_model = model
+        self._exits_model, self._exits_changed = model, set[str]()
         steps = self._exits_steps = runner.sampler = ExitSampler(runner, model)
         run, sample = runner._model_forward, runner.sample_tokens
 
@@ -79,27 +79,28 @@ class ExitWorker(Worker):
     def exits_load(self, spec: PolicySpec | None, tensors: dict[str, Tensor] | None) -> None:
         """Make a policy's tensors the model's, in place: adapters merged into the base, or the whole base, and gates.
         None: the base without gates."""
-        weights = self._exits_base() if tensors is None or spec is None else self._exits_merged(spec, tensors)
-        self._exits_model.replace_weights(weights)
+        self._exits_model.replace_weights(self._exits_changes(spec, tensors or {}))
 
-    def _exits_base(self) -> Iterator[tuple[str, Tensor]]:
-        source = HFDirectory(Path(self.model_runner.model_config.model))
+    def _exits_changes(self, spec: PolicySpec | None, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What isn't the base's, or wasn't: other tensors are neither read nor written. W + scale · B A in float32, as
+        the embedded engine merges, where the model is."""
+        device, source = self.model_runner.device, HFDirectory(Path(self.model_runner.model_config.model))
         for name in source.dims.tensor_shapes():
-            yield name, source.tensor(name)
-        source.close()
-
-    def _exits_merged(self, spec: PolicySpec, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """W + scale · B A in float32, as the embedded engine merges."""
-        if spec.full:
-            yield from tensors.items()
-            return
-        for name, base in self._exits_base():
             prefix = name.removesuffix(".weight")
             down, up = (tensors.get(f"{prefix}.{factor}.weight") for factor in ("lora_A", "lora_B"))
-            if down is not None and up is not None:
-                yield name, torch.addmm(base.float(), up.float(), down.float(), alpha=spec.scale)
+            if name in tensors:
+                changed = tensors[name]
+            elif spec is not None and down is not None and up is not None:
+                base, down, up = (tensor.to(device).float() for tensor in (source.tensor(name), down, up))
+                changed = torch.addmm(base, up, down, alpha=spec.scale)
             else:
-                yield name, base
+                if name in self._exits_changed:
+                    yield name, source.tensor(name)
+                    self._exits_changed.discard(name)
+                continue
+            self._exits_changed.add(name)
+            yield name, changed
+        source.close()
         yield from ((name, tensor) for name, tensor in tensors.items() if name.startswith("gates."))
 
 

@@ -24,12 +24,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM
 
 from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.exit_rules import Prescribed, Sample
-from ee_megatron.learner.batch import ReplayBatch, pack
+from ee_megatron.families import dims_from_config
+from ee_megatron.learner.batch import ReplayBatch, pack, to_device
+from ee_megatron.model.attention import Spans, attend_packed, flexible
+from ee_megatron.model.packed import Active, PackedSequences, Segment
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Score
@@ -208,6 +212,61 @@ def learner(findings: Findings, bench: Bench) -> None:
         for name, found in learn(bench, ref.rollouts, PRECISIONS[precision][0]).items():
             most, because = limits[name.split()[2].strip(",")] if name.startswith("gradient") else (limit, why)
             findings.check(f"{precision}: {name}", error(found, ref.learned[name]), at_most=most, why=because)
+
+
+def attention(findings: Findings, bench: Bench) -> None:
+    """FlexAttention as an RL update calls it, prompts shared by their answers and half of the positions gone, against
+    blocks of queries in float32. Reads no model."""
+    prompts, answers, prompt, answer, _ = bench.size.step
+    shared = [prompt if row % answers else 0 for row in range(prompts * answers)]
+    packed = to_device(PackedSequences.of([prompt + answer] * len(shared), shared), bench.device)
+    asking = torch.rand(packed.length, generator=torch.Generator().manual_seed(2)) < 0.5
+    half = Active(to_device(Segment.of(asking, asking), bench.device), packed).spans
+    _flex_against_blocks(findings, bench, "float32", half)
+    # Each kind of inputs is compiled anew on a CPU, in half a minute.
+    if findings.only_on_cuda("bfloat16, all positions, gradients, memory"):
+        asking = torch.ones(packed.length, dtype=torch.bool)
+        for spans in (half, Active(to_device(Segment.of(asking, asking), bench.device), packed).spans):
+            _flex_against_blocks(findings, bench, "bfloat16", spans)
+
+
+def _flex_against_blocks(findings: Findings, bench: Bench, precision: str, spans: Spans) -> None:
+    dims, rows, length = dims_from_config(bench.size.whole), len(spans.host_positions), spans.slots.shape[1]
+    generator, dtype = torch.Generator(bench.device).manual_seed(3), PRECISIONS[precision][0]
+    query, key, value, slope = (
+        torch.randn(count, heads, dims.head_dim, generator=generator, device=bench.device, dtype=dtype)
+        for count, heads in ((rows, dims.heads), (length, dims.kv_heads), (length, dims.kv_heads), (rows, dims.heads))
+    )
+    given, what = [x.requires_grad_() for x in (query, key, value)], f"{precision}, {rows} of {length} positions"
+    # One layer's worth: the inputs are the same, so only what happens inside is rounded.
+    limit, why = tolerance(precision, 1)
+    right = attend_packed(query, key, value, spans, flex=False)
+    if bench.kind == "cpu":
+        # Inductor has no backward pass for a CPU, nor sizes that vary.
+        fused = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+        found = flexible(query.detach(), key.detach(), value.detach(), spans, fused)
+        findings.check(f"{what}: values", error(found, right.detach()), at_most=limit, why=why)
+        return
+
+    def flex() -> tuple[Tensor, ...]:
+        out = attend_packed(query, key, value, spans, flex=True)
+        return out.detach(), *torch.autograd.grad(out, given, slope)
+
+    findings.figure(f"{what}: first call, compiled in", bench.seconds(flex), "s")
+    bench.forget_peak()
+    before = bench.live_bytes()
+    out, *gradients = flex()
+    findings.check(
+        f"{what}: memory over that of all scores", (bench.peak_bytes() - before) / (4 * dims.heads * rows * length),
+        at_most=0.5, why="unfused attention holds the scores of all queries with all keys",
+    )  # fmt: skip
+    findings.check(f"{what}: values", error(out, right.detach().cpu()), at_most=limit, why=why)
+    expected = torch.autograd.grad(right, given, slope)
+    for part, mine, theirs in zip(("queries", "keys", "values"), gradients, expected, strict=True):
+        name, most = f"{what}: gradient of {part}", 2 * limit
+        findings.check(name, error(mine, theirs.cpu()), at_most=most, why=f"twice {why}")
+    changed = sum(not torch.equal(a, b) for a, b in zip((out, *gradients), flex(), strict=True))
+    findings.check(f"{what}: results that a second run changes", changed, at_most=0)
 
 
 def export(findings: Findings, bench: Bench) -> None:

@@ -49,5 +49,5 @@ def test_a_kernel_runs_the_notebook(tmp_path: Path) -> None:
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    # Three pictures, and the front as a table.
-    assert done.stdout.split() == ["3", "1"]
+    # Four pictures, and the front as a table.
+    assert done.stdout.split() == ["4", "1"]

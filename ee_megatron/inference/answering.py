@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..config.schema import RunConfig
+from ..config.validate import check_template
 from ..exit_rules import ExitRule, Off
 from ..rollout.engine.sampling import SamplingParams
 from .model import EarlyExitModel
@@ -24,7 +25,10 @@ SHADES = ("color(33)", "color(38)", "color(109)", "color(179)", "color(214)", "c
 
 def load(cfg: RunConfig, model: str | None, policy: str | None, base_unchecked: bool = False) -> EarlyExitModel:
     """Load a model. Raises FileNotFoundError or ValueError, for a policy of another base unless `base_unchecked`."""
-    return EarlyExitModel.of(cfg, resolve_configured(cfg, model, policy, base_unchecked), cfg.rollout.threads)
+    made = EarlyExitModel.of(cfg, resolve_configured(cfg, model, policy, base_unchecked), cfg.rollout.threads)
+    check_template("chat_template_kwargs", cfg.rollout.chat_template_kwargs, made.tokenizer.chat_template)
+    made.chat_template_kwargs |= cfg.rollout.chat_template_kwargs
+    return made
 
 
 def rule_for(answering: EarlyExitModel, rule: ExitRule | None) -> ExitRule:
@@ -76,4 +80,5 @@ def serve(
         default = rule_for(answering, rule)
         name = answering.name if model else f"{cfg.name}-{answering.name}"
         key = os.environ.get("EE_API_KEY") or None
-        run(answering.decoder, str(answering.source), name, default, settings, listening, key)
+        variables = answering.chat_template_kwargs
+        run(answering.decoder, str(answering.source), name, default, settings, listening, key, variables)

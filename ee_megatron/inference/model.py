@@ -97,6 +97,7 @@ class EarlyExitModel:
 
     - decoder, tokenizer: what runs it; name, source: what it is and where it lies
     - settings: those of the run that trained it (config/schema.py), or None
+    - chat_template_kwargs: variables of the chat template, as {"enable_thinking": False} of Qwen3's; the run's, if any
     """
 
     def __init__(self, resolved: ResolvedModel, dtype: torch.dtype, device: str):
@@ -106,6 +107,7 @@ class EarlyExitModel:
         if resolved.tensors is not None:
             self.decoder.load_policy(resolved.tensors)
         self.tokenizer = load_tokenizer(resolved.path)
+        self.chat_template_kwargs = dict(self.settings.rollout.chat_template_kwargs) if self.settings else {}
 
     @classmethod
     def load(
@@ -175,11 +177,12 @@ class EarlyExitModel:
         """Tokenise a prompt: a text unchanged (with `chat`: as one user's message), messages in the model's chat
         template. Ids are returned unchanged. Raises ValueError for a missing template or an empty prompt."""
         tokens: list[int]
+        if isinstance(prompt, str) and chat:
+            prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, str):
-            said = {"role": "user", "content": prompt}
-            tokens = encode_chat(self.tokenizer, [said]) if chat else encode_text(self.tokenizer, prompt)
+            tokens = encode_text(self.tokenizer, prompt)
         elif len(prompt) and isinstance(prompt[0], Mapping):
-            tokens = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt))
+            tokens = encode_chat(self.tokenizer, cast("Sequence[Message]", prompt), self.chat_template_kwargs)
         else:
             tokens = [int(token) for token in cast("Sequence[int]", prompt)]
         vocab = self.decoder.dims.vocab

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config.fields import code_file
 from ..config.schema import RunConfig, TaskConfig
+from ..config.validate import check_template
 from . import arithmetic, chains, dataset, reasoning_gym, tom  # noqa: F401  (they register their tasks)
 from .base import TASKS, ChatTemplate, Problem, ProceduralTask, Split, Task, Verdict, register, split_of
 from .user_code import RewardFunction, TaskClass
@@ -43,8 +44,14 @@ def task_of(cfg: RunConfig, model_path: Path) -> Task:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+    variables = cfg.rollout.chat_template_kwargs
+    check_template("rollout.chat_template_kwargs", variables, tokenizer.chat_template)
 
     def render(messages: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=None, tokenize=False, add_generation_prompt=True, **variables
+            )
+        )
 
     return make_task(cfg.task, render)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from .. import __version__
 from ..evaluation.evaluate import GenerationResult, answer_sets, score_sets
 from ..rollout.engine.request import GenerationRequest, Progress
+from ..rollout.engine.sampling import SamplingParams
 from ..rollout.engine.scoring import Inspection
 from ..rollout.pool.interface import RolloutPool
 from .serialization import load_answers, save_answers
@@ -109,13 +110,14 @@ class AnswerCache:
                 raise
 
     def _place(self, weights: str, request: GenerationRequest) -> Path:
-        sampling = request.sampling
+        # Fields that were added later count where they are set: sets keep their names.
+        sampling, unset = astuple(request.sampling), astuple(SamplingParams())
         known = {
             "version": __version__,
             "made_by": self.made_by,
             "weights": weights,
             "exits": request.exits.to_results(),
-            "sampling": [sampling.temperature, sampling.max_new_tokens, sampling.stop, sampling.top_k, sampling.top_p],
+            "sampling": sampling[:5] if sampling[5:] == unset[5:] else sampling,
             "samples": request.samples,
             "seed": request.seed,
             "prompts": [[p.id, p.text, p.prefill] for p in request.prompts],

@@ -8,6 +8,7 @@ import os
 import queue
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -159,6 +160,20 @@ def test_answers_streamed_or_not_are_the_engines_with_depths_and_logprobs(served
             depths[choice.index] += choice.early_exit["depths"]
     assert texts == [r.text for r in expected] and depths == [r.exit_depths.tolist() for r in expected]
     assert usages[0].completion_tokens == whole.usage.completion_tokens
+
+
+def test_vllms_fields_mean_what_they_mean_to_the_engine(served: Served):
+    penalties = {"repetition_penalty": 1.3, "min_p": 0.2}
+    own = {"presence_penalty": 0.5, "frequency_penalty": -0.3}
+    sampling = SamplingParams(0.8, 24, **penalties, **own, stop_token_ids=(101,))
+    expected = engine_answers(served, "1 + 1 =", 2, sampling, Sample())
+    asked = {"n": 2, "temperature": 0.8, "logprobs": 0, **own}
+    found = served.complete(**asked, extra_body={**penalties, "stop_token_ids": [101]})
+    for choice, rollout in zip(found.choices, expected, strict=True):
+        assert choice.text == rollout.text and choice.early_exit["token_ids"] == rollout.tokens.tolist()
+        assert choice.early_exit["logprobs"] == pytest.approx(rollout.token_logprobs.tolist(), abs=1e-4)
+        assert choice.logprobs.token_logprobs == pytest.approx(rollout.full_logprobs.tolist(), abs=1e-4)
+    assert [choice.text for choice in served.complete(**asked).choices] != [choice.text for choice in found.choices]
 
 
 def test_chat_goes_through_the_models_template(served: Served):
@@ -314,6 +329,17 @@ def test_generate_takes_a_model_and_a_policy(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["generate", "--prompt", "1 + 1 =", "--max-new-tokens", "9", "--exits", "fixed:2", *where]) == 0
     # The first token reads the prompt, at full depth.
     assert "tiny-policy model, 9 tokens, mean depth 2.4 of 6 layers" in capsys.readouterr().out
+    shutil.copy(ROOT / "tests/qwen3.jinja", tmp_path / "tiny/chat_template.jinja")
+    chat = ["generate", "--prompt", "9", "--temperature", "1", "--chat", "--chat-template-kwargs"]
+    answers = []
+    for given in ('{"enable_thinking": true}', "{}", '{"enable_thinking": false}'):
+        assert cli.main([*chat, given, *where]) == 0
+        answers.append(capsys.readouterr().out.splitlines()[0])
+    assert answers[0] == answers[1] != answers[2]
+    for given in ('{"enable_thinkin": true}', "enable_thinking", "[1]"):
+        with contextlib.suppress(SystemExit):
+            assert cli.main([*chat, given, *where]) == 2
+        assert "chat-template-kwargs" in capsys.readouterr().err.replace("_", "-")
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

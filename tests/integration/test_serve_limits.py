@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,9 +100,17 @@ def message(reply: httpx.Response, status: int) -> str:
     [
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"temprature": 1}, "temprature"),
+        ({"temprature": 1}, "did you mean temperature"),
         ({"temperature": -1}, "temperature"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": "x" * 257}, "stop"),
@@ -120,7 +128,8 @@ def message(reply: httpx.Response, status: int) -> str:
         ({"exit_policy": {"kind": "fixed", "value": 3}}, "[2, 4, 6]"),
         ({"exit_policy": {"kind": "fixed", "value": 2.5}}, "2.5"),
         ({"exit_policy": {"kind": "never"}}, "exit_policy.kind"),
-        ({"exit_polcy": "off"}, "exit_polcy"),
+        ({"exit_polcy": "off"}, "did you mean exit_policy"),
+        ({"exits": "off"}, "did you mean exit_policy"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(running: Running, body: dict, names: str):
@@ -150,6 +159,9 @@ def test_the_smallest_temperature_and_top_p_are_greedy_and_nothing_is_nan(runnin
 def test_neutral_and_null_fields_and_content_that_is_null_or_in_parts_are_taken(running: Running):
     neutral = {"tools": None, "logit_bias": {}, "presence_penalty": 0, "best_of": 1, "temperature": None, "n": None}
     assert running.complete(neutral).status_code == 200
+    defaults = {"top_k": -1, "min_tokens": 0, "ignore_eos": False, "skip_special_tokens": True, "length_penalty": 1.0}
+    ignored = {"user": "me", "store": False, "metadata": {"a": "b"}, "parallel_tool_calls": True, "request_id": "7"}
+    assert running.complete(defaults | ignored).status_code == 200
     history = [
         {"role": "user", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]},
         {"role": "assistant", "content": None, "tool_calls": None, "refusal": None},
@@ -160,6 +172,56 @@ def test_neutral_and_null_fields_and_content_that_is_null_or_in_parts_are_taken(
     image = {"type": "image_url", "image_url": {"url": "x"}}
     assert "messages.0.content" in message(running.chat([{"role": "user", "content": [image]}]), 400)
     assert "top_logprobs" in message(running.chat(history, top_logprobs=4), 400)
+
+
+@pytest.fixture
+def qwen3(running: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """What the model reads of a chat with Qwen3's template."""
+    template = (Path(__file__).parents[1] / "qwen3.jinja").read_text()
+    monkeypatch.setattr(running.service.tokenizer, "chat_template", template)
+
+    def read(messages: list, **body) -> str:
+        reply = running.chat(messages, prompt_logprobs=0, **body)
+        assert reply.status_code == 200, reply.text
+        positions = reply.json()["prompt_logprobs"]
+        assert positions[0] is None and all(len(position) == 1 for position in positions[1:])
+        return "<" + "".join(entry["decoded_token"] for position in positions[1:] for entry in position.values())
+
+    return read
+
+
+def test_thinking_is_switched_by_chat_template_kwargs_of_the_request_or_else_of_the_server(
+    running: Running, qwen3: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    messages, off = [{"role": "user", "content": "9"}], {"enable_thinking": False}
+    begun, silent = "<|im_start|>user\n9<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+    assert qwen3(messages) == qwen3(messages, chat_template_kwargs={"enable_thinking": True}) == begun
+    assert qwen3(messages, chat_template_kwargs=off) == begun + silent
+    monkeypatch.setattr(running.service, "template_variables", off)
+    assert qwen3(messages) == begun + silent
+    assert qwen3(messages, chat_template_kwargs={"enable_thinking": True, "unknown": 1}) == begun
+    for name in ("chat_template", "tokenize", "messages", "add_generation_prompt"):
+        assert name in message(running.chat(messages, chat_template_kwargs={name: "x"}), 400)
+
+
+def test_a_last_message_is_continued_and_reasoning_of_the_history_reaches_the_template(
+    running: Running, qwen3: Callable[..., str]
+):
+    asked = {"role": "user", "content": "9"}
+    said = {"role": "assistant", "content": "It is"}
+    begun = "<|im_start|>user\n9<|im_end|>\n"
+    continued = begun + "<|im_start|>assistant\n<think>\nHm.\n</think>\n\nIt is"
+    both = {"reasoning": "Hm.", "reasoning_content": ""}
+    for reasoning in ({"reasoning": "Hm."}, {"reasoning_content": "Hm."}, both):
+        history = [asked, {**said, **reasoning}]
+        assert qwen3(history, continue_final_message=True) == continued
+        assert qwen3(history, continue_final_message=True, add_generation_prompt=False) == continued
+        assert qwen3(history) == continued + "<|im_end|>\n<|im_start|>assistant\n"
+    assert qwen3([asked], add_generation_prompt=False) == begun
+    reply = running.chat([asked], add_generation_prompt=False).json()
+    assert reply["choices"][0]["message"]["role"] == "user" and "prompt_logprobs" not in reply
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    assert "add_generation_prompt" in message(running.chat([asked, said], **both), 400)
 
 
 def test_errors_of_every_kind_are_json(running: Running, monkeypatch: pytest.MonkeyPatch):
@@ -362,6 +424,26 @@ def test_log_probabilities_of_a_prompt_are_an_independent_forwards(running: Runn
     assert plain["text"] == "ab" and plain["logprobs"] is None
 
 
+def test_prompt_logprobs_are_those_of_echo_with_ids_and_ranks(running: Running, path: Path, decoder: Decoder):
+    prompt = [ord(c) for c in "What is 7 times 8?"]
+    echoed = running.complete({"prompt": prompt, "echo": True, "logprobs": 3, "max_tokens": 0}).json()["choices"][0]
+    reply = running.complete({"prompt": [prompt, prompt[:5]], "prompt_logprobs": 3, "n": 2, "logprobs": 1}).json()
+    first, again, short, _ = (choice["prompt_logprobs"] for choice in reply["choices"])
+    assert first[0] is None and again == first and short == first[:5]
+    reference = Reference(path, SPEC, random_policy(decoder.dims, SPEC))
+    tokens = torch.tensor([prompt])
+    expected = reference.logits(tokens, torch.full(tokens.shape, 6))[0].log_softmax(-1)
+    for i, position in enumerate(first[1:]):
+        order, own = expected[i].argsort(descending=True).tolist(), prompt[i + 1]
+        assert list(map(int, position)) == list(dict.fromkeys([own, *order[:3]]))
+        for token, entry in position.items():
+            assert entry["rank"] == order.index(int(token)) + 1 and entry["decoded_token"] == chr(int(token))
+            assert entry["logprob"] == pytest.approx(expected[i, int(token)].item(), abs=1e-4)
+        assert position[str(own)]["logprob"] == echoed["logprobs"]["token_logprobs"][i + 1]
+    # The answer's own log-probabilities begin behind the prompt.
+    assert len(reply["choices"][0]["logprobs"]["tokens"]) == len(reply["choices"][0]["early_exit"]["depths"])
+
+
 def test_what_a_reply_lists_is_bounded_over_the_whole_request(running: Running, monkeypatch: pytest.MonkeyPatch):
     """Tokens of answers and of echoed prompts, times n, times 1 + logprobs: 50 at most here."""
     monkeypatch.setattr(running.service, "limits", replace(running.service.limits, max_entries=50))
@@ -372,6 +454,8 @@ def test_what_a_reply_lists_is_bounded_over_the_whole_request(running: Running, 
         text = message(running.complete(asked), 400)
         assert "50" in text and all(field in text for field in ("max_tokens", "echo", "n=", "logprobs="))
     message(running.chat([{"role": "user", "content": "1"}], max_tokens=5, logprobs=True, top_logprobs=10), 400)
+    assert running.complete({"prompt": [5] * 5, "max_tokens": 10, "prompt_logprobs": 7}).status_code == 200
+    message(running.complete({"prompt": [5] * 5, "max_tokens": 10, "prompt_logprobs": 8}), 400)
 
 
 def test_a_prompt_is_scored_once_for_all_its_answers(

@@ -129,6 +129,7 @@ deepspeed.zero_stage=4 -> deepspeed.zero_stage=4
 deepspeed.zero_stage=3 parallel.tensor=2 -> deepspeed.zero_stage=3 parallel.tensor deepspeed.zero_stage=2
 rl.minibatches=99 -> rl.minibatches=99 rl.prompts_per_step
 rollout.stop=[""] -> rollout.stop
+rollout.chat_template_kwargs={enable_thinking:false} -> enable_thinking rollout.prompt_template=plain
 rollout.device_share=1.5 -> rollout.device_share=1.5
 parallel.data=9 cluster.gpus_per_node=8 -> cluster.gpus_per_node=8 9
 parallel.data=16 TWO -> cluster.gpus_per_node=8 cluster.rollout_nodes 16
@@ -179,6 +180,7 @@ task=dataset task.path=rows.jsonl task.dataset.evaluation_split=
 task=sums evaluate.style_choice.models=all
 adapter.rank=0 teacher=null
 pretrain.init=model rollout.prompt_template=chat
+rollout.prompt_template=chat rollout.chat_template_kwargs={enable_thinking:false,effort:"low",levels:[1,2]}
 rl.fixed_depth=28 task=hops rl.families=[hop3]
 deepspeed=zero2 parallel.data=4
 parallel=tp2_pp2 parallel.sequence_parallel=true deepspeed=zero2
@@ -352,7 +354,10 @@ def assign(cfg: RunConfig, key: str, value: Any) -> None:
 def changed(cfg: RunConfig, key: str) -> RunConfig:
     cfg = copy.deepcopy(cfg)
     old = {name: value for name, value, _ in settings(cfg)}[key]
-    new = (not old) if isinstance(old, bool) else [*old, *old, 3] if isinstance(old, list) else old + type(old)(7)
+    if isinstance(old, bool | dict):
+        new = not old if isinstance(old, bool) else {**old, "x": 1}
+    else:
+        new = [*old, *old, 3] if isinstance(old, list) else old + type(old)(7)
     assign(cfg, key, new)
     return cfg
 

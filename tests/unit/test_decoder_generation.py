@@ -11,6 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+)
 
 from ee_megatron.exit_rules import Confidence, Entropy, ExitRule, Fixed, Off, Patience, Random, Sample, Threshold
 from ee_megatron.exits import exit_distribution
@@ -18,8 +23,10 @@ from ee_megatron.families import FAMILIES
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.rollout import Decoder, GenerationRequest, SamplingParams, generate
 from ee_megatron.rollout.engine import scoring
-from ee_megatron.rollout.engine.request import StopChecker
+from ee_megatron.rollout.engine.generation import answer_requests
+from ee_megatron.rollout.engine.request import Request, StopChecker
 from ee_megatron.rollout.engine.sampling import sample_tokens, stream_key, uniforms
+from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.scoring import inspect, read_exits, score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.covering import covering
@@ -189,6 +196,90 @@ def test_tokens_are_sampled_with_the_softmax_probabilities():
     probabilities = logits[0].softmax(-1)
     kept = nucleus.unique()
     assert probabilities[kept].sum() >= 0.5 > probabilities[kept].sum() - probabilities[kept].min()
+
+
+PENALISED = [
+    SamplingParams(0.0, 24, repetition_penalty=1.6),
+    SamplingParams(0.0, 24, presence_penalty=-1.5, frequency_penalty=0.7),
+    SamplingParams(0.8, 24, repetition_penalty=0.7, frequency_penalty=1.1),
+    SamplingParams(1.3, 24, min_p=0.4, presence_penalty=1.9, top_p=0.95),
+    SamplingParams(1.0, 24, min_p=0.6),
+]
+
+
+def processed(logits: torch.Tensor, params: SamplingParams, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Logits [1, V] by transformers' processors, and by OpenAI's formula of the two penalties that it lacks."""
+    logits = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(torch.tensor([[*prompt, *answer]]), logits)
+    for token in set(answer):
+        logits[0, token] -= params.presence_penalty + answer.count(token) * params.frequency_penalty
+    if not params.temperature:
+        return logits
+    logits = TemperatureLogitsWarper(params.temperature)(None, logits)
+    return MinPLogitsWarper(params.min_p)(None, logits) if params.min_p else logits
+
+
+@pytest.mark.parametrize("params", PENALISED, ids=str)
+def test_penalties_and_min_p_draw_from_the_distribution_of_transformers_processors(params):
+    logits = 2 * torch.randn(3, 12, generator=torch.Generator().manual_seed(4))
+    histories = [([1, 2, 2], [3, 3, 3, 4]), ([5] * 9, []), ([0], [11, 0, 11, 11])]
+    draws, before = 8000, logits.clone()
+    keys = np.array([stream_key(0, "p", k) for k in range(draws)], dtype=np.uint64)
+    uniform = torch.from_numpy(uniforms(keys, np.zeros(draws, dtype=int), 1)[:, -1])
+    for row, history in enumerate(histories):
+        wanted = processed(logits[row : row + 1].clone(), params, *history)[0]
+        best, own, full = sample_tokens(logits, params, uniform[:3], histories)
+        if params.temperature == 0:
+            assert best[row] == wanted.argmax()
+            assert own[row].item() == pytest.approx(wanted.log_softmax(-1).max().item(), abs=1e-5)
+            assert full[row].item() == pytest.approx(logits[row].log_softmax(-1)[best[row]].item(), abs=1e-5)
+            continue
+        if params.top_p < 1:
+            order = wanted.softmax(-1).sort(descending=True)
+            wanted[order.indices[order.values.cumsum(0) - order.values >= params.top_p]] = float("-inf")
+        expected = wanted.softmax(-1)
+        many = logits[row].expand(draws, -1)
+        tokens, logprobs, full = sample_tokens(many, params, uniform, [history] * draws)
+        np.testing.assert_allclose(np.bincount(tokens, minlength=12) / draws, expected, atol=0.02)
+        np.testing.assert_allclose(logprobs, expected.log()[tokens], atol=1e-5)
+        np.testing.assert_allclose(full, (logits[row] / params.temperature).log_softmax(-1)[tokens], atol=1e-5)
+    assert torch.equal(logits, before)
+
+
+def test_answers_with_penalties_have_the_probabilities_of_transformers_whatever_the_batch(path, tokenizer):
+    """Rows of different penalties beside each other, and beside rows without any, which answer as alone."""
+    decoder = Decoder.from_hf(path, PolicySpec(6, (), rank=0), torch.float32, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompts = [tokenizer(prompt.text).input_ids for prompt in TALKED_ABOUT]
+    kinds = [*PENALISED, SamplingParams(1.0, 24)]
+    requests = [Request(prompts[i], params, OFF, 3, str(i)) for i, params in enumerate(kinds)]
+    together = answer_requests(Scheduler(decoder, tokenizer, 4), requests, 0)
+    for request, found in zip(requests, together, strict=True):
+        params, answer = request.sampling, found.tokens.tolist()
+        same([found], answer_requests(Scheduler(decoder, tokenizer, 1), [request], 0))
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*request.prompt, *answer]])).logits[0, len(request.prompt) - 1 : -1]
+        for t, token in enumerate(answer):
+            wanted = processed(logits[t : t + 1].clone(), params, request.prompt, answer[:t])[0]
+            if params.top_p == 1:
+                assert found.token_logprobs[t] == pytest.approx(wanted.log_softmax(-1)[token].item(), abs=1e-4)
+            assert params.temperature or wanted[token] == wanted.max()
+            raw = (logits[t] / (params.temperature or 1)).log_softmax(-1)
+            assert found.full_logprobs[t] == pytest.approx(raw[token].item(), abs=1e-4)
+    greedy = model.generate(
+        torch.tensor([prompts[0]]), do_sample=False, max_new_tokens=24, repetition_penalty=1.6, pad_token_id=129
+    )
+    assert greedy[0, len(prompts[0]) :].tolist() == together[0].tokens.tolist()
+    assert len(set(together[0].tokens.tolist())) > 12
+
+
+def test_a_stop_token_ends_an_answer_and_stays_in_it(policy):
+    free = answers_of(policy, PROMPTS, 1, SamplingParams(1.0, 40), Sample(), 5)
+    ends = {int(rollout.tokens[7]) for rollout in free if rollout.length > 8}
+    stopped = answers_of(policy, PROMPTS, 1, SamplingParams(1.0, 40, stop_token_ids=tuple(ends)), Sample(), 5)
+    for long, short in zip(free, stopped, strict=True):
+        at = next((t for t, token in enumerate(long.tokens.tolist()) if token in ends), long.length - 1)
+        assert short.tokens.tolist() == long.tokens[: at + 1].tolist() and long.text.startswith(short.text)
+    assert sum(short.finished for short in stopped) > sum(long.finished for long in free)
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=5), st.integers(0, 10**6), st.integers(1, 9))

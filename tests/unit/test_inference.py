@@ -187,6 +187,10 @@ def test_messages_go_through_the_chat_template(house: House, tmp_path: Path) -> 
     assert one.prompt_tokens.tolist() == two.prompt_tokens.tolist() == tokens
     with pytest.raises(ValueError, match="chat template"):
         EarlyExitModel.load(house.base).encode(messages)
+    (tmp_path / house.base.name / "chat_template.jinja").write_text(CHAT + "{{ mood }}")
+    moody = EarlyExitModel.load(tmp_path / house.base.name, **FLOAT32)
+    moody.chat_template_kwargs["mood"] = "!"
+    assert moody.tokenizer.decode(moody.encode("hi", chat=True)) == "<user>hi<a>!"
     # On the command line: for chat models as their makers left them.
     assert wants_chat(plain, None) and not wants_chat(plain, False)
     # What these were trained on isn't known, or is known to be plain.

@@ -120,6 +120,8 @@ def test_a_set_of_before_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("ee_megatron.training.answer_cache.__version__", "1")
     one = GenerationRequest([Prompt("p", "Q", "A", "t")], 1, SamplingParams(0.0, 12, ("\n",)), Threshold(0.5), 3)
     assert AnswerCache(Path(), {})._place("w", one).name == "eea4046a67514039"
+    penalised = replace(one, sampling=replace(one.sampling, repetition_penalty=1.1))
+    assert AnswerCache(Path(), {})._place("w", penalised).name != "eea4046a67514039"
 
 
 def test_answers_are_kept_before_they_are_read_and_sets_that_lack_scores_are_read_together(

@@ -1,12 +1,16 @@
 """Which problems the teacher answers for calibration, and RL."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from ee_megatron.config.load import load
+from ee_megatron.config.identity import stage_dir, to_yaml
+from ee_megatron.config.load import load, read_saved, settings_of
+from ee_megatron.config.validate import validate
 from ee_megatron.tasks import task_of
 from ee_megatron.training.collect import training_problems, wide_problems, wider_problems
+from tests.tiny import tiny_hf
 
 
 @pytest.mark.parametrize("limit", [None, 300])
@@ -56,6 +60,31 @@ def test_without_a_limit_all_of_the_scarcer_kind_are_used():
     task = task_of(cfg, Path(cfg.model.path))
     chosen = training_problems(cfg, Path(cfg.model.path), task, 0.2)
     assert chosen[:500] == task.prompts("train") and len(chosen) == 625
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_thinking_is_switched_by_a_setting_that_stages_are_named_by(tmp_path, thinks):
+    path = tiny_hf("qwen3", tmp_path)
+    shutil.copy(Path(__file__).parents[1] / "qwen3.jinja", path / "chat_template.jinja")
+
+    def configured(variables: str):
+        given = ["experiment=demo_cpu", f"model.path={path}", "rollout.prompt_template=chat"]
+        cfg = load([*given, f"rollout.chat_template_kwargs={variables}"])
+        validate(cfg, None)
+        assert settings_of(cfg) is not None and load(settings_of(cfg)) == cfg
+        (tmp_path / "saved.yaml").write_text(to_yaml(cfg))
+        assert read_saved(tmp_path / "saved.yaml") == cfg
+        return cfg
+
+    cfg, plain = configured(f"{{enable_thinking:{str(thinks).lower()}}}"), configured("{}")
+    begun = task_of(plain, path).prompts("train")[0].text
+    assert begun.endswith("<|im_start|>assistant\n")
+    assert task_of(cfg, path).prompts("train")[0].text == begun + ("" if thinks else "<think>\n\n</think>\n\n")
+    for stage in ("teacher", "rl", "evaluate"):
+        assert stage_dir(cfg, stage) != stage_dir(plain, stage)
+    for wrong in ("enable_thinkin", "messages"):
+        with pytest.raises(ValueError, match=f"rollout.chat_template_kwargs.* {wrong}"):
+            task_of(configured(f"{{{wrong}:false}}"), path)
 
 
 def pairs(prompts):

@@ -148,7 +148,8 @@ def test_answers_are_the_embedded_engines_token_for_token_and_depth_for_depth(ru
     options = {"temperature": params.temperature, "top_p": params.top_p, "max_tokens": TOKENS, "seed": 5}
     # vLLM takes n > 1 only where answers can differ.
     samples = options["n"] = 2 if params.temperature else 1
-    more = {"top_k": params.top_k} if params.top_k else {}
+    names = ("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    more = {name: value for name in names if (value := getattr(params, name))}
     with ThreadPoolExecutor(len(TEXTS)) as threads:
         found = list(threads.map(lambda text: served.complete(text, exits, extra_body=more, **options), TEXTS))
     depths, firsts = set(), set()

@@ -83,6 +83,9 @@ SAMPLINGS = {
     "greedy": SamplingParams(0.0, TOKENS),
     "whole": SamplingParams(1.0, TOKENS),
     "cut": SamplingParams(1.2, TOKENS, top_k=20, top_p=0.8),
+    "penalised": SamplingParams(
+        1.1, TOKENS, min_p=0.5, repetition_penalty=1.4, presence_penalty=0.6, frequency_penalty=0.3
+    ),
 }
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",

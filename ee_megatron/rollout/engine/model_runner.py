@@ -182,7 +182,8 @@ class ModelRunner:
         """Tokens from logits [R, V] by each row's own sampling parameters. Raises ValueError for NaN among them."""
         sampled: list[tuple] = [()] * len(rows)
         for params, members, which in _alike([row.request.sampling.distribution for row in rows], logits.device):
-            drawn = sample_tokens(logits[which], params, uniform[which])
+            histories = [(rows[i].prompt_tokens, rows[i].tokens) for i in members] if params.is_penalised else ()
+            drawn = sample_tokens(logits[which], params, uniform[which], histories)
             given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
             if given:
                 drawn = prescribe(logits[which], params, drawn, given)

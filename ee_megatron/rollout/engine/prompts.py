@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,24 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[i
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of messages in the model's chat template, up to where its answer begins. Raises ValueError without a
-    template, or if it refuses the messages."""
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    variables: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Token ids of messages in the model's chat template, up to where its answer begins, or to the end of the last
+    message's text with `continue_final_message`. `variables`: further ones for the template, as enable_thinking.
+    Raises ValueError without a template, or if it refuses the messages."""
     if not tokenizer.chat_template:
         raise ValueError("this model has no chat template; give the prompt as text")
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
+            [dict(message) for message in messages], chat_template=None, tokenize=False,
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message,
+            **variables or {},
+        )  # fmt: skip
     except Exception as error:
         # Templates refuse roles and orders of messages in exceptions of their own.
         raise ValueError(f"the chat template refuses the messages: {error}") from None

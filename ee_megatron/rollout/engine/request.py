@@ -94,7 +94,7 @@ def check_logits(full_logprobs: Iterable[float]) -> None:
 class Event(NamedTuple):
     """One new token of a request: its id, the text that became certain with it, its exit depth and log-probabilities.
 
-    `finished` is None, or why this was the last: "stop" (end of sequence or a stop string) or "length". `top`: the most
+    `finished` is None, or why this was the last: "stop" (a stop token or string) or "length". `top`: the most
     probable tokens at this place, as many as the request wanted, with their `full_logprob`.
     """
 
@@ -110,14 +110,17 @@ class Event(NamedTuple):
 
 
 class StopChecker:
-    """End-of-sequence ids and stop strings. Decodes the answer only when its newest token could complete a stop."""
+    """End-of-sequence ids, further `ids` that end an answer, and stop strings. Decodes the answer only when its newest
+    token could complete a stop."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], stop: Sequence[str]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, eos_ids: Iterable[int], stop: Sequence[str], ids: Sequence[int] = ()
+    ):
         self.tokenizer = tokenizer
         # A special token never shows up in decoded text: as a stop string it is an end-of-sequence id.
         special = {text: tokenizer.convert_tokens_to_ids(text) for text in stop if text in tokenizer.all_special_tokens}
-        ids = set(eos_ids) or {tokenizer.eos_token_id} - {None}
-        self.end_ids = frozenset(ids | set(special.values()))
+        ends = set(eos_ids) or {tokenizer.eos_token_id} - {None}
+        self.end_ids = frozenset({*ends, *special.values(), *ids})
         self.stop = tuple(text for text in stop if text not in special)
         self._last_characters = {text[-1] for text in self.stop}
         # A space may be lost and a character beyond ASCII split when a token is decoded alone: then always look.
@@ -219,24 +222,21 @@ class Row:
 
     def rollout(self, version: int) -> Rollout:
         """The finished answer as a record, with the version of its weights."""
-        sampling = self.request.sampling
 
         def column(name: str, dtype: type) -> np.ndarray:
             return np.array([getattr(event, name) for event in self.events], dtype=dtype)
 
-        logprobs = column("logprob", np.float32)
-        cut = sampling.temperature > 0 and (sampling.top_k or sampling.top_p < 1)
         return Rollout(
             prompt_id=self.request.prompt_id,
             prompt_tokens=np.array(self.prompt_tokens, dtype=np.int64),
             tokens=np.array(self.tokens, dtype=np.int64),
             exit_depths=column("depth", np.int32),
-            token_logprobs=logprobs,
+            token_logprobs=column("logprob", np.float32),
             exit_logprobs=column("exit_logprob", np.float32),
             text=self.stopping.text(self.tokens),
             finished=self.finished == "stop",
             weight_version=version,
-            full_logprobs=column("full_logprob", np.float32) if cut else logprobs,
+            full_logprobs=column("full_logprob", np.float32),
         )
 
 
@@ -256,7 +256,7 @@ class RequestValidator:
         tokens = tuple(encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else prompt)
         if not tokens:
             raise ValueError(f"prompt {request.prompt_id!r} has no tokens; give it a text")
-        stopping = self._stopping(sampling.stop)
+        stopping = self._stopping(sampling.stop, sampling.stop_token_ids)
         if prefill and len(prefill) >= sampling.max_new_tokens:
             raise ValueError(
                 f"prefill of {request.prompt_id!r} has {len(prefill)} tokens, the answer may have "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
@@ -19,14 +21,18 @@ NUCLEUS = 512
 
 # (token, log-probability), the most probable first.
 TopLogprobs = tuple[tuple[int, float], ...]
+# Token ids of a row's prompt and of its answer so far.
+History = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Token sampling. temperature 0 is greedy; top_k 0 and top_p 1 keep the whole vocabulary.
+    """Token sampling. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary.
 
-    Generation ends at an end-of-sequence token, once a string of `stop` is in the text, or after max_new_tokens.
-    Raises ValueError for a value out of range.
+    The penalties are vLLM's: repetition_penalty for tokens of prompt and answer, 1 for none; presence_penalty and
+    frequency_penalty (per occurrence) for tokens of the answer, 0 for none.
+    Generation ends at an end-of-sequence token or one of stop_token_ids, once a string of `stop` is in the text, or
+    after max_new_tokens. Raises ValueError for a value out of range.
     """
 
     temperature: float = 1.0
@@ -34,22 +40,40 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature {self.temperature}: expected 0 (greedy) or more")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is not positive; set at least 1")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k {self.top_k}, top_p {self.top_p}: expected top_k >= 0 and 0 < top_p <= 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p}: expected a number from 0 to 1")
+        # Beyond these bounds float32 logits could overflow.
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty {self.repetition_penalty}: expected a number from 0.01 to 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} {getattr(self, name)}: expected a number from -2 to 2")
         if "" in self.stop:
             raise ValueError("stop contains an empty string, which every text contains; remove it")
 
-    @property
+    @cached_property
     def distribution(self) -> SamplingParams:
         """Without what ends an answer: rows with equal values are sampled in one batch."""
-        return SamplingParams(self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return replace(self, max_new_tokens=1, stop=(), stop_token_ids=())
+
+    @cached_property
+    def is_penalised(self) -> bool:
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
 
 
 def stream_key(seed: int, prompt_id: str, sample: int) -> int:
@@ -72,18 +96,50 @@ def uniforms(keys: np.ndarray, positions: np.ndarray, draws: int) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sample_tokens(logits: Tensor, params: SamplingParams, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, params: SamplingParams, uniform: Tensor, histories: Sequence[History] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """logits float32 [R, V], uniform float64 [R] in [0, 1) -> token ids int64 [R], two log-probabilities float32 [R]:
-    under the distribution that was sampled from (temperature, top-k and top-p applied) and under the whole one
-    (temperature applied; 1 for a greedy choice). Inverse-CDF sampling: one uniform per token, whatever the batch."""
+    under the distribution that was sampled from and under the model's own (temperature applied; 1 for a greedy choice).
+    Inverse-CDF sampling: one uniform per token, whatever the batch. `histories` [R]: read if there are penalties."""
+    penalised = penalise(logits, params, histories) if params.is_penalised else logits
     if params.temperature == 0:
-        best, logprobs = greedy(logits)
-        return best, logprobs, logprobs
+        tokens, logprobs = greedy(penalised)
+        return tokens, logprobs, logprobs if penalised is logits else log_prob(logits, tokens)
     if params.temperature != 1:
-        logits = logits / params.temperature
-    truncated = truncate(logits, params.top_k, params.top_p)
+        scaled = logits / params.temperature
+        logits, penalised = scaled, scaled if penalised is logits else penalised / params.temperature
+    truncated = truncate(drop_improbable(penalised, params.min_p), params.top_k, params.top_p)
     tokens, logprobs = inverse_cdf(truncated, uniform)
     return tokens, logprobs, logprobs if truncated is logits else log_prob(logits, tokens)
+
+
+def penalise(logits: Tensor, params: SamplingParams, histories: Sequence[History]) -> Tensor:
+    """Logits [R, V] after the penalties, in vLLM's order: logits of tokens in prompt or answer are divided by
+    repetition_penalty where positive, else multiplied; of tokens in the answer presence_penalty is subtracted, and
+    frequency_penalty as often as the token is there."""
+    result = logits.reshape(-1).clone()
+
+    def places(texts: Iterable[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor]:
+        """Where each row's distinct tokens stand in `result`, and how often each occurs."""
+        at = [np.fromiter(chain(*text), np.int64) + row * logits.shape[-1] for row, text in enumerate(texts)]
+        found, counts = np.unique(np.concatenate(at), return_counts=True)
+        return torch.from_numpy(found).to(logits.device), torch.from_numpy(counts).to(logits)
+
+    if params.repetition_penalty != 1:
+        at, _ = places(histories)
+        values = result[at]
+        result[at] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    at, counts = places([answer] for _, answer in histories)
+    result[at] -= counts * params.frequency_penalty + params.presence_penalty
+    return result.view_as(logits)
+
+
+def drop_improbable(logits: Tensor, min_p: float) -> Tensor:
+    """Set logits to -inf where a token is less probable than min_p times the most probable one."""
+    if not min_p:
+        return logits
+    return logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), float("-inf"))
 
 
 def prescribe(

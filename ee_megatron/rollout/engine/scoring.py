@@ -99,16 +99,17 @@ class Inspection:
     streams: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
-class PromptScore:
+class PromptScore(NamedTuple):
     """Scores of a prompt of T tokens: T - 1 entries, for its second token on. Natural logs, temperature 1.
 
     - logprobs: log π(token | the tokens before it)
+    - ranks: how many tokens are at least as probable, itself included
     - top: the most probable tokens in its place, as many as were wanted, most probable first
     """
 
-    logprobs: tuple[float, ...]
-    top: tuple[TopLogprobs, ...]
+    logprobs: list[float]
+    ranks: list[int]
+    top: list[TopLogprobs]
 
 
 @torch.inference_mode()
@@ -124,13 +125,13 @@ def score_prompts(
     stream = decoder.forward_parallel(tokens, lengths)
     scores = []
     for b, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
-        logprobs: list[float] = []
-        top: list[TopLogprobs] = []
+        score = PromptScore([], [], [])
         for at in chunks(decoder, len(prompt) - 1, logits_bytes):
-            logits = decoder.readout(stream[b, at])
-            logprobs += log_prob(logits, tokens[b, 1:][at]).tolist()
-            top += most_probable(logits, SamplingParams(), [count] * len(logits))
-        scores.append(PromptScore(tuple(logprobs), tuple(top)))
+            logits, chosen = decoder.readout(stream[b, at]), tokens[b, 1:][at]
+            score.logprobs.extend(log_prob(logits, chosen).tolist())
+            score.ranks.extend((logits >= logits.gather(-1, chosen[:, None])).sum(-1).tolist())
+            score.top.extend(most_probable(logits, SamplingParams(), [count] * len(logits)))
+        scores.append(score)
     return scores
 
 

@@ -6,11 +6,11 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -67,6 +67,7 @@ class Service:
     - host: where the server listens if that is the loopback interface, so that any other name is DNS rebinding
     - origins: web pages that may ask ("*": any); their hosts may be named too
     - key: the API key that clients send; None: no key needed
+    - template_variables: of the chat template, where a request's chat_template_kwargs don't have them
     """
 
     engine: ServingEngine
@@ -77,6 +78,7 @@ class Service:
     host: str | None = "127.0.0.1"
     origins: frozenset[str] = frozenset()
     key: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     piece: Callable[[int], str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,9 +88,11 @@ class Service:
         """Tokenise the prompts. Raises BadRequest for messages that the chat template refuses."""
         if isinstance(query, ChatRequest):
             messages = [message.plain() for message in query.messages]
-            size = sum(len(message["content"]) for message in messages)
+            size = sum(len(text) for message in messages for text in message.values())
+            variables = {**self.template_variables, **query.chat_template_kwargs}
+            ending = query.add_generation_prompt, query.continue_final_message
             try:
-                return [await aside(size, lambda: encode_chat(self.tokenizer, messages))]
+                return [await aside(size, lambda: encode_chat(self.tokenizer, messages, variables, *ending))]
             except ValueError as error:
                 raise BadRequest(f"messages: {' '.join(str(error).split())[:300]}", param="messages") from None
         size = sum(len(prompt) for prompt in query.prompts if isinstance(prompt, str))
@@ -115,11 +119,14 @@ class Service:
                     code="context_length_exceeded",
                 )
             allowed.append(wanted)
-        tokens, top = sum(allowed) + query.echo * sum(map(len, prompts)), query.top or 0
-        if (entries := query.n * tokens * (1 + top)) > limits.max_entries:
+        read, top, scored = sum(map(len, prompts)), query.top or 0, query.prompt_logprobs
+        tokens = sum(allowed) + query.echo * read
+        entries = query.n * (tokens * (1 + top) + (0 if scored is None else read * (1 + scored)))
+        if entries > limits.max_entries:
             raise BadRequest(
-                f"{tokens} tokens (max_tokens, and prompts by echo) x n={query.n} x (1 + logprobs={top}) are {entries} "
-                f"entries; at most {limits.max_entries} a request; lower one of these, or send fewer prompts",
+                f"{tokens} tokens (max_tokens, and prompts by echo) x n={query.n} x (1 + logprobs={top}), and "
+                f"prompt_logprobs, are {entries} entries; at most {limits.max_entries} a request; lower one of these, "
+                "or send fewer prompts",
                 param="max_tokens",
             )
         return allowed
@@ -193,8 +200,9 @@ class Service:
         echoes, scores = [""] * len(prompts), list[PromptScore | None]([None] * len(prompts))
         if isinstance(query, CompletionRequest) and query.echo:
             echoes = [p if isinstance(p, str) else str(self.tokenizer.decode(p)) for p in query.prompts]
-            if query.top is not None:
-                scores = [*await self.score(request, prompts, query.top)]
+        wanted = [count for count in (query.top if query.echo else None, query.prompt_logprobs) if count is not None]
+        if wanted:
+            scores = [*await self.score(request, prompts, max(wanted))]
         choices = [
             Choice(i, prompts[i // query.n], query, self.piece, echoes[i // query.n], scores[i // query.n])
             for i in range(len(requests))

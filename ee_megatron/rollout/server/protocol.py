@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
@@ -17,8 +19,14 @@ from ..engine.sampling import SamplingParams
 COLDEST = 1e-5
 TOP_LOGPROBS = 20
 NEUTRAL: dict[str, Any] = {"tool_choice": "none", "function_call": "none", "response_format": {"type": "text"}}
-NEUTRAL |= {"frequency_penalty": 0, "presence_penalty": 0, "best_of": 1, "suffix": ""}
-"""Values of OpenAI's fields that ask for nothing, as do null, [] and {}: clients send them. Others are refused."""
+NEUTRAL |= {"best_of": 1, "suffix": "", "top_k": -1, "min_tokens": 0, "ignore_eos": False, "length_penalty": 1}
+NEUTRAL |= {"use_beam_search": False, "skip_special_tokens": True, "spaces_between_special_tokens": True}
+NEUTRAL |= {"include_stop_str_in_output": False}
+"""Values of OpenAI's and vLLM's fields that ask for nothing, as do null, [] and {}: clients send them. Others are
+refused."""
+IGNORED = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+IGNORED |= {"request_id", "priority", "cache_salt"}
+"""Fields that change no answer."""
 
 
 class BadRequest(HTTPException):
@@ -54,7 +62,7 @@ class Fields(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if value is not None and value not in ([], {}) and (name not in NEUTRAL or value != NEUTRAL[name])
+            if name not in IGNORED and value not in (None, [], {}) and (name not in NEUTRAL or value != NEUTRAL[name])
         }
 
 
@@ -76,21 +84,32 @@ StopStrings = Annotated[
 
 
 class GenerationFields(Fields):
-    """Fields of both endpoints; exit_policy and top_k are not OpenAI's."""
+    """Fields of both endpoints: OpenAI's, vLLM's, which mean what they mean there, and exit_policy."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, lt=1 << 31)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
     n: int = Field(1, ge=1)
     stop: StopStrings | None = None
+    stop_token_ids: list[int] = Field([], max_length=128)
+    prompt_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
     stream: bool = False
     stream_options: StreamOptions | None = None
     exit_policy: ExitPolicy | None = None
-    user: str | None = None
     echo: bool = False
+
+    @model_validator(mode="after")
+    def has_whole_prompt(self) -> GenerationFields:
+        if self.stream and self.prompt_logprobs is not None:
+            raise BadRequest("prompt_logprobs: not in a stream; leave out stream", param="prompt_logprobs")
+        return self
 
     @property
     def top(self) -> int | None:
@@ -102,8 +121,9 @@ class GenerationFields(Fields):
         seed = secrets.randbits(63) if self.seed is None else self.seed
         temperature = self.temperature if self.temperature >= COLDEST else 0.0
         exits = make_rule(self.exit_policy.kind, self.exit_policy.value) if self.exit_policy else default_exits
-        stop, top = tuple(self.stop or ()), self.top or 0
-        sampling = [SamplingParams(temperature, limit, stop, self.top_k, self.top_p) for limit in tokens]
+        same = {f.name: getattr(self, f.name) for f in fields(SamplingParams) if f.name in type(self).model_fields}
+        same |= {"temperature": temperature, "stop": self.stop or ()}
+        sampling, top = [SamplingParams(**same, max_new_tokens=limit) for limit in tokens], self.top or 0
         return [
             Request(prompt, sampling[i], exits, seed, str(i or ""), sample=k, stream=True, top_logprobs=top)
             for i, prompt in enumerate(prompts)
@@ -141,15 +161,20 @@ class ContentPart(Fields):
 
 
 class Message(Fields):
-    """A chat message. `content` may be null, which is the empty text, or parts of text, which are joined."""
+    """A chat message. `content` may be null, which is the empty text, or parts of text, which are joined. Reasoning has
+    two names among clients and templates."""
 
     role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     content: str | list[ContentPart] = ""
     name: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        thought = self.reasoning_content if self.reasoning is None else self.reasoning
+        plain = {"role": self.role, "content": text}
+        return plain if thought is None else {**plain, "reasoning": thought, "reasoning_content": thought}
 
 
 class ChatRequest(GenerationFields):
@@ -158,6 +183,14 @@ class ChatRequest(GenerationFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=TOP_LOGPROBS)
     echo: Literal[False] = False
+    continue_final_message: bool = False
+    add_generation_prompt: bool = Field(default_factory=lambda given: not given.get("continue_final_message"))
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @property
+    def role(self) -> str:
+        """Whose message the answer belongs to."""
+        return "assistant" if self.add_generation_prompt else self.messages[-1].role
 
     @model_validator(mode="after")
     def has_logprobs(self) -> ChatRequest:
@@ -178,7 +211,11 @@ def first_error(errors: Sequence[Any]) -> BadRequest:
     if first["type"] == "json_invalid":
         where, message = "", f"{message} at character {where}: {first['ctx']['error']}"
     elif first["type"] == "extra_forbidden":
-        message = "this server has no such field; leave it out"
+        name = str(first["loc"][-1])
+        known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+        # A field about exits must not be lost; others may be of programs that are not known here.
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0 if name.startswith("exit") else 0.75)
+        message = f"this server has no such field; {f'did you mean {near[0]}?' if near else 'leave it out'}"
     elif first["type"] != "missing":
         message += f" (found {str(first['input'])[:80]!r})"
     return BadRequest(" ".join(f"{where or 'body'}: {message}".split()), param=where or None)

@@ -33,7 +33,7 @@ class Choice:
     def add(self, events: Sequence[Event], echo: bool = False) -> dict:
         """Format these further tokens as the choice of a response, or of a streamed chunk, after the prompt if that is
         to be repeated. Raises ValueError for a NaN log-probability."""
-        role = {} if self.events else {"role": "assistant"}
+        role = {} if self.events or not isinstance(self._query, ChatRequest) else {"role": self._query.role}
         self.events += events
         text = (self._echo if echo else "") + "".join(event.text for event in events)
         chat, logprobs = isinstance(self._query, ChatRequest), None
@@ -46,6 +46,7 @@ class Choice:
         return {
             "index": self._index,
             **content,
+            **({} if chat else self.prompt_logprobs()),
             "finish_reason": finished,
             "logprobs": logprobs,
             "early_exit": {
@@ -55,6 +56,23 @@ class Choice:
                 "exit_logprobs": [bounded(event.exit_logprob) for event in events],
             },
         }
+
+    def prompt_logprobs(self) -> dict:
+        """Field `prompt_logprobs` if it is requested, in vLLM's form: by position None or {token id: logprob, rank,
+        decoded_token}, of the most probable tokens and the prompt's own."""
+        if self._query.prompt_logprobs is None or self._score is None:
+            return {}
+        positions: list[dict | None] = [None]
+        for token, logprob, rank, top in zip(self.prompt[1:], *self._score, strict=True):
+            best = enumerate(top[: self._query.prompt_logprobs], start=1)
+            ranked = {token: (logprob, rank)} | {other: (value, at) for at, (other, value) in best}
+            positions.append(
+                {
+                    str(one): {"logprob": bounded(value), "rank": at, "decoded_token": self._piece(one)}
+                    for one, (value, at) in ranked.items()
+                }
+            )
+        return {"prompt_logprobs": positions}
 
     def _entry(self, event: Event) -> dict:
         def fields(token: int, logprob: float) -> dict:
@@ -67,7 +85,7 @@ class Choice:
     def _columns(self, events: Sequence[Event], echo: bool) -> dict:
         """`logprobs` of completions: an entry per token, of the prompt's too if it is repeated."""
         entries: list[tuple[int, float | None, TopLogprobs]] = []
-        if echo and self._score is not None:
+        if echo and self._query.echo and self._score is not None:
             # Nothing comes before the first token, so it has no log-probability.
             entries += zip(self.prompt, (None, *self._score.logprobs), ((), *self._score.top), strict=True)
         entries += [(event.token, event.full_logprob, event.top) for event in events]
@@ -110,7 +128,8 @@ class Reply:
             "total_tokens": prompt + len(depths),
             "mean_depth": sum(depths) / len(depths) / self._num_layers if depths else None,
         }
-        return {**self._head, "choices": choices, "usage": counts}
+        whole = {**self._head, "choices": choices, "usage": counts}
+        return whole | self.choices[0].prompt_logprobs() if isinstance(self.query, ChatRequest) else whole
 
     def end(self) -> bytes:
         """End of a stream: the usage if requested, and the mark."""

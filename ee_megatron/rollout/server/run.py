@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -168,6 +169,7 @@ def run(
     settings: ServerSettings,
     listening: socket.socket,
     api_key: str | None = None,
+    template_variables: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve at a bound socket until SIGTERM or SIGINT. Raises ValueError for settings that contradict the model."""
     exits.check(decoder.layout, decoder.gates is not None)
@@ -182,8 +184,9 @@ def run(
     limits = Limits(budget.longest, budget.longest_prompt, default_tokens=settings.max_new_tokens)
     origins = frozenset(origin.rstrip("/").lower() for origin in settings.allow_origin)
     service = Service(
-        engine, load_tokenizer(model_path), name, exits, limits, settings.host if local else None, origins, api_key
-    )
+        engine, load_tokenizer(model_path), name, exits, limits, settings.host if local else None, origins, api_key,
+        template_variables or {},
+    )  # fmt: skip
     config = uvicorn.Config(
         make_app(service),
         ws="none",

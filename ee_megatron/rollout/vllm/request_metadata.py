@@ -26,7 +26,7 @@ class RequestMetadata:
     - rule: decides about exits of tokens of which `prescribed` says nothing
     - name: comes back with every token of a rollout
     - prescribed: depth of every token; of Prescribed
-    - sampling: temperature, top_k and top_p; None: vLLM's sampler decides, with this stream's random numbers
+    - sampling: without what ends an answer; None: vLLM's sampler decides, with this stream's random numbers
     - given: the tokens that the answer is made to begin with
     - depths: of the tokens made so far; read again after a preemption
     """
@@ -55,7 +55,7 @@ class RequestMetadata:
             **RequestMetadata.served(rule, len(row.prompt_tokens), (request.seed, request.prompt_id, request.sample)),
             "name": row.id,
             "prescribed": [int(depth) for depth in prescribed],
-            "sampling": {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p},
+            "sampling": asdict(sampling),
             "given": [int(token) for token in request.prefill],
         }
 

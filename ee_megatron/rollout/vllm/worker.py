@@ -273,7 +273,8 @@ class ExitSampler(nn.Module):
                 # Neighbours mostly: no copy then.
                 together = rows[-1] - rows[0] + 1 == len(rows)
                 wide = (logits[rows[0] : rows[-1] + 1] if together else logits[which]).float()
-                sampled = sample_tokens(wide, params, drawn)
+                states = [self.runner.requests[batch.names[i]] for i in rows] if params.is_penalised else ()
+                sampled = sample_tokens(wide, params, drawn, [(s.prompt_token_ids, s.output_token_ids) for s in states])
                 chosen = [one for i in rows.tolist() if (one := batch.requests[i]) is not None]
                 given = [
                     (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)

@@ -83,6 +83,9 @@ SAMPLINGS = {
     "top_k": SamplingParams(1.0, TOKENS, top_k=9),
     "top_p": SamplingParams(0.7, TOKENS, top_p=0.6),
     "top_k_top_p": SamplingParams(1.2, TOKENS, top_k=20, top_p=0.8),
+    "penalised": SamplingParams(
+        1.1, TOKENS, min_p=0.5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.2
+    ),
 }
 
 

@@ -208,7 +208,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         parser,
         (
             "--model", None, "DIR",
-            "a Hugging Face model, an export with its gates, a run or a Megatron checkpoint; needs no experiment",
+            "a Hugging Face model or hub id, export with gates, run or Megatron checkpoint; needs no experiment",
         ),
         ("--policy", None, "DIR", "a policy checkpoint or stage directory (default: the newest)"),
     )  # fmt: skip
@@ -228,13 +228,16 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _configured(options: argparse.Namespace, *, with_model: bool = False) -> RunConfig:
+def _configured(options: argparse.Namespace, *, with_model: bool = False, whole: bool = False) -> RunConfig:
+    """The settings, checked, `with_model` against the model too; `whole`: as in `config.load.pin_ids`."""
     from .config.derive import read_dims
-    from .config.load import load
+    from .config.errors import refuse
+    from .config.load import load, pin_ids
     from .config.validate import validate
 
     cfg = load(options.overrides)
     validate(cfg, None)
+    refuse(pin_ids(cfg, options.overrides, whole=whole).values())
     if with_model:
         validate(cfg, read_dims(cfg))
     return cfg
@@ -243,21 +246,32 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False) -> Run
 def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
     """The settings of a stage, or of all of them ("run"), after checking their inputs, and this machine too if it
     `starts_here`. Raises Faults."""
+    from .config import hub
     from .config.errors import refuse
 
-    cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None)
-    refuse([*wrong, *missing])
-    assert cfg is not None
+    # What is wrong is said before gigabytes are fetched.
+    for whole in (False, True):
+        cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None, whole)
+        refuse([*wrong, *missing])
+        assert cfg is not None
+        if not any(map(hub.pending.get, (cfg.model.path, cfg.task.path))):
+            break
     return cfg
 
 
-def _look(overrides: list[str], command: str, here: list[str] | None) -> tuple[RunConfig | None, list[str], list[str]]:
-    """The settings, their faults by themselves, and their faults on this machine, as Preflight reports them."""
+def _look(
+    overrides: list[str], command: str, here: list[str] | None, whole: bool
+) -> tuple[RunConfig | None, list[str], list[str]]:
+    """The settings, their faults by themselves, and their faults on this machine, as Preflight reports them. `whole`,
+    and `overrides`: as in `config.load.pin_ids`."""
     from .config.identity import stage_order
-    from .config.load import attempt
+    from .config.load import Attempt, attempt, pin_ids
     from .training.preflight import Preflight
 
     result = attempt(overrides)
+    if result.cfg is not None:
+        faults = pin_ids(result.cfg, overrides, whole=whole)
+        result = Attempt(result.cfg, [*result.faults, *faults.values()], result.without | faults.keys())
     wanted = [command] if command != "run" else stage_order(result.cfg) if result.cfg else []
     return result.cfg, *Preflight().look(result, wanted, inputs=command != "run", here=here)
 
@@ -269,7 +283,7 @@ def _run(options: argparse.Namespace) -> int:
     from .training import launch
 
     # For several ranks, the process that started them has checked their inputs.
-    cfg = _configured(options) if is_rank(os.environ) else _ready(options.overrides, options.command)
+    cfg = _configured(options, whole=True) if is_rank(os.environ) else _ready(options.overrides, options.command)
 
     if options.command == "run":
         launch.run_method(cfg, options.overrides)
@@ -284,7 +298,7 @@ def _dry_run(overrides: list[str], command: str) -> int:
     from .config.identity import to_yaml
     from .training.preflight import remarks
 
-    cfg, wrong, missing = _look(overrides, command, None)
+    cfg, wrong, missing = _look(overrides, command, None, whole=False)
     refuse(wrong)
     assert cfg is not None
     lines = remarks(cfg, command, overrides, missing)
@@ -326,20 +340,19 @@ def _report(options: argparse.Namespace) -> int:
 def _answering(options: argparse.Namespace) -> RunConfig:
     """The configuration that `generate` and `serve` go by; with --model it needs no experiment."""
     if options.model is None:
-        cfg = _configured(options, with_model=True)
-    elif not options.model or not Path(options.model).is_dir():
-        raise FileNotFoundError(
-            f"--model {options.model!r}: no such directory; expected a run (runs/NAME), a Hugging Face model or "
-            "export, or a Megatron checkpoint"
-        )
-    elif not options.overrides:
-        cfg = RunConfig()
-        cfg.rollout.stop, cfg.rollout.max_new_tokens = [], 256
+        cfg = _configured(options, with_model=True, whole=True)
     else:
-        from .config.load import load
+        from .training.stages import model_at
 
-        cfg = load(["name=given", "model.path=given", *options.overrides])
-    cfg.model.path = options.model or cfg.model.path
+        model_at("--model", options.model)
+        if not options.overrides:
+            cfg = RunConfig()
+            cfg.rollout.stop, cfg.rollout.max_new_tokens = [], 256
+        else:
+            from .config.load import load
+
+            cfg = load(["name=given", "model.path=given", *options.overrides])
+        cfg.model.path = options.model
     cfg.rollout.chat_template_kwargs |= options.chat_template_kwargs
     return cfg
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from .arguments import Parser
 from .checkpoint.workspace import check_output, partial_of
+from .config import hub
 from .interrupts import interruptible
 
 # torch, transformers and megatron-core take seconds to import: each command does when it has read its arguments.
@@ -37,7 +38,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 
 # What errors of the training configuration call by the names of its settings has flags here.
 FLAGS = {"parallel.pipeline=": "--pp x --vpp = ", "exits.depths": "--exit-depths"}
 # Arguments that may name a run or a stage of one.
-NAMED = ("checkpoint", "policy", "hf", "a", "b", "directory")
+NAMED = ("checkpoint", "policy", "hf", "config", "a", "b", "directory")
 
 
 def _command(words: list[str]) -> str:
@@ -60,8 +61,11 @@ def main(argv: list[str] | None = None) -> int:
             if out is not None:
                 check_output(out)
             for name in NAMED:
-                if vars(args).get(name):
-                    setattr(args, name, _named(Path(getattr(args, name))))
+                if given := vars(args).get(name):
+                    # Policies and Megatron checkpoints are local.
+                    at_hub = name not in ("checkpoint", "policy")
+                    given = hub.pin(f"--{name}", given, whole=name != "config") if at_hub else given
+                    setattr(args, name, _named(hub.directory(given)))
             return args.run(args)
     except KeyboardInterrupt:
         left = partial_of(out) if out else None
@@ -350,7 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     shown = "--hf models/SmolLM2-135M-Instruct --pp 2 --out ours", "--megatron theirs --config hf --out ours"
     made = command("import", "Hugging Face, Megatron-LM or -Bridge model -> Megatron checkpoint", _import, *shown)
     base, add = made.add_mutually_exclusive_group(), made.add_argument
-    base.add_argument("--hf", help="Hugging Face model directory, or an early-exit export")
+    base.add_argument("--hf", help="Hugging Face model directory or hub id, or an early-exit export")
     base.add_argument("--megatron", help="checkpoint of Megatron-LM or Megatron-Bridge (torch_dist)")
     add("--config", help="with --megatron: directory with the model's config.json and tokenizer")
     writes(add)
@@ -395,7 +399,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-hash", action="store_true", help="read headers only; values are not checked")
 
     add = command("roundtrip", "import, export again, compare all tensors", _roundtrip, "--hf hf --pp 2").add_argument
-    add("--hf", required=True, help="Hugging Face model directory")
+    add("--hf", required=True, help="Hugging Face model directory or hub id")
     add("--tp", type=int, default=1, help="tensor-parallel degree in between (default: 1)")
     add("--pp", type=int, default=1, help="pipeline-parallel degree in between (default: 1)")
     add("--work", help="directory for the copies, twice the model's size (default: a temporary one)")

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
+from ..config import hub
 from ..exit_rules import Threshold
 from ..families import FAMILIES
 from ..families.base import rope_parameters
@@ -151,7 +152,7 @@ def _peft_base(base: ModelSource, name: str | None, adapters: str) -> str | None
         if adapters == "merge":
             return None
         if isinstance(base, HFSource):
-            return str(base.path.resolve())
+            return hub.repo_of(base.path) or str(base.path.resolve())
         raise ValueError(
             f"{base.path}: holds no model that PEFT can load; say with --base-name what it was imported from, a "
             "name on the hub or a directory"

@@ -12,6 +12,7 @@ from huggingface_hub import metadata_load
 from jinja2 import StrictUndefined, Template
 
 from .. import __version__
+from ..config import hub
 from ..exit_rules import Off, Threshold
 from ..families import VLLM
 from ..families.hf_directory import read_json
@@ -43,7 +44,7 @@ def model_card(
     with suppress(OSError, ValueError, yaml.YAMLError):
         theirs = metadata_load(base.path / CARD) or {}
     # A card of ours names the model that its own was made from; another model's card names that model's parent.
-    name = theirs.get("base_model") if TAG in (theirs.get("tags") or ()) else None
+    name = theirs.get("base_model") if TAG in (theirs.get("tags") or ()) else hub.repo_of(base.path) or None
     if base_name and not Path(base_name).is_dir():
         name = base_name
     depths = spec.exit_depths if gates != "drop" else ()

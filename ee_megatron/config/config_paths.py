@@ -28,7 +28,7 @@ def _own_configs() -> Path:
     return installed if installed.is_dir() else package.with_name("configs")
 
 
-def shipped(path: str) -> Path:
+def shipped(path: str | Path) -> Path:
     """Resolve a setting's path: configs/... is the package's own if the working directory has none."""
     given = Path(path)
     if given.parts[:1] != ("configs",) or given.exists():

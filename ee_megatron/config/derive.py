@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..objectives.policy_gradient import KL_TERMS
+from . import hub
 from .config_paths import shipped
 from .schema import ParallelConfig, RLConfig, RolloutConfig, RunConfig
 
@@ -67,8 +68,9 @@ def ranks(cfg: RunConfig) -> int:
 
 
 def model_dir(cfg: RunConfig) -> Path:
-    """The directory that model.path names: relative to the working directory, or one of the shapes in configs/."""
-    return shipped(cfg.model.path)
+    """The directory that model.path names: relative to the working directory, one of the shapes in configs/, or in the
+    cache for a hub id with its commit."""
+    return shipped(hub.directory(cfg.model.path))
 
 
 def draws_weights(cfg: RunConfig) -> bool:

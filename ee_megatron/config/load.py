@@ -19,8 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from . import hub
 from .aliases import MAY_BE_OFF, RENAMED, Given, assign_all, modern, modernise
 from .config_paths import find_config_dir, list_groups
+from .derive import draws_weights
 from .errors import lines_of, refuse
 from .schema import KEYS, RunConfig
 
@@ -82,6 +84,22 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
     except ValueError as error:
         return Attempt(None, [*faults, *lines_of(error)])
     return Attempt(cfg, faults, frozenset(without))
+
+
+def pin_ids(cfg: RunConfig, overrides: list[str], *, whole: bool) -> dict[str, str]:
+    """Give the hub ids among the settings their commits (hub.pin), in `cfg` and in `overrides`; `whole`: fetch weights
+    and rows, too. Returns the faults by setting, whose value is then "unknown"."""
+    faults = {}
+    weights = not draws_weights(cfg) and not cfg.model.checkpoint
+    for key, part, kind in (("model.path", cfg.model, "model"), ("task.path", cfg.task, "dataset")):
+        given = part.path
+        try:
+            part.path = hub.pin(key, given, kind, whole and not faults and (weights or kind != "model"))
+        except ValueError as error:
+            part.path, faults[key] = "unknown", str(error)
+        if given != part.path:
+            overrides[:] = [*(text for text in overrides if not text.startswith(f"{key}=")), f"{key}={part.path}"]
+    return faults
 
 
 def _merged(

@@ -26,7 +26,7 @@ SEQUENCE_MULTIPLE = 8
 @dataclass
 class ModelConfig:
     path: str = setting(kind="path")
-    """Hugging Face directory; config.json and tokenizer are enough with pretrain or model.checkpoint."""
+    """Hugging Face directory or hub id (OWNER/NAME[@REVISION]); without weights for pretrain or model.checkpoint."""
     checkpoint: str = setting("", kind="path", added_later=True)
     """Megatron checkpoint (Megatron-LM, Megatron-Bridge, `convert import`) whose weights are taken."""
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))
@@ -108,7 +108,7 @@ class TaskConfig:
     slots: int = setting(4, above=0, added_later=True)
     """hops and sums: most hops of a problem; of hops, operations that a prompt has room for."""
     path: str = ""
-    """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, or a saved `datasets` data set."""
+    """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, a saved `datasets` data set, or a hub id."""
     dataset: DatasetNames | None = optional(DatasetNames, bound=False)
     """gsm8k and dataset: names of columns and splits that differ from the defaults."""
     reward: str = setting("", kind="code", added_later=True)

@@ -163,7 +163,7 @@ def _files(cfg: RunConfig) -> Iterator[Rule]:
     task, names = cfg.task, cfg.task.dataset or DatasetNames()
     if task.name in (*TASK_FAMILIES, "reasoning_gym") or code_file(task.name):
         return
-    kinds = "expected a .jsonl or .parquet file, a directory of them, or a data set saved to disk"
+    kinds = "expected a .jsonl or .parquet file, a directory of them, or a data set saved to disk or on the hub"
     yield not task.path, "task.path task.name", kinds
     for key in ("question_column", "answer_column", "train_split"):
         yield not getattr(names, key), f"task.dataset.{key}", f"empty; expected its name in {task.path}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint.policy_files import check_base, policy_beside
 from ..checkpoint.sources import HFSource, gates_of, is_megatron
+from ..config import hub
 from ..config.identity import stage_dir
 from ..config.load import read_saved
 from ..config.schema import RunConfig
@@ -62,12 +63,7 @@ def resolve(path: str | Path, policy: str | Path | None = None, base_unchecked: 
     Raises FileNotFoundError or ValueError, one line: nothing there, damaged, or not fitting together, unless
     `base_unchecked` as to whether the policy was made on that model.
     """
-    place = Path(path)
-    if not place.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such directory; expected a run (runs/NAME) or a stage of it, a Hugging Face model or export, "
-            "or a Megatron checkpoint"
-        )
+    place = stages.model_at("model", path)
     if policy is not None:
         return with_policy("policy", place, stages.policy_at(f"policy {policy}", str(policy)), unchecked=base_unchecked)
     if is_megatron(place) or (place / "config.json").is_file():
@@ -132,7 +128,7 @@ def with_policy(
     source = _open(base)
     spec, tensors = load_policy(checkpoint)
     check_base(checkpoint, source, unchecked=unchecked)
-    whole = name if settings else f"{base.resolve().name}-{name}"
+    whole = name if settings else f"{_name(base)}-{name}"
     return ResolvedModel(whole, source, checkpoint, spec, tensors, settings)
 
 
@@ -143,6 +139,10 @@ def _newest_policy(cfg: RunConfig) -> tuple[str, Path | None]:
     if cfg.init_policy or stages.is_done(cfg, "calibrate"):
         return NAMES["calibrate"], stages.calibrated(cfg)
     return "base", None
+
+
+def _name(path: Path) -> str:
+    return hub.repo_of(path) or path.resolve().name
 
 
 def _open(path: Path) -> HFDirectory | ModelSource:
@@ -156,7 +156,7 @@ def _open(path: Path) -> HFDirectory | ModelSource:
 
 def _model(path: Path, unchecked: bool = False) -> ResolvedModel:
     """A model directory with the gates that are in it or beside it."""
-    source, name = _open(path), path.resolve().name
+    source, name = _open(path), _name(path)
     if isinstance(source, HFDirectory):
         brings = source.config.get("model_type") == "early_exit" or (path / "gates.json").is_file()
         policy = gates_of(HFSource(source)) if brings else None

@@ -16,7 +16,7 @@ from ..config.derive import ranks
 from ..config.device import asks_for_gpus, pick_device
 from ..config.errors import refuse
 from ..config.identity import STAGES
-from ..config.load import Attempt, load
+from ..config.load import Attempt, load, pin_ids
 from ..config.schema import RunConfig
 from ..config.validate import check_name
 from ..training.preflight import Preflight
@@ -102,6 +102,8 @@ def _sweep(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(listing(sweep, queue, tasks))
         return 0
+    for run in grid.runs:
+        refuse(pin_ids(load(run.overrides), [], whole=True).values())
     print(f"{sweep.counts(queue)}; failed ones start again with --retry-failed", flush=True)
     with contextlib.ExitStack() as held:
         if not on_slurm:

@@ -23,7 +23,7 @@ from ..arguments import OLDER
 from ..config.cluster import job_shape
 from ..config.errors import lines_of, refuse
 from ..config.identity import PREFIX, stage_dir, stage_order
-from ..config.load import load
+from ..config.load import load, pin_ids
 from ..config.schema import RunConfig
 from ..observe.lock import RunLock
 from ..observe.rundir import DONE, write_atomic
@@ -221,7 +221,7 @@ def cut(runs: list[SweepRun]) -> dict[str, StageTask]:
 
 
 def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
-    """Load and check every point of a grid; nothing is written.
+    """Load and check every point of a grid; nothing is written. Overrides of runs have the commits of hub ids.
 
     `check` raises ValueError or FileNotFoundError for a configuration that cannot start. Raises Faults with all
     errors, each with the points that have it.
@@ -235,6 +235,7 @@ def resolve(grid: Grid, last: str, check: Callable[[RunConfig], None]) -> Sweep:
         name = f"point {number} ({spelt(settings)})" if settings else f"point {number}"
         try:
             cfg = load(overrides)
+            refuse(pin_ids(cfg, overrides, whole=False).values())
             check(cfg)
             if budget := grid.budget(point):
                 bought = budget.buy(cfg)

@@ -81,12 +81,14 @@ def register(*names: str) -> Callable[[Maker], Maker]:
 
 
 class Problem(NamedTuple):
-    """A question, its reference answer, a worked answer as the model should write it, and the groups it belongs to."""
+    """A question, its reference answer, a worked answer as the model should write it, and the groups it belongs to.
+    `before`: messages in front of the question, a system's or those of earlier turns."""
 
     question: str
     answer: str
     worked: str
     group: str
+    before: tuple[dict[str, str], ...] = ()
 
 
 class Task:
@@ -149,12 +151,14 @@ class Task:
         """Judge a generated answer (without the prompt). Pure."""
         raise NotImplementedError
 
-    def render(self, question: str, examples: Sequence[Problem] = ()) -> str:
-        """A prompt's text, worked examples in front: plain ("Question: ...\\nAnswer:") or the model's chat template."""
+    def render(self, question: str, examples: Sequence[Problem] = (), before: Sequence[dict[str, str]] = ()) -> str:
+        """A prompt's text, worked examples in front: plain ("Question: ...\\nAnswer:") or the model's chat template.
+        `before`: as in `Problem`; a plain prompt has these messages as paragraphs of the question."""
         if self.chat is None:
+            question = "\n\n".join([*(message["content"] for message in before), question])
             header = "".join(f"Question: {p.question}\nAnswer:{p.worked}\n\n" for p in examples)
             return f"{header}Question: {question}\nAnswer:"
-        messages: list[dict[str, str]] = []
+        messages = [*before]
         for p in examples:
             messages.append({"role": "user", "content": f"{p.question}\n{self.instruction}"})
             messages.append({"role": "assistant", "content": p.worked.strip()})
@@ -188,7 +192,8 @@ class Task:
         return entry[1]
 
     def _with_examples(self, prompt: Prompt, examples: Sequence[Problem]) -> Prompt:
-        return replace(prompt, text=self.render(self._problem(prompt).question, examples))
+        problem = self._problem(prompt)
+        return replace(prompt, text=self.render(problem.question, examples, problem.before))
 
 
 def _unpickled(source: Any, state: dict) -> Task:

@@ -7,9 +7,11 @@ import json
 import random
 import re
 import string
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from ..config import hub
 from ..config.schema import DatasetNames, TaskConfig
 from ..types import Prompt
 from .answers import last_boxed, plain_number, verify_solution
@@ -18,6 +20,8 @@ from .base import EXAMPLES, SPLITS, ChatTemplate, Problem, Task, Verdict, regist
 Rows = list[dict[str, Any]]
 _FORMATS = {suffix: "one UTF-8 JSON object per line" for suffix in (".jsonl", ".json")} | {".parquet": "whole Parquet"}
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
+_CONVERSATIONS = (("messages", "messages"), ("prompt", "completion"))
+"""Columns of question and answer that are read where the settings have their defaults and a table lacks those."""
 _SHARD = re.compile(r".+-[0-9]{5}-of-[0-9]{5}")
 
 
@@ -29,23 +33,23 @@ class DatasetTask(Task):
     file or data set, or no evaluation split (""), is divided into all three. A question that occurs twice is used once,
     and one that occurs in the evaluation split is dropped from train.
 
-    Columns may be nested ("choices.text"). `choices_column` "": free answers. Otherwise that column lists the
-    options, which the prompt shows with letters; the answer is a letter, the option's text or its number from 0.
+    Question and answer may be messages (role, content): the answer is the last assistant's, the question the user's
+    before it. Columns may be nested ("choices.text"). `choices_column` "": free answers. Otherwise that column lists
+    the options, which the prompt shows with letters; the answer is a letter, the option's text or its number from 0.
     """
 
     instruction = "Reason step by step, and put your final answer within \\boxed{}."
 
     def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
-        if not task.path:
-            raise ValueError(
-                f"task.path: {task.name} needs a .jsonl or .parquet file, a directory of them, or a data set saved to "
-                "disk"
-            )
         super().__init__(task, None, chat)
-        self.name, self.path = task.name, Path(task.path)
+        self.name, self.hub_id = task.name, hub.parse(task.path)
+        self.path = hub.directory(hub.pin("task.path", task.path, "dataset"), "dataset")
+        if not task.path or not self.path.exists():
+            raise FileNotFoundError(
+                f"task.path={task.path}: no such file or directory; {task.name} needs a .jsonl or .parquet file, a "
+                "directory of them, a data set saved to disk, or one's id on the hub (OWNER/NAME)"
+            )
         self.names = task.dataset or DatasetNames()
-        columns = (self.names.question_column, self.names.answer_column, self.names.choices_column)
-        self.columns = [column for column in columns if column]
         self._examples: list[Problem] = []
         self._load()
 
@@ -72,11 +76,10 @@ class DatasetTask(Task):
         lines = [line.strip() for line in (steps if mark else answer if boxed else "").splitlines() if line.strip()]
         shown = " ".join(line if line[-1] in ".!?" else f"{line}." for line in lines)
         worked = f"{f' {shown}' if shown else ''} The answer is {reference}"
-        group = hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
-        return Problem(question.strip(), reference, worked, group)
+        return Problem(question.strip(), reference, worked, _group(question))
 
     def _load(self) -> None:
-        tables = _tables(self.path, self.names.train_split, self.names.evaluation_split)
+        tables = _tables(self.path, self.names.train_split, self.names.evaluation_split, self.hub_id)
         rows = {part: self._read(name, table) for part, (name, table) in tables.items()}
         tested = {problem.group for problem in rows.get("test", [])}
         pool = [problem for problem in rows["train"] if problem.group not in tested]
@@ -96,7 +99,7 @@ class DatasetTask(Task):
             self._problems[part] = {}
             for p in split[part]:
                 name = f"{self.name}/{part}/{p.group}"
-                prompt = Prompt(name, self.render(p.question), p.answer, self.name, p.group)
+                prompt = Prompt(name, self.render(p.question, before=p.before), p.answer, self.name, p.group)
                 self._problems[part][name] = (prompt, p)
 
     def _take(self, rows: list[Problem], split: str, keep: int = 0) -> list[Problem]:
@@ -108,19 +111,33 @@ class DatasetTask(Task):
             )
         return rows[:size]
 
+    def _columns(self, source: str, row: dict[str, Any]) -> list[str]:
+        """The columns of question and answer, and of the options if there are any. Raises ValueError."""
+        usual, pair = DatasetNames(), (self.names.question_column, self.names.answer_column)
+        if pair == (usual.question_column, usual.answer_column) and not {*pair} <= row.keys():
+            pair = next((other for other in _CONVERSATIONS if {*other} <= row.keys()), pair)
+        columns = [*pair, *([self.names.choices_column] if self.names.choices_column else [])]
+        if missing := [name for name in columns if not row.keys() & {name, name.split(".")[0]}]:
+            raise ValueError(
+                f"{source}: no {missing}, only {[*row]}; set task.dataset.question_column and answer_column (found "
+                "without: question and answer, prompt and completion, messages)"
+            )
+        return columns
+
     def _read(self, source: str, table: Rows) -> list[Problem]:
         problems: dict[str, Problem] = {}
-        if table and (missing := [name for name in self.columns if not table[0].keys() & {name, name.split(".")[0]}]):
-            raise ValueError(
-                f"{source}: no {missing}, only {[*table[0]]}; set task.dataset.question_column and answer_column"
-            )
+        columns = self._columns(source, table[0]) if table else []
         for number, row in enumerate(table, start=1):
-            question, answer, *options = (_value(source, name, row) for name in self.columns)
+            question, answer, *options = (_value(source, name, row) for name in columns)
+            before, question, answer = _turns(f"{source}: row {number}", question, answer)
             if question is None or answer is None or not str(question).strip() or not str(answer).strip():
                 raise ValueError(f"{source}: row {number} has an empty question or answer; remove or fill it")
             if options:
                 question, answer = _lettered(f"{source}: row {number}", question, answer, options[0])
             problem = self.problem(str(question), str(answer))
+            if before:
+                group = _group("\n".join([*(message["content"] for message in before), problem.question]))
+                problem = problem._replace(before=before, group=group)
             problems.setdefault(problem.group, problem)
         if not problems:
             raise ValueError(f"{source}: no rows; expected one problem per row")
@@ -140,6 +157,27 @@ class GSM8KTask(DatasetTask):
                 f"{self.path}: answer ends in {answer[-30:]!r}; expected '#### <number>' (other data: task.name=jsonl)"
             )
         return problem
+
+
+def _group(question: str) -> str:
+    return hashlib.sha256(" ".join(question.lower().split()).encode()).hexdigest()[:16]
+
+
+def _turns(where: str, question: Any, answer: Any) -> tuple[list[dict[str, str]], Any, Any]:
+    """(messages in front of the question, question, answer) of values that may be lists of messages. Raises
+    ValueError."""
+    for message in [*(question if isinstance(question, list) else ()), *(answer if isinstance(answer, list) else ())]:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f"{where}: {str(message)[:60]!r} is no message; expected texts under role and content")
+    if isinstance(answer, list):
+        last = max((at for at, message in enumerate(answer) if message["role"] == "assistant"), default=-1)
+        question = answer[: max(last, 0)] if question == answer else question
+        answer = answer[last]["content"] if last >= 0 else None
+    if not isinstance(question, list):
+        return [], question, answer
+    if not question or question[-1]["role"] != "user":
+        raise ValueError(f"{where}: expected a message of the user's, and behind it the assistant's with the answer")
+    return question[:-1], question[-1]["content"], answer
 
 
 def _lettered(where: str, question: object, answer: object, options: object) -> tuple[str, str]:
@@ -164,21 +202,16 @@ def _lettered(where: str, question: object, answer: object, options: object) -> 
     raise ValueError(f"{where}: answer {given[:60]!r} is none of its {len(options)} options, their letters or numbers")
 
 
-def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Rows]]:
+def _tables(path: Path, train: str, evaluation: str, hub_id: hub.HubId | None) -> dict[str, tuple[str, Rows]]:
     """{"train": (name for messages, rows)}, and the same under "test" if there is an evaluation split."""
-    if not path.exists():
-        raise FileNotFoundError(
-            f"task.path: {path} does not exist; expected a .jsonl or .parquet file, a directory of them, or a data set "
-            "saved to disk"
-        )
     wanted = {"train": train, **({"test": evaluation} if evaluation else {})}
     if path.is_file():
         return {"train": (str(path), _rows(path))}
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if hub_id or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         # Late: it takes over a second to import.
         import datasets
 
-        saved: Any = datasets.load_from_disk(str(path), keep_in_memory=True)
+        saved: Any = _of_hub(path, hub_id) if hub_id else datasets.load_from_disk(str(path), keep_in_memory=True)
         if (path / "state.json").is_file():
             return {"train": (str(path), saved.to_list())}
         for name in wanted.values():
@@ -190,6 +223,23 @@ def _tables(path: Path, train: str, evaluation: str) -> dict[str, tuple[str, Row
         return {part: (f"{path}/{name}", saved[name].to_list()) for part, name in wanted.items()}
     paths = {part: _split_files(path, name) for part, name in wanted.items()}
     return {part: (str(files[0]), [row for file in files for row in _rows(file)]) for part, files in paths.items()}
+
+
+def _of_hub(path: Path, hub_id: hub.HubId) -> Any:
+    """The splits of a repository's files. Raises ValueError."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        names = datasets.get_dataset_config_names(str(path))
+        wanted = [hub_id.configuration] if hub_id.configuration else ["default", "main", *names[: len(names) == 1]]
+        chosen = next((name for name in wanted if name in names), None)
+        if chosen is None:
+            raise ValueError(f"has the configurations {', '.join(names)}; name one: {hub_id.repo}:{names[0]}")
+        with tempfile.TemporaryDirectory() as work:
+            return datasets.load_dataset(str(path), chosen, cache_dir=work, keep_in_memory=True)
+    except Exception as error:
+        raise ValueError(f"task.path={hub_id}: {' '.join(str(error).split())[:300]}") from None
 
 
 def _split_files(path: Path, split: str) -> list[Path]:

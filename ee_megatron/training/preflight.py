@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import hub
 from ..config.derive import draws_weights, model_dir, policy_spec, ranks, read_dims, resolve_exits, stage_sizes
 from ..config.errors import faults_of, lines_of, refuse
 from ..config.identity import OPTIONAL, STAGES, stage_dir, stage_order
@@ -78,7 +79,7 @@ class Preflight:
             if dims is not None and not missing:
                 yield from faults_of(lambda: check_start(cfg, dims))
                 # Where the model is yet to be made the stage looks at it.
-                if not {*OPTIONAL} & {*stage_order(cfg)}:
+                if not {*OPTIONAL} & {*stage_order(cfg)} and not hub.pending.get(cfg.model.path):
                     pair = f"base of {cfg.init_policy}: {cfg.model.path}"
                     yield from self._once(pair, lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
         if wanted:
@@ -139,12 +140,8 @@ def check_runs(runs: str) -> None:
 def check_task(cfg: RunConfig, reading: Sequence[str]) -> None:
     """Raises ValueError or FileNotFoundError unless the data exists, is readable and has enough problems for the stages
     that read it."""
-    path = cfg.task.path
-    if path and not Path(path).exists():
-        raise FileNotFoundError(
-            f"task.path={path}: no such file or directory; expected a .jsonl or .parquet file, a directory of them, or "
-            "a data set saved to disk"
-        )
+    if hub.pending.get(cfg.task.path):
+        return
     task = make_task(cfg.task)
     # Problems of reasoning_gym are made in numbers that the settings ask for, one by one.
     refuse([] if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading))
@@ -195,7 +192,7 @@ def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[st
     left_out = set(OPTIONAL) - {*stage_order(cfg), last}
     stages = [name for name in list(STAGES)[: list(STAGES).index(last) + 1] if name not in left_out]
     lines += [f"{name}: {stage_dir(cfg, name)}" for name in stages]
-    lines += estimates
+    lines += [*estimates, *filter(None, map(hub.pending.get, (cfg.model.path, cfg.task.path)))]
     lines += [f"not ready here: {line}" for line in missing]
     if missing:
         lines.append("started here it would be refused; fine if this is only a plan for another machine")

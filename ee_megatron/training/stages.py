@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..config import hub
 from ..config.cluster import LEARNS as LEARNS
 from ..config.derive import draws_weights, model_dir
 from ..config.identity import stage_dir, stage_order
@@ -82,7 +83,20 @@ def trained(stage: Path) -> tuple[RunConfig, Path, Path]:
     if not base.exists() and not base.is_absolute() and not recorded.is_absolute():
         # Relative to where the run was started, whence it wrote to `recorded`.
         base = run.parents[len(recorded.parts)] / base
+    if not base.exists():
+        hub.pin("model.path", cfg.model.path)
     return cfg, base, checkpoint
+
+
+def model_at(option: str, path: str | Path) -> Path:
+    """The directory that an option names, fetched if it is a hub id. Raises FileNotFoundError, or Faults as hub.pin."""
+    place = hub.directory(hub.pin(option, str(path)))
+    if not path or not place.is_dir():
+        raise FileNotFoundError(
+            f"{option}={path}: no such directory; expected a run (runs/NAME) or a stage of it, a Hugging Face model or "
+            "export, its id on the hub (OWNER/NAME), or a Megatron checkpoint"
+        )
+    return place
 
 
 def policy_at(setting: str, path: str) -> Path:
@@ -168,7 +182,7 @@ def check_given(cfg: RunConfig) -> None:
     if cfg.model.checkpoint:
         if not is_done(cfg, "import-checkpoint"):
             check_checkpoint(cfg)
-    elif not draws_weights(cfg):
+    elif not draws_weights(cfg) and not hub.pending.get(cfg.model.path):
         HFDirectory(model_dir(cfg))
 
 

@@ -206,5 +206,67 @@ def test_unusable_files_say_what_is_wrong(
 def test_a_path_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
         made(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match=r"task\.path.*gsm8k"):
+    with pytest.raises(FileNotFoundError, match=r"task\.path.*gsm8k"):
         make_task(TaskConfig("gsm8k"))
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+CONVERSATIONS: dict[str, Any] = {
+    "messages": lambda i: {"messages": [SYSTEM, said("user", f"{i} + 1?"), said("assistant", f"so #### {i + 1}")]},
+    "thanks": lambda i: {
+        "messages": [SYSTEM, said("user", f"{i} + 1?"), said("assistant", f"#### {i + 1}"), said("user", "Thanks")]
+    },
+    "lists": lambda i: {
+        "prompt": [SYSTEM, said("user", f"{i} + 1?")], "completion": [said("assistant", f"#### {i + 1}")], "x": i,
+    },
+    "texts": lambda i: {"prompt": f"{i} + 1?", "completion": f"so \\boxed{{{i + 1}}}"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", CONVERSATIONS)
+def test_conversations_are_found_by_their_columns(tmp_path: Path, form: str) -> None:
+    path = saved(tmp_path, [CONVERSATIONS[form](i) for i in range(40)])
+    seen: list[list[dict[str, str]]] = []
+
+    def chat(messages: list[dict[str, str]]) -> str:
+        seen.append(messages)
+        return f"<{len(seen)}>"
+
+    task = make_task(TaskConfig("dataset", path=str(path), validation=4, evaluation=4), chat)
+    prompts = [prompt for split in SPLITS for prompt in task.prompts(split)]  # type: ignore[arg-type]
+    assert len({prompt.group for prompt in prompts}) == len(prompts) == 40 - 8 and all(
+        p.answer.isdigit() for p in prompts
+    )
+    for prompt in prompts:
+        *before, asked = seen[int(prompt.text[1:-1]) - 1]
+        assert before == ([] if form == "texts" else [SYSTEM]) and asked["role"] == "user"
+        assert asked["content"].split("\n")[0] == f"{int(prompt.answer) - 1} + 1?"
+    shown = task.few_shot(prompts[0], 1, 0)
+    roles = [message["role"] for message in seen[int(shown.text[1:-1]) - 1]]
+    assert roles == (["system"] if form != "texts" else []) + ["user", "assistant", "user"]
+    plain = made(path).prompts("train")[0].text
+    assert plain.startswith("Question: " if form == "texts" else "Question: Be brief.\n\n")
+
+
+def test_settings_come_before_what_is_found_and_other_messages_are_refused(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [said("user", f"{i} + 1?")], "completion": "#### 0", "label": {"truth": str(i + 1)}}
+        for i in range(40)
+    ]
+    task = made(write(tmp_path / "a.jsonl", rows), question_column="prompt", answer_column="label.truth")
+    assert numbers(task, *SPLITS) <= set(range(1, 41)) and task.prompts("train")[0].text.startswith("Question: ")
+    for number, (row, expected) in enumerate((
+        ({"messages": [said("user", "1?")]}, "user"),
+        ({"messages": [said("assistant", "1")]}, "user"),
+        ({"messages": [said("user", "1?"), {"role": "assistant", "content": None}]}, "role and content"),
+        ({"messages": ["1?", "1"]}, "role and content"),
+        ({"text": "1? 1"}, "messages"),
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"b{number}\.jsonl.*{expected}"):
+            made(write(tmp_path / f"b{number}.jsonl", [row] * 9))

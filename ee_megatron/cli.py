@@ -243,20 +243,17 @@ def _configured(options: argparse.Namespace, *, with_model: bool = False, whole:
     return cfg
 
 
-def _ready(overrides: list[str], command: str, *, starts_here: bool = True) -> RunConfig:
+def _ready(overrides: list[str], command: str, *, starts_here: bool = True, whole: bool = False) -> RunConfig:
     """The settings of a stage, or of all of them ("run"), after checking their inputs, and this machine too if it
-    `starts_here`. Raises Faults."""
+    `starts_here`. What is wrong is reported before gigabytes are fetched (`whole`). Raises Faults."""
     from .config import hub
     from .config.errors import refuse
 
-    # What is wrong is said before gigabytes are fetched.
-    for whole in (False, True):
-        cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None, whole)
-        refuse([*wrong, *missing])
-        assert cfg is not None
-        if not any(map(hub.pending.get, (cfg.model.path, cfg.task.path))):
-            break
-    return cfg
+    cfg, wrong, missing = _look(overrides, command, overrides if starts_here else None, whole)
+    refuse([*wrong, *missing])
+    assert cfg is not None
+    left = not whole and any(map(hub.pending.get, (cfg.model.path, cfg.task.path)))
+    return _ready(overrides, command, starts_here=starts_here, whole=True) if left else cfg
 
 
 def _look(

@@ -14,7 +14,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import Faults, lines_of, refuse
 
@@ -121,7 +121,7 @@ def _fetch(hub: HubId, kind: str, whole: bool) -> tuple[HubId, str]:
     revision, timeout, trouble = hub.revision or None, constants.HF_HUB_ETAG_TIMEOUT, None
     size = "files"
     try:
-        info = HfApi().repo_info(hub.repo, repo_type=kind, revision=revision, files_metadata=True, timeout=timeout)
+        info: Any = HfApi().repo_info(hub.repo, repo_type=kind, revision=revision, files_metadata=True, timeout=timeout)
         large = [f.size or 0 for f in info.siblings or () if any(fnmatch(f.rfilename, part) for part in LARGE[kind])]
         size = f"{sum(large) / 1e6:,.2f} MB"
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):

@@ -89,7 +89,7 @@ def attempt(overrides: list[str], config_dir: Path | None = None) -> Attempt:
 def pin_ids(cfg: RunConfig, overrides: list[str], *, whole: bool) -> dict[str, str]:
     """Give the hub ids among the settings their commits (hub.pin), in `cfg` and in `overrides`; `whole`: fetch weights
     and rows, too. Returns the faults by setting, whose value is then "unknown"."""
-    faults = {}
+    faults: dict[str, str] = {}
     weights = not draws_weights(cfg) and not cfg.model.checkpoint
     for key, part, kind in (("model.path", cfg.model, "model"), ("task.path", cfg.task, "dataset")):
         given = part.path

@@ -88,7 +88,7 @@ class Problem(NamedTuple):
     answer: str
     worked: str
     group: str
-    before: tuple[dict[str, str], ...] = ()
+    before: Sequence[dict[str, str]] = ()
 
 
 class Task:

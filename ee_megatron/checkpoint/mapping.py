@@ -102,8 +102,11 @@ def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, 
         yield Entry("embedding.word_embeddings.weight", (embeddings,), 0, vocab=dims.vocab)
     for local in range(layers):
         hf, mc = f"model.layers.{first_layer + local}", f"decoder.layers.{local}"
-        yield Entry(f"{mc}.input_layernorm.weight", (f"{hf}.input_layernorm.weight",))
-        yield Entry(f"{mc}.pre_mlp_layernorm.weight", (f"{hf}.post_attention_layernorm.weight",))
+        norms = ("input_layernorm", "pre_mlp_layernorm")
+        if dims.norm_after:
+            norms = ("self_attention.linear_proj.post_layernorm", "mlp.linear_fc2.post_layernorm")
+        for parameter, name in zip(norms, dims.block_norms, strict=True):
+            yield Entry(f"{mc}.{parameter}.weight", (f"{hf}.{name}.weight",))
         for kind in ("weight", "bias"):
             columns = 1 if kind == "weight" else -1
             heads = (dims.heads // dims.kv_heads, 1, 1)
@@ -120,7 +123,8 @@ def entries(dims: ModelDims, first_layer: int, layers: int, *, embedding: bool, 
                     yield Entry(f"{mc}.{parameter}.{kind}", held, dim, groups, sizes)
         if dims.qk_norm:
             for q in ("q", "k"):
-                yield Entry(f"{mc}.self_attention.{q}_layernorm.weight", (f"{hf}.self_attn.{q}_norm.weight",))
+                name = f"{hf}.self_attn.{q}_norm.weight"
+                yield Entry(f"{mc}.self_attention.{q}_layernorm.weight", (name,), 0 if dims.qk_norm_whole else -1)
     if head:
         yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",))
         if not dims.tied or not embedding:

@@ -36,9 +36,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         ),
         (False,),
     ),
-    **dict.fromkeys(
-        ("window_size", "no_rope_freq", "heterogeneous_layers_config_path", "experimental_attention_variant"), (None,)
-    ),
+    **dict.fromkeys(("window_size", "heterogeneous_layers_config_path", "experimental_attention_variant"), (None,)),
     "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",),
     "rotary_percent": (1.0,),
@@ -67,7 +65,7 @@ _NAMES = {
 }
 # Every field of ModelDims that `arguments` writes, and the family, which `config_of` reads off the layers. What
 # other fields say would be lost.
-CARRIED = {*_NAMES, "family", "vocab", "rope_scaling", "tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm"}
+CARRIED = {*_NAMES, "family", "vocab", "rope_scaling", "tied", "qkv_bias", "out_bias", "mlp_bias", "qk_norm", "no_rope"}
 
 
 def refuse_lost(dims: ModelDims) -> None:
@@ -85,8 +83,11 @@ def arguments(dims: ModelDims, layout: Mapping[str, Any], dtype: torch.dtype) ->
     refuse_lost(dims)
     scaling = dict(dims.rope_scaling)
     kind = scaling.get("rope_type")
+    # Megatron-LM before there was such a setting doesn't know its name.
+    still = {"no_rope_freq": [int(layer in dims.no_rope) for layer in range(dims.num_layers)]} if dims.no_rope else {}
     return Namespace(
         **_FIXED,
+        **still,
         num_layers=dims.num_layers,
         hidden_size=dims.hidden,
         ffn_hidden_size=dims.intermediate,
@@ -213,6 +214,12 @@ def compare_settings(settings: Mapping[str, Any], dims: ModelDims, where: Path, 
             raise ValueError(
                 f"{where}: {names[0]}={recorded} is recorded there, {wanted} in {config}; give its own --config"
             )
+    # Where other settings are recorded, one that isn't says that all layers rotate.
+    if settings and _no_rope(settings, dims.num_layers, where) != dims.no_rope:
+        raise ValueError(
+            f"{where}: no_rope_freq={settings.get('no_rope_freq')!r} is recorded there, layers without RoPE are "
+            f"{list(dims.no_rope)} in {config}; give its own --config"
+        )
 
 
 def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, Any]:
@@ -231,7 +238,10 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     layer = "decoder.layers.0."
     qk_norm = f"{layer}self_attention.q_layernorm.weight" in shapes
     out_bias, qkv_bias = (f"{layer}self_attention.linear_{part}.bias" in shapes for part in ("proj", "qkv"))
-    family = "qwen3" if qk_norm else "qwen2" if qkv_bias and not out_bias else "llama"
+    no_rope = _no_rope(settings, values["num_layers"], where)
+    family = "qwen3" if qk_norm else "qwen2" if qkv_bias and not out_bias else "smollm3" if no_rope else "llama"
+    if no_rope and family != "smollm3":
+        raise ValueError(f"{where}: no_rope_freq={settings['no_rope_freq']!r} is not supported in a {family}")
     config = {
         "model_type": family,
         "architectures": [FAMILIES[family].architecture],
@@ -251,9 +261,22 @@ def config_of(settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     }
     if family != "qwen2":
         config["attention_bias"] = qkv_bias
-    if family == "llama":
+    if family in ("llama", "smollm3"):
         config["mlp_bias"] = f"{layer}mlp.linear_fc1.bias" in shapes
+    if family == "smollm3":
+        config["no_rope_layers"] = [int(layer not in no_rope) for layer in range(values["num_layers"])]
     return config
+
+
+def _no_rope(settings: Mapping[str, Any], layers: int, where: Path) -> tuple[int, ...]:
+    """The layers without RoPE, from a list with 1 for each of them, or from n: every n-th is one."""
+    given = settings.get("no_rope_freq")
+    marks = given or [0] * layers
+    if isinstance(marks, int):
+        marks = [int((layer + 1) % marks == 0) for layer in range(layers)]
+    if not isinstance(marks, list | tuple) or len(marks) != layers or any(mark not in (0, 1) for mark in marks):
+        raise ValueError(f"{where}: no_rope_freq={given!r}, expected a number or 0 or 1 for each of {layers} layers")
+    return tuple(layer for layer in range(layers) if marks[layer])
 
 
 def _setting(settings: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from .base import ModelDims, features, flag, inverse_frequencies, padded_vocab, read_common
 
@@ -37,10 +38,41 @@ def _qwen3(config: dict) -> ModelDims:
     return read_common(config, "qwen3", qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
+def _smollm3(config: dict) -> ModelDims:
+    """SmolLM3: Llama with some layers that don't rotate; tied unless config.json says otherwise."""
+    bias, mlp_bias = flag(config, "attention_bias", "smollm3"), flag(config, "mlp_bias", "smollm3")
+    config = {"tie_word_embeddings": True, **config}
+    biases = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": mlp_bias}
+    dims = read_common(config, "smollm3", implements=("no_rope_layers",), **biases)
+    return replace(dims, no_rope=_layers_without_rope(config, dims.num_layers))
+
+
+def _layers_without_rope(config: dict, layers: int) -> tuple[int, ...]:
+    """From `no_rope_layers`, which in spite of its name has 1 for a layer with RoPE, or from its default."""
+    rotated, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval", 4)
+    if rotated is None and isinstance(interval, int) and interval > 0:
+        rotated = [int((layer + 1) % interval > 0) for layer in range(layers)]
+    if not isinstance(rotated, list) or len(rotated) < layers or any(rope not in (0, 1) for rope in rotated):
+        raise ValueError(
+            f"smollm3: no_rope_layers={rotated!r} with no_rope_layer_interval={interval!r}, expected 1 (RoPE) or 0 for "
+            f"each of {layers} layers, or null and an interval of at least 1"
+        )
+    return tuple(layer for layer in range(layers) if not rotated[layer])
+
+
+def _olmo2(config: dict) -> ModelDims:
+    """OLMo-2: norms behind attention and MLP, and of queries and keys over all heads."""
+    bias = flag(config, "attention_bias", "olmo2")
+    more: dict[str, Any] = {"qk_norm": True, "qk_norm_whole": True, "norm_after": True}
+    return read_common({"rms_norm_eps": 1e-5, **config}, "olmo2", qkv_bias=bias, out_bias=bias, **more)
+
+
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, vllm="Llama"),
     "qwen2": Family("Qwen2ForCausalLM", _qwen2, vllm="Qwen2"),
     "qwen3": Family("Qwen3ForCausalLM", _qwen3, vllm="Qwen3"),
+    "smollm3": Family("SmolLM3ForCausalLM", _smollm3),
+    "olmo2": Family("Olmo2ForCausalLM", _olmo2),
 }
 """By model_type, as config.json names it."""
 VLLM = {name: family.vllm for name, family in FAMILIES.items() if family.vllm}

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Dimensions of a pre-norm decoder with RMSNorm, RoPE, grouped-query attention and a SwiGLU MLP."""
+    """Dimensions of a decoder with RMSNorm, RoPE, grouped-query attention and a SwiGLU MLP.
+
+    qk_norm: RMSNorm of queries and keys, of each head or, with qk_norm_whole, of all heads together. no_rope: layers
+    that don't rotate queries and keys, counted from 0. norm_after: attention and MLP read the stream as it is, and what
+    they add to it is normed.
+    """
 
     family: str
     num_layers: int
@@ -36,6 +41,9 @@ class ModelDims:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    no_rope: tuple[int, ...] = ()
+    norm_after: bool = False
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -52,6 +60,12 @@ class ModelDims:
     def kv_size(self) -> int:
         """Rows of the key projection and of the value projection: KVH hd."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def block_norms(self) -> tuple[str, str]:
+        """Names of the norms that belong to a block's attention and to its MLP."""
+        after = "post_attention_layernorm"
+        return (after, "post_feedforward_layernorm") if self.norm_after else ("input_layernorm", after)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """Shapes (out, in) of the linear layers of one block by their name within it. The possible LoRA targets."""
@@ -73,17 +87,14 @@ class ModelDims:
 
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor shapes of one block by their name within it."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (self.hidden,),
-            "post_attention_layernorm.weight": (self.hidden,),
-        }
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden,) for name in self.block_norms}
         for name, (rows, columns) in self.linear_shapes().items():
             shapes[f"{name}.weight"] = (rows, columns)
             if self.has_bias(name):
                 shapes[f"{name}.bias"] = (rows,)
         if self.qk_norm:
-            shapes["self_attn.q_norm.weight"] = (self.head_dim,)
-            shapes["self_attn.k_norm.weight"] = (self.head_dim,)
+            shapes["self_attn.q_norm.weight"] = (self.q_size if self.qk_norm_whole else self.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (self.kv_size if self.qk_norm_whole else self.head_dim,)
         return shapes
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -171,6 +182,8 @@ def flag(config: dict, name: str, family: str) -> bool:
     return bool(value)
 
 
+# rope_theta where config.json names none: transformers' default of the family, 10000 unless it is here.
+_THETA = {"smollm3": 2_000_000.0}
 # What a rope_type takes beside rope_theta; all of it numbers.
 _ROPE = {
     "default": (),
@@ -190,7 +203,7 @@ def rope_parameters(config: dict, family: str) -> dict:
     rope = dict(given)
     if rope.get("rope_theta") is None:
         theta = config.get("rope_theta")
-        rope["rope_theta"] = 10000.0 if theta is None else theta
+        rope["rope_theta"] = _THETA.get(family, 10000.0) if theta is None else theta
     kind = rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     if not isinstance(kind, str) or kind not in _ROPE:
         raise ValueError(f"{family}: rope_type={kind!r} is not supported; supported: {', '.join(_ROPE)}")

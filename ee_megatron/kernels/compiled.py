@@ -58,17 +58,17 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         ("qkv", Product), ("out", Product), ("gate_up", Product), ("down", Product), ("attention_norm", _P),
-        ("mlp_norm", _P), ("q_norm", _P), ("k_norm", _P),
+        ("mlp_norm", _P), ("q_norm", _P), ("k_norm", _P), ("rotates", _I),
     )  # fmt: skip
 
 
 SIGNATURES: dict[str, list[Any]] = {
     "add_norm": [_P, _P, _P, _P, _L, _L, _F],
     "silu_mul": [_P, _P, _L, _L],
-    "turn_heads": [_P, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
-    "attend": [_P, _P, _P, _L, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
+    "turn_heads": [_P, _P, _P, _P, _P, _P, _F, _I, _L, _L, _L, _L],
+    "attend": [_P, _P, _P, _L, _P, _P, _P, _P, _P, _F, _I, _L, _L, _L, _L],
     "attend_causal": [_P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _L, _L, _L],
-    "write_kv": [_P, _P, _L, _P, _P, _P, _P, _F, _L, _L, _L, _L],
+    "write_kv": [_P, _P, _L, _P, _P, _P, _P, _P, _F, _L, _L, _L, _L],
 }
 # Where the processor has what product.c needs.
 PRODUCT_SIGNATURES: dict[str, list[Any]] = {

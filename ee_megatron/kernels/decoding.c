@@ -64,7 +64,8 @@ static inline void store(vec x, element *out) {
 #endif
 }
 
-/* One head [hd]: RMSNorm with gain if there is one, RoPE with the tables' rows cos, sin [hd / 2], times `scale`. */
+/* One head [hd]: RMSNorm with gain if there is one, RoPE with the tables' rows cos, sin [hd / 2] unless they are NULL,
+   times `scale`. */
 static inline void turn(const element *x, const element *gain, const float *restrict cos, const float *restrict sin,
                         float eps, float scale, long hd, float *restrict out) {
     long half = hd / 2;
@@ -76,19 +77,23 @@ static inline void turn(const element *x, const element *gain, const float *rest
         float norm = 1.0f / sqrtf(squares / (float)hd + eps);
         for (long i = 0; i < hd; i++) wide[i] = widen(narrow(widen(narrow(wide[i] * norm)) * widen(gain[i])));
     }
+    if (!cos) {
+        for (long i = 0; i < hd; i++) out[i] = scale * wide[i];
+        return;
+    }
     for (long i = 0; i < half; i++) {
         out[i] = scale * (wide[i] * cos[i] - wide[i + half] * sin[i]);
         out[i + half] = scale * (wide[i + half] * cos[i] + wide[i] * sin[i]);
     }
 }
 
-/* fused [A, (H + 2 KVH) hd], queries and keys in place: normed where there are gains, rotated by rows position [A] of the
-   tables. */
+/* fused [A, (H + 2 KVH) hd], queries and keys in place: normed where there are gains and, if `rotates`, rotated by rows
+   position [A] of the tables. */
 void turn_heads(element *fused, const int64_t *position, const float *cos, const float *sin, const element *q_gain,
-                const element *k_gain, float eps, long A, long H, long KVH, long hd) {
+                const element *k_gain, float eps, int rotates, long A, long H, long KVH, long hd) {
 #pragma omp parallel for if (A * H * hd >= PARALLEL_FROM)
     for (long a = 0; a < A; a++) {
-        const float *c = cos + position[a] * (hd / 2), *s = sin + position[a] * (hd / 2);
+        const float *c = rotates ? cos + position[a] * (hd / 2) : NULL, *s = sin + position[a] * (hd / 2);
         for (long j = 0; j < H + KVH; j++) {
             element *head = fused + (a * (H + 2 * KVH) + j) * hd;
             float turned[hd];
@@ -214,8 +219,8 @@ static inline __attribute__((always_inline)) void attend_vectors(const float *q,
 /* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes each row's key and value at its position first. pages: this
    layer's; cos, sin [positions, hd / 2]. */
 void attend(const element *fused, element *out, const int64_t *where, long stride, const float *cos, const float *sin,
-            element *pages, const element *q_gain, const element *k_gain, float eps, long A, long H, long KVH,
-            long hd) {
+            element *pages, const element *q_gain, const element *k_gain, float eps, int rotates, long A, long H,
+            long KVH, long hd) {
     long G = H / KVH, step = KVH * hd;
     float scale = 1.0f / sqrtf((float)hd);
 #pragma omp parallel for schedule(dynamic, 1)
@@ -223,7 +228,7 @@ void attend(const element *fused, element *out, const int64_t *where, long strid
         long a = task / KVH, g = task % KVH;
         const int64_t *here = where + a * stride;
         long at = here[POSITION], length = at + 1;
-        const float *c = cos + at * (hd / 2), *s = sin + at * (hd / 2);
+        const float *c = rotates ? cos + at * (hd / 2) : NULL, *s = sin + at * (hd / 2);
         const element *row = fused + a * (H + 2 * KVH) * hd;
         element *own = pages + g * hd, *k = place(own, here, at, step);
         put_key_value(row + (H + g) * hd, row + (H + KVH + g) * hd, k_gain, c, s, eps, hd, k, k + PAGE * step);
@@ -323,17 +328,18 @@ void attend_causal(const element *q, const element *k, const element *v, element
 }
 
 /* fused [A, layers, 2, KVH, hd]: keys (normed and rotated here) and values of layers whose pages are `pages` [layers].
-   k_gain [layers, hd] or NULL. */
+   k_gain [layers, hd] or NULL; no_rope [layers]: whether a layer's keys are not rotated, or NULL: all are. */
 void write_kv(const element *fused, const int64_t *where, long stride, const float *cos, const float *sin,
-              element *const *pages, const element *k_gain, float eps, long A, long layers, long KVH, long hd) {
+              element *const *pages, const element *k_gain, const uint8_t *no_rope, float eps, long A, long layers,
+              long KVH, long hd) {
     long step = KVH * hd;
 #pragma omp parallel for if (A * layers * step >= PARALLEL_FROM)
     for (long task = 0; task < A * layers; task++) {
         long a = task / layers, l = task % layers, at = where[a * stride + POSITION];
         const element *k = fused + task * 2 * step, *v = k + step, *gain = k_gain ? k_gain + l * hd : NULL;
         element *keys = place(pages[l], where + a * stride, at, step), *values = keys + PAGE * step;
+        const float *c = no_rope && no_rope[l] ? NULL : cos + at * (hd / 2), *s = sin + at * (hd / 2);
         for (long g = 0; g < KVH; g++)
-            put_key_value(k + g * hd, v + g * hd, gain, cos + at * (hd / 2), sin + at * (hd / 2), eps, hd,
-                          keys + g * hd, values + g * hd);
+            put_key_value(k + g * hd, v + g * hd, gain, c, s, eps, hd, keys + g * hd, values + g * hd);
     }
 }

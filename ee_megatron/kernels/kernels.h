@@ -73,14 +73,16 @@ typedef struct {
     float eps;
 } shape;
 
-/* One layer; q_norm and k_norm [hd] or NULL. */
+/* One layer; q_norm and k_norm [hd] or NULL; whether queries and keys are rotated. */
 typedef struct {
     product qkv, out, gate_up, down;
     const element *attention_norm, *mlp_norm, *q_norm, *k_norm;
+    int rotates;
 } layer;
 
 void add_norm(element *hidden, const element *delta, const element *gain, element *out, long A, long D, float eps);
 void silu_mul(const element *gate_up, element *out, long A, long I);
 void attend(const element *fused, element *out, const int64_t *where, long stride, const float *cos, const float *sin,
-            element *pages, const element *q_gain, const element *k_gain, float eps, long A, long H, long KVH, long hd);
+            element *pages, const element *q_gain, const element *k_gain, float eps, int rotates, long A, long H,
+            long KVH, long hd);
 void multiply(const product *p, const element *x, void *y, long A, int wide);

@@ -138,8 +138,8 @@ void run_layers(const layer *layers, element *const *pages, long count, element 
     for (long l = 0; l < count; l++) {
         const layer *now = layers + l;
         multiply(&now->qkv, normed, fused, A, 0);
-        attend(fused, delta, where, stride, cos, sin, pages[l], now->q_norm, now->k_norm, s->eps, A, s->heads,
-               s->kv_heads, s->head_dim);
+        attend(fused, delta, where, stride, cos, sin, pages[l], now->q_norm, now->k_norm, s->eps, now->rotates, A,
+               s->heads, s->kv_heads, s->head_dim);
         multiply(&now->out, delta, normed, A, 0);
         /* `normed` is what is added and, row by row, what comes of it. */
         add_norm(hidden, normed, now->mlp_norm, normed, A, D, s->eps);

@@ -67,6 +67,8 @@ def megatron_config(
         add_bias_linear=False,
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
+        # 1 for a layer that doesn't rotate.
+        no_rope_freq=[int(layer in dims.no_rope) for layer in range(dims.num_layers)] if dims.no_rope else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=tensor,

@@ -18,6 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from ..families import inverse_frequencies
 from .config import EarlyExitTransformerConfig, padded_vocab
-from .layer import CausalAttention, EarlyExitLayer, HeadNorm, RMSNorm, SkippingAttention
+from .layer import CausalAttention, EarlyExitLayer, HeadNorm, RMSNorm, SkippingAttention, WholeNorm
 from .lora import DownLinear, GateUpLinear, LoRAPair, OutLinear, QKVLinear
 from .packed import Control
 
@@ -39,7 +40,12 @@ STORED_NORMS = {
 
 
 def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
-    norm = HeadNorm if config.qk_layernorm else None
+    dims = config.dims
+    assert dims is not None
+    norms: list[Any] = [HeadNorm if dims.qk_norm else None] * 2
+    if dims.qk_norm_whole:
+        norms = [ModuleSpec(WholeNorm, {"width": size}) for size in (dims.q_size, dims.kv_size)]
+    before = IdentityOp if dims.norm_after else RMSNorm
     attention = ModuleSpec(
         module=SkippingAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -47,18 +53,18 @@ def layer_spec(config: EarlyExitTransformerConfig) -> ModuleSpec:
             linear_qkv=QKVLinear,
             core_attention=CausalAttention,
             linear_proj=OutLinear,
-            q_layernorm=norm,
-            k_layernorm=norm,
+            q_layernorm=norms[0],
+            k_layernorm=norms[1],
         ),
     )
     mlp = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=GateUpLinear, linear_fc2=DownLinear))
     return ModuleSpec(
         module=EarlyExitLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=before,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=before,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=STORED_NORMS,

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -46,6 +50,24 @@ class HeadNorm(RMSNorm):
         self.weight.sum_over_tensor_ranks = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
 
 
+class WholeNorm(RMSNorm):
+    """RMSNorm over all heads together (OLMo-2), x [..., h, d] of this rank's heads; `width`: elements of all heads.
+    Each tensor-parallel rank has the gain of its own heads."""
+
+    def __init__(self, config: EarlyExitTransformerConfig, width: int, eps: float = 1e-6, **_: object):
+        super().__init__(config, width // config.tensor_model_parallel_size, eps)
+        self.width = width
+        self.weight.sequence_parallel = False  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.flatten(-2).float()
+        squares = wide.pow(2).sum(-1, keepdim=True)
+        # Every rank's heads depend on all ranks' sums: a sum over ranks forward, and of their gradients backward.
+        squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares))
+        wide = wide * torch.rsqrt(squares / self.width + self.eps)
+        return (self.weight * wide.to(x.dtype)).view_as(x)
+
+
 class CausalAttention(nn.Module):
     """Core attention of megatron-core's own layer, for sequences of one length: q [s, b, h, d], k and v [s, b, g, d]
     -> [s, b, h * d]."""
@@ -79,11 +101,11 @@ class SkippingAttention(SelfAttention):
             query = self.linear_qkv.local(used.index_select(0, active.index), ("q_proj",)).unflatten(-1, (-1, d))
         if self.q_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        turn_keys, turn_queries = active.turns(angles, query.dtype)
-        key, query = turned(key, turn_keys), turned(query, turn_queries)
+        if self.layer_number - 1 not in self.config.dims.no_rope:
+            turn_keys, turn_queries = active.turns(angles, query.dtype)
+            key, query = turned(key, turn_keys), turned(query, turn_queries)
         attended = attend_packed(query, key, value, active.spans, self.config.flex_attention)
-        output = self.linear_proj.leave(self.linear_proj.local(attended.flatten(1)), active)
-        return output if self.linear_proj.bias is None else output + self.linear_proj.bias
+        return self.linear_proj.finish(self.linear_proj.leave(self.linear_proj.local(attended.flatten(1)), active))
 
 
 def turned(x: Tensor, turn: Turn) -> Tensor:
@@ -100,8 +122,7 @@ def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
     if mlp.linear_fc1.bias is not None:
         hidden = hidden + mlp.linear_fc1.bias
     gate, up = hidden.chunk(2, dim=-1)
-    output = mlp.linear_fc2.leave(mlp.linear_fc2.local(F.silu(gate) * up), active)
-    return output if mlp.linear_fc2.bias is None else output + mlp.linear_fc2.bias
+    return mlp.linear_fc2.finish(mlp.linear_fc2.leave(mlp.linear_fc2.local(F.silu(gate) * up), active))
 
 
 class ExitGate(nn.Module):

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from .config import EarlyExitTransformerConfig
+from .layer import RMSNorm
 from .packed import Active
 
 
@@ -181,6 +182,7 @@ class _Row(_Adapted, RowParallelLinear):
         assert config.dims is not None
         kwargs["bias"] = config.dims.has_bias(f"{self.PREFIX}.{self.PARTS[0]}")
         super().__init__(input_size, output_size, config=config, **kwargs)
+        self.post_layernorm = RMSNorm(config, output_size, config.layernorm_epsilon) if config.dims.norm_after else None
         self._add_adapters(self.input_size_per_partition, (output_size,), replicated="lora_B")
 
     def local(self, x: Tensor) -> Tensor:
@@ -201,7 +203,14 @@ class _Row(_Adapted, RowParallelLinear):
         mine = reduce_scatter_to_sequence_parallel_region(x, group=self.tp_group)
         return mine if active is None else active.pick_mine(mine.flatten(0, 1))
 
+    def finish(self, x: Tensor) -> Tensor:
+        """Sums of shares [..., out], with the bias and, where what is added to the stream is normed, the norm."""
+        x = x if self.bias is None else x + self.bias
+        return x if self.post_layernorm is None else self.post_layernorm(x)
+
     def forward(self, input_: Tensor):
+        if self.post_layernorm is not None:
+            return self.finish(self.leave(self.local(input_))), None
         if not self._enabled(self.PARTS):
             return super().forward(input_)
         output = self.leave(self.local(input_))

@@ -101,9 +101,12 @@ def rank_parameters(layout: Layout, pipeline_rank: int) -> Parameters:
     matrix = layout.vocabulary_rows * dims.hidden
     # Vectors that are added after a sum over ranks are whole on every rank.
     whole = [f"{linear}.bias" for linear in ROW_PARALLEL]
+
+    def split(name: str) -> bool:
+        return ("_proj" in name and name not in whole) or (dims.qk_norm_whole and name.startswith("self_attn."))
+
     block = sum(
-        math.prod(shape) // (layout.tensor if "_proj" in name and name not in whole else 1)
-        for name, shape in dims.block_shapes().items()
+        math.prod(shape) // (layout.tensor if split(name) else 1) for name, shape in dims.block_shapes().items()
     )
     base = layers * block + matrix * embedding + (dims.hidden + (0 if dims.tied else matrix)) * head
     adapters = sum(

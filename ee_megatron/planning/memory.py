@@ -116,8 +116,9 @@ def layer_activations(layout: Layout, packed: Packing, t: Training, layer: int) 
     dims, e, full, load = layout.dims, t.item, layout.spec.full, packed.load
     every, active, here = packed.width, packed.filled, layout.sequence_ranks
     entering = carries_gradient(layout, layer, PassMode(True, input_gradient=t.recompute or t.zero_stage == 3))
-    # Norms save their input in fp32 and, if the gain is trained, what it multiplies.
-    total = ((every * entering + active) * FP32 + (every + active) * e * full) / here * dims.hidden
+    # Norms save their input in fp32 and, if the gain is trained, what it multiplies; behind attention only active ones.
+    entered = active if dims.norm_after else every * entering
+    total = ((entered + active) * FP32 + (every + active) * e * full) / here * dims.hidden
     if here > 1:
         # Sequence parallelism: copies made before a gather and before the two reduce-scatters.
         total += (active / here + 2 * active) * dims.hidden * e

@@ -45,7 +45,7 @@ ON_CPU = [
 BATCH = ["--micro-batch-size", "1", "--global-batch-size", "2", "--seq-length", "64", "--train-iters", "1"]
 BATCH += ["--lr", "1e-4", "--save-interval", "10"]
 # What Megatron-LM keeps no argument of in a checkpoint.
-FLAGS = {"llama": [], "qwen2": [], "qwen3": ["--qk-layernorm"]}
+FLAGS = {"llama": [], "qwen2": [], "qwen3": ["--qk-layernorm"], "smollm3": ["--no-rope-freq", "2"]}
 MODELS = {f"{family}-{kind}": (family, kind == "tied") for family in FLAGS for kind in ("tied", "untied")}
 
 

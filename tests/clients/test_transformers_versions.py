@@ -36,9 +36,11 @@ BASES = {
     "linear": ("llama", {"rope_parameters": LINEAR}),
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
     "qwen3": ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}),
+    "smollm3": ("smollm3", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0}}),
+    "olmo2": ("olmo2", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
 }
 # What transformers 4.46 doesn't have at all.
-NEWER = {"transformers-4.46": {"qwen3"}}
+NEWER = {"transformers-4.46": {"qwen3", "smollm3", "olmo2"}}
 
 READER = """
 import json, sys

@@ -53,7 +53,7 @@ from tests.conversion import (
 )  # fmt: skip
 from tests.covering import EXTENDED, SLOW, covering
 from tests.processes import ROOT, ee_megatron
-from tests.tiny import MODELS, ONE_EACH, tiny_hf
+from tests.tiny import MEGATRON_MODELS, MEGATRON_ONE_EACH, NOT_IN_MEGATRON, ONE_EACH, tiny_hf
 
 LAYERS, DEPTHS = 6, (2, 3, 5)
 ADAPTERS = PolicySpec(LAYERS, DEPTHS, rank=4, alpha=8.0)
@@ -61,7 +61,7 @@ FULL = PolicySpec(LAYERS, DEPTHS, rank=0, full=True)
 # 133 is odd: under two and four tensor ranks the vocabulary is padded.
 SIZES = {"vocab": 133, "heads": 8, "kv_heads": 4}
 ALL_EXITS = "--exit-depths 1,2,3,4,5"
-CASES = [(*model, dtype) for model in MODELS for dtype in ("bf16", "fp32")]
+CASES = [(*model, dtype) for model in MEGATRON_MODELS for dtype in ("bf16", "fp32")]
 
 
 @pytest.fixture
@@ -83,6 +83,17 @@ def test_a_round_trip_is_bit_exact(tmp_path, case, layout):
     assert tensor_sha256(opened.tensor("model.embed_tokens.weight")) == expected["model.embed_tokens.weight"]
     assert manifest["layout"]["tensor"] == opened.stored_degree() == tensor
     assert len(manifest["layout"]["stage_layers"]) == pipeline
+
+
+@pytest.mark.parametrize("family", sorted(NOT_IN_MEGATRON))
+def test_what_megatron_cannot_describe_is_refused_and_exports_to_hugging_face_all_the_same(tmp_path, capsys, family):
+    base, out = tiny_hf(family, tmp_path / "base", tied=False), tmp_path / "out"
+    policy = policy_on(base, tmp_path / "policy", ADAPTERS, owner=base)
+    for command in ("import", "roundtrip"):
+        refused(capsys, command, "--hf", base, *(("--out", out) if command == "import" else ()), names=(family,))
+    assert not out.exists()
+    made("export --checkpoint", policy, "--hf", base, "--out", out)
+    made("verify", out, policy, "--hf", base)
 
 
 def test_a_plain_model_is_cut_evenly_and_comes_back_without_gates(plain, tmp_path, capsys):
@@ -156,7 +167,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize(
     ("family", "tied", "spec"),
     [
-        *((*model, ADAPTERS) for model in ONE_EACH),
+        *((*model, ADAPTERS) for model in MEGATRON_ONE_EACH),
         ("qwen2", False, FULL),
         pytest.param("llama", True, FULL, marks=EXTENDED),
     ],
@@ -320,7 +331,8 @@ def bridge_settings(weights: Path = W, **changes: object) -> None:
     kept += ("normalization", "rotary_base", "vocab_size", "position_embedding_type", "rotary_percent", "qk_layernorm")
     model = {name: getattr(args, name) for name in kept} | {"num_moe_experts": None, "gated_linear_unit": True}
     model |= {"layernorm_epsilon": args.norm_epsilon, "seq_length": args.max_position_embeddings}
-    model |= {"init_method": {"_target_": "torch.nn.init.normal_"}, **changes}
+    model |= {"init_method": {"_target_": "torch.nn.init.normal_"}, "no_rope_freq": getattr(args, "no_rope_freq", None)}
+    model |= changes
     (weights / "run_config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"train_iters": 10}}))
 
 
@@ -332,9 +344,20 @@ def add(name: str, *shape: int) -> None:
     write_metadata(W, chunks + file.chunks)
 
 
-@pytest.mark.parametrize("recorded", ["arguments", "run_config.yaml", "config.json beside", "--config", "an import's"])
-def test_what_others_saved_is_read_with_its_dimensions_from_where_they_are_recorded(tmp_path, monkeypatch, recorded):
-    base, _ = foreign(tmp_path)
+RECORDED = [("qwen3", where) for where in ("arguments", "run_config.yaml", "config.json beside", "--config")]
+RECORDED += [
+    ("qwen3", "an import's"),
+    ("smollm3", "arguments"),
+    ("smollm3", "run_config.yaml"),
+    ("smollm3", "--config"),
+]
+
+
+@pytest.mark.parametrize(("family", "recorded"), RECORDED)
+def test_what_others_saved_is_read_with_its_dimensions_from_where_they_are_recorded(
+    tmp_path, monkeypatch, family, recorded
+):
+    base, _ = foreign(tmp_path, family)
     monkeypatch.chdir(tmp_path)
     add("optimizer.state.exp_avg.decoder.layers.mlp.router.weight", 4)
     saved = Path("saved")

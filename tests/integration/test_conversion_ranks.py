@@ -22,7 +22,7 @@ from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.parallel.groups import Degrees
 from tests.conversion import hashes, made
 from tests.covering import EXTENDED
-from tests.tiny import MODELS, ONE_EACH, tiny_hf
+from tests.tiny import MEGATRON_MODELS, MEGATRON_ONE_EACH, tiny_hf
 
 # 133 is odd: under two and four tensor ranks the vocabulary is padded.
 SIZES = {"vocab": 133, "hidden": 64}
@@ -47,7 +47,7 @@ def own_model(args, tensor: int, pipeline: int) -> GPTModel:
         **{name: getattr(args, name) for name in same}, **dict.fromkeys(fusions, False), batch_p2p_sync=False,
         layernorm_epsilon=args.norm_epsilon, gated_linear_unit=args.swiglu, activation_func=torch.nn.functional.silu,
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, pipeline_dtype=torch.float32,
-        use_cpu_initialization=True,
+        use_cpu_initialization=True, no_rope_freq=getattr(args, "no_rope_freq", None),
     )  # fmt: skip
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return GPTModel(
@@ -107,9 +107,9 @@ def load_run_and_save(tensor: int, pipeline: int, cases, tokens):
 @pytest.mark.parametrize(
     ("layout", "models"),
     [
-        ((2, 2), ONE_EACH),
-        pytest.param((2, 2), [model for model in MODELS if model not in ONE_EACH], marks=EXTENDED),
-        pytest.param((1, 1), MODELS, marks=EXTENDED),
+        ((2, 2), MEGATRON_ONE_EACH),
+        pytest.param((2, 2), [m for m in MEGATRON_MODELS if m not in MEGATRON_ONE_EACH], marks=EXTENDED),
+        pytest.param((1, 1), MEGATRON_MODELS, marks=EXTENDED),
     ],
     ids=["2x2", "2x2, the others", "1x1"],
 )

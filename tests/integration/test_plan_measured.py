@@ -10,6 +10,7 @@ import pytest
 from ranks import Ranks
 
 from ee_megatron.config.schema import RunConfig
+from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.planning.flops import PassMode, pass_cost, whole_pass
 from ee_megatron.planning.layout import Layout
@@ -101,6 +102,13 @@ def compare(ranks, path, spec, layout, sequences, prompt, answer, depth, tokens,
 @pytest.mark.parametrize(("layout", "case"), covering(TINY, itertools.product(("llama", "qwen3"), SPECS)))
 def test_tiny_models_cost_what_was_planned(four, models, layout, case) -> None:
     compare(four, models[case[0]], SPECS[case[1]], TINY[layout], 16, 24, 39, 0.7, 256)
+
+
+@pytest.mark.parametrize("spec", ["lora", "full"])
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama", "qwen3"}))
+def test_other_families_cost_what_was_planned(four, tmp_path, family, spec) -> None:
+    path = tiny_hf(family, tmp_path, tied=False, hidden=128, vocab=512, intermediate=256)
+    compare(four, path, SPECS[spec], TINY["TP2_DP2"], 16, 24, 39, 0.7, 256)
 
 
 @pytest.mark.parametrize("depth", [1.0, 0.45])

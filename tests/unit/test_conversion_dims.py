@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,12 +80,15 @@ MODELS: dict[str, tuple[dict, int]] = {
     "SmolLM2-135M": (dense("llama", 576, 1536, 30, 9, 3, 49152, True, 1e5, 1e-5), 134_515_008),
     "SmolLM2-360M": (dense("llama", 960, 2560, 32, 15, 5, 49152, True, 1e5, 1e-5), 361_821_120),
     "SmolLM2-1.7B": (dense("llama", 2048, 8192, 24, 32, 32, 49152, True, 1.3e5, 1e-5), 1_711_376_384),
+    "SmolLM3-3B": (dense("smollm3", 2048, 11008, 36, 16, 4, 128256, True, 5e6, 1e-6), 3_075_098_624),
+    "OLMo-2-0425-1B": (dense("olmo2", 2048, 8192, 16, 16, 16, 100352, False, 5e5, 1e-6), 1_484_916_736),
+    "OLMo-2-1124-7B": (dense("olmo2", 4096, 11008, 32, 32, 32, 100352, False, 5e5, 1e-6), 7_298_617_344),
 }
 
 
 # Every family, tied and untied, heads of the hidden size and of their own; the others in `make test-all`.
 FEW = {"DeepSeek-R1-Distill-Qwen-1.5B", "Qwen2.5-0.5B", "Qwen3-0.6B", "Qwen3-8B", "Llama-3-8B", "Llama-3.2-1B"}
-FEW |= {"SmolLM2-360M"}
+FEW |= {"SmolLM2-360M", "SmolLM3-3B", "OLMo-2-0425-1B"}
 
 
 def test_a_published_model_has_its_number_of_parameters() -> None:
@@ -142,7 +146,7 @@ NAN, INF = math.nan, math.inf
         *(("layer_types", {"layer_types": value}) for value in (5, [["full_attention"]], ["sliding_attention"])),
         ("partial_rotary_factor", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
         ("attention_multiplier", {"attention_multiplier": 0.1}),
-        ("no_rope_layers", {"no_rope_layers": [1, 0]}),
+        ("no_rope_layers", {"no_rope_layers": [1, 2]}),
         ("attn_logit_softcapping", {"attn_logit_softcapping": 50.0}),
         ("head_dim", {"head_dim": 0}),
         *(("model_type", {"model_type": value}) for value in (None, 7, ["llama"], {"llama": 1})),
@@ -196,15 +200,57 @@ def test_what_only_a_new_family_has_is_lost_nowhere(
     made(imported)
 
 
+def test_which_layers_rotate_is_part_of_the_model(tmp_path, monkeypatch, capsys):
+    """In the identity of a base, and in what Megatron-LM records of it; vLLM has no early-exit model of the family."""
+    monkeypatch.chdir(tmp_path)
+    base = tiny_hf("smollm3", Path("base"), layers=2)
+    policy = policy_on(base, Path("policy"), PolicySpec(2, (1,), rank=0), owner=base)
+    fields(base / "config.json", no_rope_layers=None)
+    check_base(policy, HFDirectory(base))
+    shutil.copytree(base, "other")
+    for said in ({"no_rope_layer_interval": 1}, {"no_rope_layers": [1, 1]}):
+        fields("other/config.json", **said)
+        with pytest.raises(ValueError, match="another base model"):
+            check_base(policy, HFDirectory("other"))
+    made("import --hf base --out saved --quiet")
+    shutil.move("saved/weights", "iter_0000010")
+    for n, (recorded, config) in enumerate([([0, 1], "other"), (None, "base"), ([0], "base"), (2, "base")]):
+        state = torch.load("iter_0000010/common.pt", weights_only=False)
+        state["args"].no_rope_freq = recorded
+        torch.save(state, "iter_0000010/common.pt")
+        command = f"import --megatron iter_0000010 --config {config} --out made-{n} --quiet"
+        made(command) if recorded == 2 else refused(capsys, command, names=("no_rope_freq",))
+    planned = "run name=x teacher=null exits.depths=[1] exits.first_token=false device=cpu model.path=base "
+    assert cli.main(f"{planned} runs=runs rollout=vllm rollout.max_new_tokens=64 --dry-run".split()) == 2
+    assert "rollout.backend=vllm" in capsys.readouterr().err
+
+
+def test_what_a_config_leaves_unsaid_is_what_transformers_takes_for_it():
+    """SmolLM3's configs say nothing of tied embeddings, whose default there is another one than Llama's."""
+    unsaid = ("tie_word_embeddings", "rope_theta")
+    for family in FAMILIES:
+        config = {name: value for name, value in MODELS["SmolLM3-3B"][0].items() if name not in unsaid}
+        config["model_type"] = family
+        theirs, dims = CONFIG_MAPPING[family](**config), dims_from_config(config)
+        assert dims.tied == theirs.tie_word_embeddings, family
+        assert dims.rope_theta == theirs.rope_parameters["rope_theta"], family
+        rotated = getattr(theirs, "no_rope_layers", [1] * dims.num_layers)
+        assert dims.no_rope == tuple(layer for layer in range(dims.num_layers) if not rotated[layer])
+
+
 def test_megatrons_arguments_say_every_field_of_the_dimensions() -> None:
     dims = ModelDims("llama", 2, 64, 96, 4, 2, 16, 130, 512, 1e-6, 1e4, (), True, True, True, True, True)
-    scaled = (("factor", 2.0), ("rope_type", "linear"))
+    lists = {"rope_scaling": (("factor", 2.0), ("rope_type", "linear")), "no_rope": (1,)}
     layout = {"tensor": 1, "pipeline": 1}
     said = vars(arguments(dims, layout, torch.float32))
-    assert {*ModelDims.__dataclass_fields__} == CARRIED
+    lost = {*ModelDims.__dataclass_fields__} - CARRIED
+    assert lost == {"qk_norm_whole", "norm_after"} and len(CARRIED) + len(lost) == len(ModelDims.__dataclass_fields__)
+    for name in lost:
+        with pytest.raises(ValueError, match=name):
+            arguments(replace(dims, **{name: True}), layout, torch.float32)
     for name in CARRIED - {"family"}:
         value = getattr(dims, name)
-        other = scaled if name == "rope_scaling" else not value if isinstance(value, bool) else 2 * value
+        other = lists.get(name) or (not value if isinstance(value, bool) else 2 * value)
         assert vars(arguments(replace(dims, **{name: other}), layout, torch.float32)) != said, name
     refuse_lost(Unrotated(**vars(dims)))
     with pytest.raises(ValueError, match="unrotated"):

@@ -20,9 +20,11 @@ from ee_megatron.rollout import Decoder, SamplingParams
 from ee_megatron.rollout.engine import layer_backends, sampling
 from ee_megatron.rollout.engine.cache import KVCache
 from ee_megatron.rollout.engine.layer_backends import KernelOps, Rows, TorchOps, choose_ops
+from ee_megatron.rollout.engine.linear import Linear
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.engine.scoring import compare
+from ee_megatron.rollout.engine.weights import LayerWeights, SkippedKV
 from tests.tiny import tiny_hf
 
 DIMS = ModelDims("qwen3", 3, 48, 40, 6, 2, 16, 130, 512, 1e-6, 1e4)
@@ -52,9 +54,10 @@ def near(a: torch.Tensor, b: torch.Tensor) -> None:
     size=st.sampled_from([16, 48, 64, 128]),
     heads=st.sampled_from([(1, 1), (6, 2), (4, 4)]),
     gains=st.booleans(),
+    rotates=st.lists(st.booleans(), min_size=2, max_size=2),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, size, heads, gains, dtype):
+def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, size, heads, gains, rotates, dtype):
     dims = dataclasses.replace(DIMS, heads=heads[0], kv_heads=heads[1], head_dim=size)
     generator = torch.Generator().manual_seed(seed)
 
@@ -68,23 +71,26 @@ def test_attention_and_cache_writes_equal_the_pytorch_form(seed, rows, span, siz
         for positions in (20, 40, 70):
             for row in order:
                 cache.hold([row], [positions])
-    for layer in zip(*(cache.layers for cache in caches), strict=True):
-        content = random(*layer[0].shape)
-        for pool in layer:
+    for pools in zip(*(cache.layers for cache in caches), strict=True):
+        content = random(*pools[0].shape)
+        for pool in pools:
             pool.copy_(content)
     angles = torch.arange(70)[:, None] * torch.rand(size // 2, generator=generator)
     slots = torch.randperm(11, generator=generator)[:rows].tolist()
     positions = torch.randint(0, span, (rows,), generator=generator).tolist()
     at = Rows(caches[0].where(slots, positions), max(positions) + 1, angles.cos(), angles.sin())
     fused = random(rows, (heads[0] + 2 * heads[1]) * size)
-    q_gain, k_gain = (random(size), random(size)) if gains else (None, None)
-    skipped, skipped_gain = random(rows, 2 * 2 * heads[1] * size), random(2, size) if gains else None
+    gain = (random(size), random(size)) if gains else (None, None)
+    layer = LayerWeights({}, {}, {}, random(1), random(1), *gain, rotates[0])
+    product = random(rows, 2 * 2 * heads[1] * size)
+    still = None if all(rotates) else ~torch.tensor(rotates)
+    skipped = [SkippedKV(first, 2, Linear(random(1, 1)), random(2, size) if gains else None, still) for first in (1, 0)]
     found, turned = [], []
     for ops, cache in zip(both(dims, dtype), caches, strict=True):
-        turned.append(torch.cat(ops.split_and_rotate(fused.clone(), at, q_gain, k_gain), 1))
-        found.append(ops.attend(fused, cache, 1, at, q_gain, k_gain))
-        ops.write_kv(skipped, cache, 1, 2, at, skipped_gain)
-        ops.write_kv(skipped[: rows // 2], cache, 0, 2, at, skipped_gain)
+        turned.append(torch.cat(ops.split_and_rotate(fused.clone(), at, layer), 1))
+        found.append(ops.attend(fused, cache, 1, at, layer))
+        ops.write_kv(product, cache, at, skipped[0])
+        ops.write_kv(product[: rows // 2], cache, at, skipped[1])
     near(turned[0], turned[1])
     near(found[0], found[1])
     near(torch.stack(caches[0].layers), torch.stack(caches[1].layers))

@@ -82,7 +82,8 @@ def test_layers_and_gates_without_python_between_them_equal_the_pytorch_form(tmp
     decoder.load_policy(random_policy(decoder.dims, SPEC))
     if not has_products(dtype):
         pytest.skip("no products of bfloat16 on this processor")
-    assert isinstance(decoder.ops, KernelOps) and decoder.ops._layers is not None
+    # Layers with norms behind attention and MLP return to Python between their kernels.
+    assert isinstance(decoder.ops, KernelOps) and (decoder.ops._layers is None) == decoder.dims.norm_after
     compiled, plain = decoder.ops, TorchOps(decoder.dims)
     generator, rows = torch.Generator().manual_seed(1), 9
     start = torch.randn(rows, decoder.dims.hidden, generator=generator).to(dtype)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ee_megatron.config.derive import policy_spec
 from ee_megatron.config.schema import DeepspeedConfig, RunConfig
-from ee_megatron.families import ModelDims, dims_from_config
+from ee_megatron.families import FAMILIES, ModelDims, dims_from_config
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.rundir import write_atomic
 from ee_megatron.planning.devices import Device, Reach
@@ -228,10 +228,9 @@ def write_model(config: dict[str, Any], folder: Path, device: torch.device) -> i
     """A Hugging Face directory with random weights; its number of parameters. Gains and biases are random too: ones and
     zeros would hide mistakes."""
     folder.mkdir()
-    family = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     hf = AutoConfig.for_model(
-        **{"bos_token_id": None, "eos_token_id": None, **config}, architectures=[family[config["model_type"]]],
-        dtype="bfloat16",
+        **{"bos_token_id": None, "eos_token_id": None, **config}, dtype="bfloat16",
+        architectures=[FAMILIES[config["model_type"]].architecture],
     )  # fmt: skip
     hf.save_pretrained(folder)
     generator, tensors = torch.Generator(device).manual_seed(0), {}

@@ -17,7 +17,7 @@ if VERSION < OLDEST:
 ROPE = ("rope_parameters",), ("rope_theta", "rope_scaling")
 OWN_ROPE, OTHER_ROPE = ROPE if VERSION >= (5,) else ROPE[::-1]
 
-BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "olmo2")
 OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
 POLICY_KINDS = ("threshold", "sample", "off", "fixed")
 
@@ -64,7 +64,7 @@ def check_exit_policy(policy: dict, exit_depths: list[int], num_layers: int) -> 
 class EarlyExitConfig(PretrainedConfig):
     """The base model's own fields, flat, and where and how tokens exit.
 
-    base_model_type: llama, qwen2 or qwen3, whose layers are used unchanged. exit_depths: layers that have run at each
+    base_model_type: one of BASE_MODEL_TYPES, whose layers are used unchanged. exit_depths: layers that have run at each
     exit, increasing. gate_width: a gate's hidden width in units of hidden_size. gate_input: "normalised" (the residual
     stream over its root mean square) or "raw". first_token: whether the prompt's last position, which predicts the
     first generated token, may exit. exit_policy: the default of `generate`, see `check_exit_policy`.

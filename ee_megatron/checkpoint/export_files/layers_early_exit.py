@@ -100,11 +100,12 @@ def attention_mask_4d(
 
 
 def heads(x_BTE: Tensor, projection: nn.Module, attention: Any, norm: str | None = None) -> Tensor:
-    """[B, T, D] -> [B, heads, T, d], with the per-head norm that Qwen3 puts on queries and keys."""
-    x = projection(x_BTE).unflatten(-1, (-1, attention.head_dim))
-    if norm is not None and hasattr(attention, norm):
-        x = getattr(attention, norm)(x)
-    return x.transpose(1, 2)
+    """[B, T, D] -> [B, heads, T, d], with the norm that Qwen3 puts on each head of queries and keys, OLMo-2 on all."""
+    x, normed = projection(x_BTE), getattr(attention, norm or "", None)
+    if normed is not None and normed.weight.shape[0] == x.shape[-1]:
+        x, normed = normed(x), None
+    x = x.unflatten(-1, (-1, attention.head_dim))
+    return (x if normed is None else normed(x)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,14 @@ class ExitAttention(Exiting):
     """A base's attention that can skip rows, for which it makes keys and values only. As in the base, it is called with
     the normed stream and returns (output, weights or None), which is what hooks see."""
 
+    def rotated(self: Any, x_BHTd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`rotate`, unless it is one of SmolLM3's layers without positions."""
+        return rotate(x_BHTd, cos, sin) if getattr(self, "use_rope", True) else x_BHTd
+
     def keys_and_values(self: Any, normed_BTD: Tensor, shared: Pass) -> tuple[Tensor, Tensor]:
         """Make keys and values of the new positions [B, T, D] and cache them; returns those of all positions, each
         [B, G, past + T, d]."""
-        k = rotate(heads(normed_BTD, self.k_proj, self, "k_norm"), *shared.rope)
+        k = self.rotated(heads(normed_BTD, self.k_proj, self, "k_norm"), *shared.rope)
         return shared.keep(k, heads(normed_BTD, self.v_proj, self), self.layer_idx)
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +173,7 @@ class ExitAttention(Exiting):
             # A single row of positions or of the mask holds for all rows.
             cos, sin = (t[rows] if t.shape[0] > 1 else t for t in (cos, sin))
             mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
-        q = rotate(heads(hidden_states, self.q_proj, self, "q_norm"), cos, sin)
+        q = self.rotated(heads(hidden_states, self.q_proj, self, "q_norm"), cos, sin)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         weights = None
@@ -184,7 +189,11 @@ class ExitLayer(Exiting):
 
     def skip(self: Any, hidden_states: Tensor, shared: Pass) -> None:
         """Make keys and values only, from the stream [B, T, D]: every position has exited."""
-        self.self_attn.keys_and_values(self.input_layernorm(hidden_states), shared)
+        self.self_attn.keys_and_values(self.entering(hidden_states), shared)
+
+    def entering(self: Any, hidden_states: Tensor) -> Tensor:
+        """What attention reads of the stream: OLMo-2 norms what attention and MLP add instead."""
+        return self.input_layernorm(hidden_states) if hasattr(self, "input_layernorm") else hidden_states
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`run` if called by `EarlyExitForCausalLM`, else (by the base's own loop, say) the base's forward."""
@@ -197,9 +206,14 @@ class ExitLayer(Exiting):
         and second norm are computed for the rows that have one, keys and values for all."""
         active_B = active_BT.any(dim=1)
         rows = None if bool(active_B.all()) else active_B.nonzero().squeeze(1)
-        made, weights = self.self_attn(self.input_layernorm(hidden_states), shared, rows)
-        stream = (hidden_states if rows is None else hidden_states[rows]) + made
-        stream = stream + self.mlp(self.post_attention_layernorm(stream))
+        made, weights = self.self_attn(self.entering(hidden_states), shared, rows)
+        stream = hidden_states if rows is None else hidden_states[rows]
+        if hasattr(self, "post_feedforward_layernorm"):
+            stream = stream + self.post_attention_layernorm(made)
+            stream = stream + self.post_feedforward_layernorm(self.mlp(stream))
+        else:
+            stream = stream + made
+            stream = stream + self.mlp(self.post_attention_layernorm(stream))
         if shared.weights is not None and weights is not None:
             if rows is not None:
                 weights = weights.new_zeros(len(active_B), *weights.shape[1:]).index_copy(0, rows, weights)

@@ -1,4 +1,4 @@
-"""Llama, Qwen2 or Qwen3 whose generated tokens may stop after a few layers. Needs only torch and transformers.
+"""A decoder (BASE_MODEL_TYPES) whose generated tokens may stop after a few layers. Needs only torch and transformers.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     out = model.generate(**inputs)                                              # the exit policy of config.json
@@ -124,7 +124,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
     config: EarlyExitConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"]  # noqa: RUF012
+    _no_split_modules = [  # noqa: RUF012
+        f"{family}DecoderLayer" for family in ("Llama", "Qwen2", "Qwen3", "SmolLM3", "Olmo2")
+    ]
     _supports_sdpa = True
     _supports_cache_class = True
     _supports_static_cache = True

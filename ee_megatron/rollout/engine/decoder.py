@@ -1,6 +1,6 @@
 """The policy in plain PyTorch: parallel forward with the frozen mask, cached decoding that skips layers after an exit.
 
-Dense Llama, Qwen2 and Qwen3. What an exit does: docs/method.md. Shapes: B sequences, T positions, R cache rows,
+Dense models of families/. What an exit does: docs/method.md. Shapes: B sequences, T positions, R cache rows,
 D hidden, L layers, M exits, H query heads, KVH key/value heads, hd head size, V vocabulary.
 """
 
@@ -228,9 +228,8 @@ class Decoder:
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         running = self._running(T, ends, exit_depths)
         for layer, (block, places) in enumerate(zip(self.weights.blocks, running, strict=True)):
-            linears = block.linears
-            fused = linears["qkv"](ops.add_norm(stream, None, block.attention_norm))
-            turned = ops.split_and_rotate(fused, at, block.q_norm, block.k_norm)
+            fused = ops.project(stream, block)
+            turned = ops.split_and_rotate(fused, at, block)
             q, k, v = (heads.unflatten(0, (B, T)) for heads in turned)
             if keep_kv:
                 keys[layer], values[layer] = k, v
@@ -240,9 +239,7 @@ class Decoder:
             if places is None or len(places):
                 attended = ops.attend_parallel(q, k, v, mask, ends).reshape(B * T, -1)
                 changed = stream if places is None else stream[places]
-                delta = linears["out"](attended if places is None else attended[places])
-                normed = ops.add_norm(changed, delta, block.mlp_norm)
-                changed += ops.mlp(normed, linears)
+                ops.finish(changed, block.linears["out"](attended if places is None else attended[places]), block)
                 if places is not None:
                     stream[places] = changed
             if layer + 1 in residuals_at:
@@ -285,12 +282,16 @@ class Decoder:
         early = sum(o < len(self._skipped) for o in outcome)
         if not early:
             return
-        normed = self.ops.add_norm(hidden[:early], None, None)
+        normed = hidden[:early] if self.dims.norm_after else self.ops.add_norm(hidden[:early], None, None)
         for i, skipped in enumerate(self._skipped):
             count = sum(o <= i for o in outcome[:early])
             if count:
                 fused = skipped.linear(normed[:count])
-                self.ops.write_kv(fused, cache, skipped.first, skipped.layers, at, skipped.k_norm)
+                if skipped.whole_norm is not None:
+                    keys, values = fused.unflatten(-1, (skipped.layers, 2, -1)).unbind(2)
+                    keys = self.norm(keys, None) * skipped.whole_norm
+                    fused = torch.stack([keys, values], dim=2).flatten(1)
+                self.ops.write_kv(fused, cache, at, skipped)
 
 
 def read_eos_ids(source: HFDirectory | ModelSource) -> frozenset[int]:

@@ -17,7 +17,7 @@ from ...families import ModelDims
 from ...kernels import Panels, compiled
 from .cache import TABLE, KVCache
 from .linear import Linear, WideLinear
-from .weights import LayerWeights
+from .weights import LayerWeights, SkippedKV
 
 # Of a prompt that go through an MLP at a time on a CPU.
 POSITIONS = 768
@@ -59,7 +59,8 @@ class Rows(RotaryPositions):
 
 
 def norm(hidden: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm over the last axis: float32 statistics, rounded to the dtype before the gain, as in transformers."""
+    """RMSNorm over the last axis: float32 statistics, rounded to the dtype before the gain, as in transformers
+    (where OLMo-2's are rounded behind it)."""
     if hidden.dtype == torch.float32:
         return F.rms_norm(hidden, hidden.shape[-1:], gain, eps)
     wide = hidden.float()
@@ -96,11 +97,16 @@ class TorchOps:
         """Run layers first..stop-1 on the stream hidden [A, D] -> [A, D]; writes the rows' keys and values of these
         layers. `hidden` may be overwritten."""
         blocks = self.blocks
+        if self.dims.norm_after:
+            for layer, block in enumerate(blocks[first:stop], start=first):
+                attended = self.attend(self.project(hidden, block), cache, layer, at, block)
+                self.finish(hidden, block.linears["out"](attended), block)
+            return hidden
         normed = self.add_norm(hidden, None, blocks[first].attention_norm)
         for layer in range(first, stop):
             block = blocks[layer]
             linears = block.linears
-            attended = self.attend(linears["qkv"](normed), cache, layer, at, block.q_norm, block.k_norm)
+            attended = self.attend(linears["qkv"](normed), cache, layer, at, block)
             normed = self.add_norm(hidden, linears["out"](attended), block.mlp_norm)
             delta = self.mlp(normed, linears)
             if layer + 1 < stop:
@@ -108,6 +114,26 @@ class TorchOps:
             else:
                 hidden += delta
         return hidden
+
+    def project(self, hidden: Tensor, block: LayerWeights) -> Tensor:
+        """A layer's queries, keys and values of the stream [N, D], fused [N, (H + 2 KVH) hd]; queries and keys are
+        normed here where that is over all heads together."""
+        normed = hidden if self.dims.norm_after else self.add_norm(hidden, None, block.attention_norm)
+        fused = block.linears["qkv"](normed)
+        if block.whole_norm is None:
+            return fused
+        sizes, eps = (self.dims.q_size, self.dims.kv_size), self.dims.rms_eps
+        q, k, v = fused.split((*sizes, sizes[1]), dim=-1)
+        q_gain, k_gain = block.whole_norm.split(sizes)
+        return torch.cat([norm(q, q_gain, eps), norm(k, k_gain, eps), v], dim=-1)
+
+    def finish(self, hidden: Tensor, delta: Tensor, block: LayerWeights) -> None:
+        """Add attention's delta to the stream hidden [N, D] in place, then the MLP's."""
+        if self.dims.norm_after:
+            hidden += self.add_norm(delta, None, block.attention_norm)
+            hidden += self.add_norm(self.mlp(hidden, block.linears), None, block.mlp_norm)
+        else:
+            hidden += self.mlp(self.add_norm(hidden, delta, block.mlp_norm), block.linears)
 
     def mlp(self, normed: Tensor, linears: Mapping[str, Linear]) -> Tensor:
         """The MLP's addition to the stream: normed [N, D] -> [N, D]."""
@@ -132,20 +158,18 @@ class TorchOps:
         return F.silu(gate) * up
 
     def split_and_rotate(
-        self, fused: Tensor, at: RotaryPositions, q_gain: Tensor | None, k_gain: Tensor | None
+        self, fused: Tensor, at: RotaryPositions, block: LayerWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Split fused q, k, v [N, (H + 2 KVH) hd], which may be overwritten, into queries [N, H, hd], keys and values
-        [N, KVH, hd]; queries and keys are normed where there are gains, and rotated by their positions."""
+        [N, KVH, hd]; queries and keys are normed where there are gains, and rotated if the layer rotates."""
         q, k, v = _heads(fused, self.dims)
-        if q_gain is not None:
-            q, k = norm(q, q_gain, self.dims.rms_eps), norm(k, k_gain, self.dims.rms_eps)
-        return apply_rope(q, *at.angles()), apply_rope(k, *at.angles()), v
+        if block.q_norm is not None:
+            q, k = norm(q, block.q_norm, self.dims.rms_eps), norm(k, block.k_norm, self.dims.rms_eps)
+        return (apply_rope(q, *at.angles()), apply_rope(k, *at.angles()), v) if block.rotates else (q, k, v)
 
-    def attend(
-        self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
-    ) -> Tensor:
+    def attend(self, fused: Tensor, cache: KVCache, layer: int, at: Rows, block: LayerWeights) -> Tensor:
         """Attention, fused q, k, v [A, (H + 2 KVH) hd] -> [A, H hd]; writes the rows' keys and values to the cache."""
-        q, k, v = self.split_and_rotate(fused, at, q_gain, k_gain)
+        q, k, v = self.split_and_rotate(fused, at, block)
         keys, values = cache.layers[layer].unbind(1)
         keys[at.pages, at.offsets] = k
         values[at.pages, at.offsets] = v
@@ -164,18 +188,22 @@ class TorchOps:
             enable_gqa=self.dims.heads != self.dims.kv_heads,
         ).transpose(1, 2)  # fmt: skip
 
-    def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
-        """Write keys (normed and rotated here) and values of layers first..first+layers-1 of the first A rows, fused
-        [A, layers·2·KVH·hd]; k_gain [layers, hd]."""
+    def write_kv(self, fused: Tensor, cache: KVCache, at: Rows, skipped: SkippedKV) -> None:
+        """Write keys (normed and rotated here) and values of the first A rows in the layers that they skipped, from the
+        product of `skipped`, fused [A, layers·2·KVH·hd]."""
         dims = self.dims
-        heads = fused.unflatten(-1, (layers, 2, dims.kv_heads, dims.head_dim))
+        heads = fused.unflatten(-1, (skipped.layers, 2, dims.kv_heads, dims.head_dim))
         k, v = heads[:, :, 0], heads[:, :, 1]
-        if k_gain is not None:
-            k = norm(k, None, dims.rms_eps) * k_gain[:, None]
+        if skipped.k_norm is not None:
+            k = norm(k, None, dims.rms_eps) * skipped.k_norm[:, None]
         cos, sin = (table[: len(fused), None] for table in at.angles())
-        pairs = torch.stack([apply_rope(k, cos, sin), v], dim=2)
+        turned = apply_rope(k, cos, sin)
+        if skipped.no_rope is not None:
+            turned = torch.where(skipped.no_rope[:, None, None], k, turned)
+        pairs = torch.stack([turned, v], dim=2)
         pages, offsets = at.pages[: len(fused)], at.offsets[: len(fused)]
-        for layer, pair in zip(cache.layers[first : first + layers], pairs.unbind(1), strict=True):
+        layers = cache.layers[skipped.first : skipped.first + skipped.layers]
+        for layer, pair in zip(layers, pairs.unbind(1), strict=True):
             layer[pages, :, offsets] = pair
 
 
@@ -196,7 +224,8 @@ class KernelOps(TorchOps):
     def set_layers(self, blocks: Sequence[LayerWeights]) -> None:
         super().set_layers(blocks)
         self._layers = None
-        if all(isinstance(linear.matrix, Panels) for block in blocks for linear in block.linears.values()):
+        products = all(isinstance(linear.matrix, Panels) for block in blocks for linear in block.linears.values())
+        if products and not (self.dims.norm_after or self.dims.qk_norm_whole):
             self._layers = (compiled.Layer * len(blocks))(*map(_layer, blocks))
 
     def run(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
@@ -253,24 +282,23 @@ class KernelOps(TorchOps):
         return out
 
     def split_and_rotate(
-        self, fused: Tensor, at: RotaryPositions, q_gain: Tensor | None, k_gain: Tensor | None
+        self, fused: Tensor, at: RotaryPositions, block: LayerWeights
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims, positions = self.dims, at.positions.contiguous()
         self.library.turn_heads(
-            fused.data_ptr(), positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(), compiled.pointer(q_gain),
-            compiled.pointer(k_gain), dims.rms_eps, len(fused), dims.heads, dims.kv_heads, dims.head_dim,
+            fused.data_ptr(), positions.data_ptr(), at.cos.data_ptr(), at.sin.data_ptr(),
+            compiled.pointer(block.q_norm), compiled.pointer(block.k_norm), dims.rms_eps, block.rotates, len(fused),
+            dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return _heads(fused, dims)
 
-    def attend(
-        self, fused: Tensor, cache: KVCache, layer: int, at: Rows, q_gain: Tensor | None, k_gain: Tensor | None
-    ) -> Tensor:
+    def attend(self, fused: Tensor, cache: KVCache, layer: int, at: Rows, block: LayerWeights) -> Tensor:
         dims, rows = self.dims, len(fused)
         out = fused.new_empty(rows, dims.q_size)
         self.library.attend(
             fused.data_ptr(), out.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(),
-            at.sin.data_ptr(), cache.layers[layer].data_ptr(), compiled.pointer(q_gain), compiled.pointer(k_gain),
-            dims.rms_eps, rows, dims.heads, dims.kv_heads, dims.head_dim,
+            at.sin.data_ptr(), cache.layers[layer].data_ptr(), compiled.pointer(block.q_norm),
+            compiled.pointer(block.k_norm), dims.rms_eps, block.rotates, rows, dims.heads, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
         return out
 
@@ -291,12 +319,12 @@ class KernelOps(TorchOps):
             )  # fmt: skip
         return attended
 
-    def write_kv(self, fused: Tensor, cache: KVCache, first: int, layers: int, at: Rows, k_gain: Tensor | None) -> None:
+    def write_kv(self, fused: Tensor, cache: KVCache, at: Rows, skipped: SkippedKV) -> None:
         dims = self.dims
         self.library.write_kv(
             fused.data_ptr(), at.where.data_ptr(), at.where.stride(0), at.cos.data_ptr(), at.sin.data_ptr(),
-            cache.addresses[first:].ctypes.data, compiled.pointer(k_gain), dims.rms_eps, len(fused), layers,
-            dims.kv_heads, dims.head_dim,
+            cache.addresses[skipped.first :].ctypes.data, compiled.pointer(skipped.k_norm),
+            compiled.pointer(skipped.no_rope), dims.rms_eps, len(fused), skipped.layers, dims.kv_heads, dims.head_dim,
         )  # fmt: skip
 
 
@@ -304,7 +332,7 @@ def _layer(block: LayerWeights) -> compiled.Layer:
     matrices = (block.linears[name].matrix for name in ("qkv", "out", "gate_up", "down"))
     products = (matrix.product for matrix in matrices if isinstance(matrix, Panels))
     gains = (block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm)
-    return compiled.Layer(*products, *map(compiled.pointer, gains))
+    return compiled.Layer(*products, *map(compiled.pointer, gains), block.rotates)
 
 
 def choose_ops(dims: ModelDims, dtype: torch.dtype, device: torch.device) -> TorchOps:

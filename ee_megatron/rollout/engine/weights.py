@@ -28,18 +28,13 @@ FUSED: dict[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-NORMS = {
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn.q_norm": "q_norm",
-    "self_attn.k_norm": "k_norm",
-}
 
 
 @dataclass
 class LayerWeights:
     """Weights of one layer. Linears qkv [q+2kv, D], out [D, q], gate_up [2I, D], down [D, I] as they are now, and the
-    same as base matrices; biases by the same names, or None."""
+    same as base matrices; biases by the same names, or None. Norms of queries and keys: of each head, [hd] both, or
+    of all heads together, [H hd + KVH hd]."""
 
     linears: dict[str, Linear]
     base: dict[str, Tensor]
@@ -48,19 +43,25 @@ class LayerWeights:
     mlp_norm: Tensor
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+    whole_norm: Tensor | None = None
+    rotates: bool = True
 
 
 @dataclass
 class SkippedKV:
     """Weights for keys and values of the `layers` layers from `first` on, of rows that left at or before depth `first`.
 
-    One stacked product of the normed stream, gain folded in, to [A, layers·2·KVH·hd]; k_norm [layers, hd] or None.
+    One stacked product of the normed stream, gain folded in (with `norm_after` of the stream itself), to [A,
+    layers·2·KVH·hd]; k_norm [layers, hd] or, of all heads together, whole_norm [layers, KVH hd].
+    no_rope: bool [layers], those whose keys aren't rotated; None: all rotate.
     """
 
     first: int
     layers: int
     linear: Linear
     k_norm: Tensor | None
+    no_rope: Tensor | None = None
+    whole_norm: Tensor | None = None
 
 
 class DecoderWeights:
@@ -127,7 +128,10 @@ class DecoderWeights:
                 if changed or name not in block.linears or block.linears[name].adapted:
                     block.linears[name] = Linear(weight, block.biases[name], adapted=changed)
                 if name == "qkv" and depths and layer >= depths[0]:
-                    folded.append((weight[self.dims.q_size :].float() * block.attention_norm.float()).to(self.dtype))
+                    rows = weight[self.dims.q_size :]
+                    if not self.dims.norm_after:
+                        rows = (rows.float() * block.attention_norm.float()).to(self.dtype)
+                    folded.append(rows)
         self._packed_head = self._packed_head or WideLinear(self._head)
         return self._skipped(folded, depths)
 
@@ -150,8 +154,12 @@ class DecoderWeights:
             weight = torch.cat(folded[first - depths[0] : stop - depths[0]])
             biases = [b[q:] for b in (block.biases["qkv"] for block in self.blocks[first:stop]) if b is not None]
             gains = [block.k_norm for block in self.blocks[first:stop] if block.k_norm is not None]
+            whole = [block.whole_norm[q:] for block in self.blocks[first:stop] if block.whole_norm is not None]
             linear = Linear(weight, torch.cat(biases) if biases else None)
-            groups.append(SkippedKV(first, stop - first, linear, torch.stack(gains) if gains else None))
+            still = [not block.rotates for block in self.blocks[first:stop]]
+            no_rope = torch.tensor(still, device=self.device) if any(still) else None
+            k_norm, whole_norm = (torch.stack(norms) if norms else None for norms in (gains, whole))
+            groups.append(SkippedKV(first, stop - first, linear, k_norm, no_rope, whole_norm))
         return groups
 
     def _read(self, source: HFDirectory | ModelSource, *names: str) -> Tensor:
@@ -167,8 +175,13 @@ class DecoderWeights:
 
         base = {name: read("weight", *parts) for name, parts in FUSED.items()}
         biases = {name: read("bias", *parts) if self.dims.has_bias(parts[0]) else None for name, parts in FUSED.items()}
-        present = [name for name in NORMS if self.dims.qk_norm or not name.startswith("self_attn")]
-        return LayerWeights({}, base, biases, **{NORMS[name]: read("weight", name) for name in present})
+        attention_norm, mlp_norm = (read("weight", name) for name in self.dims.block_norms)
+        made = LayerWeights({}, base, biases, attention_norm, mlp_norm, rotates=layer not in self.dims.no_rope)
+        if self.dims.qk_norm_whole:
+            made.whole_norm = read("weight", "self_attn.q_norm", "self_attn.k_norm")
+        elif self.dims.qk_norm:
+            made.q_norm, made.k_norm = (read("weight", f"self_attn.{q}_norm") for q in "qk")
+        return made
 
 
 @dataclass

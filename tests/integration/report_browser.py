@@ -24,7 +24,7 @@ EXECUTABLE = shutil.which("chromium") or shutil.which("chromium-browser") or shu
 class Browser:
     """One page. Every wait ends after `deadline` seconds; `events` holds what the page reported meanwhile."""
 
-    def __init__(self, profile: Path, deadline: float = 60.0) -> None:
+    def __init__(self, profile: Path, deadline: float = 180.0) -> None:
         assert EXECUTABLE is not None
         self.deadline, self.events, self._buffer, self._serial = deadline, [], b"", 0
         read_here, write_there = os.pipe()

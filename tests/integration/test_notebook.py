@@ -29,7 +29,10 @@ assert list(said.index) == DEPTHS and said.shape[1] == min(len(answers[0].tokens
 assert len(tokens) == sum(len(a.tokens) for a in answers) and tokens.entropy.min() >= 0
 assert list(front.exits) == RULES and front.depth.between(0, 1).all() and front.depth.iloc[-1] == 1
 assert front.depth.is_monotonic_increasing and (len(RULES) == 1 or front.depth.iloc[0] < 1)
-assert len(plt.get_fignums()) == 3
+# The last run left at the deepest exit, if there are gates: no hook behind it is called, and a patch there is nothing.
+assert list(own) == list(range(depth)) and depth == (DEPTHS[-2] if len(RULES) > 1 else DEPTHS[-1])
+assert all(value == float(plain[wanted]) for value in effect[depth:])
+assert len(set(effect[:depth])) > 1 and len(plt.get_fignums()) == 4
 print("looked at")
 """
 

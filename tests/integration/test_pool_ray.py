@@ -85,6 +85,10 @@ def test_actors_answer_as_the_local_pool_does(path: Path, pool: RayPool):
         np.testing.assert_allclose(a.divergences, b.divergences, atol=1e-4)
         np.testing.assert_allclose(a.hazards, b.hazards, atol=1e-4)
     assert pool.health()["version"] == 7 and pool.health()["alive"] == 2
+    # Actors that have the next weights still to load are alive.
+    later = pool.begin(policy(path, SPEC, 8), GenerationRequest(PROMPTS, 4, SAMPLING, EXITS, 5))
+    assert pool.health()["version"] == 8 and pool.health()["alive"] == 2
+    later.result()
 
 
 def test_weights_go_into_the_store_as_they_come_and_are_those_that_were_sent(

@@ -246,6 +246,19 @@ def test_a_plan_prints_and_starts_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rollouts_one_step_ahead_take_the_time_of_the_longer_side(capsys: pytest.CaptureFixture[str]) -> None:
+    def likely(name: str, out: str) -> float:
+        row = re.search(rf"^  {name} {{2,}}(.*)$", out, re.MULTILINE)
+        assert row is not None, out
+        return float(re.findall(r"\d[\d.]*", row[1])[-1])
+
+    _, ahead, _ = run(capsys, *SEVENS)
+    _, after, _ = run(capsys, *SEVENS, "rollout.max_staleness=0")
+    whole, made = likely("one after another", ahead), likely("rollouts", ahead)
+    assert likely("rollouts beside the rest", ahead) == pytest.approx(max(made, whole - made), rel=0.01)
+    assert "rollouts beside the rest" not in after and likely("one after another", after) == whole
+
+
 def test_a_plan_and_a_dry_run_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whether it fits, what it takes, how many nodes it asks for."""
     (tmp_path / "config.json").write_text(json.dumps(published_config(SEVENTY)))

@@ -27,7 +27,7 @@ TINY = [
     "adapter.rank=4", "traces.problems=16", "calibrate.epochs=1", "calibrate.exit_samples=1", "calibrate.batch_size=8",
     "rl.prompts_per_step=4", "rl.group_size=2", "rl.loss.overlong=verdict", "rl.depth_penalty.target.window=1",
     "rl.loss.drop_equal_groups=false", "rollout.prompt_template=plain", "rollout.max_new_tokens=8",
-    "rollout.backend=ray", "rollout.actors=1", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3",
+    "rollout=ray", "rollout.actors=1", "rollout.threads=1", "evaluate.thresholds=[0.5]", "evaluate.answers=3",
     "tracker.wandb=disabled", "cluster.gpus_per_node=2",
 ]  # fmt: skip
 LARGEST_ARRAY = 12

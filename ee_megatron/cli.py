@@ -192,7 +192,12 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     generate.add_argument("--prompt", required=True, help="text to continue or answer")
     _options(
         generate,
-        ("--exits", None, "RULE", f"{exit_rules.usage()} (default: the export's, else threshold:0.5)"),
+        (
+            "--exits",
+            None,
+            "RULE",
+            f"{exit_rules.usage()} (default: the export's, or what the run's evaluation chose, else threshold:0.5)",
+        ),
         ("--temperature", 0.0, None, "sampling temperature; 0: the most probable token (default: 0)"),
     )
     text = "most tokens of the answer (default: rollout.max_new_tokens; 256 without a run)"

@@ -188,7 +188,7 @@ def _export(args: argparse.Namespace) -> int:
     from .checkpoint.hf_export import SHARD_BYTES, export_hf
     from .checkpoint.model_card import Provenance
     from .checkpoint.store import read_manifest
-    from .inference.model_resolver import evaluation_of
+    from .inference.model_resolver import chosen_exits, evaluation_of
     from .policy import untrained_gates
 
     checkpoint, gates = Path(args.checkpoint), args.gates
@@ -212,6 +212,7 @@ def _export(args: argparse.Namespace) -> int:
         base_name=args.base_name,
         resume=args.resume,
         quiet=args.quiet,
+        exit_policy=chosen_exits(checkpoint).to_json(),
         made=Provenance(args.command, *evaluation_of(checkpoint)),
     )
     manifest = read_manifest(out)

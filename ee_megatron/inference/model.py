@@ -208,7 +208,8 @@ class EarlyExitModel:
         """Generate `n` answers to each prompt: a text, a list of texts, lists of token ids, or chat messages.
 
         - exits: "threshold:0.7", "sample", "fixed:20", "confidence:0.9", "off", ... (exit_rules.py). None: what an
-          export says of itself, else threshold:0.5; without gates full depth
+          export says of itself, else the threshold that the run's evaluation chose, else threshold:0.5; without gates
+          full depth
         - temperature 0 takes the most probable token; top_k 0 and top_p 1 keep the whole vocabulary
         - max_new_tokens bounds an answer; `stop`: strings that end one, and are cut off
         - seed: makes sampled answers a function of prompt, seed and settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -49,10 +50,12 @@ class ResolvedModel:
 
     @property
     def default_exits(self) -> ExitRule:
-        """Exit rule if none is requested: the export's own, else a threshold of 0.5; without gates full depth."""
+        """Exit rule if none is requested: the export's own, else `chosen_exits`; without gates full depth."""
         if self.tensors is None:
             return Off()
-        said = self.source.config.get("exit_policy") if self.checkpoint is None else None
+        if self.checkpoint is not None:
+            return chosen_exits(self.checkpoint)
+        said = self.source.config.get("exit_policy")
         return make_rule(said["kind"], said.get("value")) if said else Threshold(0.5)
 
 
@@ -101,6 +104,13 @@ def evaluation_of(checkpoint: Path) -> tuple[Path | None, str]:
                 if stage_dir(cfg, made_by).name == stage.name:
                     return done.with_name("results.json"), name
     return None, ""
+
+
+def chosen_exits(checkpoint: Path) -> Threshold:
+    """The threshold that a policy's newest evaluation chose on the validation split; 0.5 if there is none."""
+    results, name = evaluation_of(checkpoint)
+    meta = json.loads(results.read_text())["meta"] if results else {}
+    return Threshold(float(meta.get(f"threshold_{name}", 0.5)))
 
 
 def resolve_configured(

@@ -24,7 +24,9 @@ from ee_megatron.config.load import attempt, load
 from ee_megatron.config.schema import RunConfig
 from ee_megatron.evaluation.evaluate import EvaluationRow
 from ee_megatron.evaluation.results import write_results
+from ee_megatron.exit_rules import Threshold
 from ee_megatron.families.hf_directory import HFDirectory
+from ee_megatron.inference import model_resolver
 from ee_megatron.observe.rundir import DONE, RunDirectory
 from ee_megatron.policy import POLICY_JSON, PolicySpec, initial_policy
 from ee_megatron.report.inputs import runs_in
@@ -259,17 +261,22 @@ def test_a_converted_policy_has_the_figures_of_its_evaluation_and_no_other_check
     leave(cfg, "rl", models["base"])
     folder, policy = stage_dir(cfg, "evaluate"), stage_dir(cfg, "rl") / "checkpoints" / "step_1"
 
-    def card(name: str) -> str:
+    def card(name: str, threshold: float = 0.5) -> str:
         made("export --quiet --checkpoint", policy, "--hf", models["base"], "--out", tmp_path / name)
+        said = json.loads((tmp_path / name / "config.json").read_text())["exit_policy"]
+        assert said == {"kind": "threshold", "value": threshold}
+        assert model_resolver.resolve(models["base"], policy).default_exits == Threshold(threshold)
         return (tmp_path / name / "README.md").read_text()
 
     assert "Not measured" in card("before") and "0.250" not in card("again")
     with RunDirectory(folder) as directory:
         directory.write_atomic("config.yaml", to_yaml(cfg))
         row = EvaluationRow("reinforced", "full depth", 8, 2, 0.25, 0.1, 0.4, 1.0, 1, 1)
-        write_results(folder / "results.json", [row], [], {"name": "x", "split": "held out"})
+        write_results(
+            folder / "results.json", [row], [], {"name": "x", "split": "held out", "threshold_reinforced": 0.3}
+        )
         directory.write_atomic(DONE, "")
-    assert "| reinforced | full depth | 0.250 | 0.100 to 0.400 | 1.000 | 8 |" in card("after")
+    assert "| reinforced | full depth | 0.250 | 0.100 to 0.400 | 1.000 | 8 |" in card("after", 0.3)
     shutil.copytree(policy, policy.with_name("step_2"))
     assert "Not measured" in card("older")
 

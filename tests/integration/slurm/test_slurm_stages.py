@@ -13,7 +13,7 @@ SECONDS = 240
 @pytest.mark.timeout(600)
 def test_each_stage_goes_by_the_command_that_a_dry_run_prints(site):
     """Traces, calibration, RL on two nodes, evaluation: each with the script and options that the plan names."""
-    # Rollouts one step ahead, which the 7B run makes, would leave nothing to compare the learner's log-probabilities with.
+    # Without rollouts one step ahead, whose log-probabilities are those of older weights.
     settings = site.settings("method", "rl.steps=3", "rl.depth_penalty.weight=0.3", "rl.dump_rollouts=true",
                              "rollout.max_staleness=0")  # fmt: skip
     # The experiment's other splits follow from its stages: rollout node only, learner node only, both.

@@ -38,8 +38,8 @@ def draw_depth(axes: plt.Axes, table: pd.DataFrame) -> None:
     rules = {
         "confidence": ("^", "confidence", -0.012),
         "entropy": ("v", "entropy", 0.012),
-        "calibrated gates": ("D", "gates before RL", 0),
-        "trained at full depth": ("X", "RL without exits, then cut", 0),
+        "calibrated gates": ("D", "calibrated, without RL", 0),
+        "trained at full depth": ("X", "RL at full depth, then exits", 0),
     }
     for rule, (marker, label, shift) in rules.items():
         rows = table[table.policy.str.startswith(f"control: {rule}") & table.policy.str.endswith("by depth")]

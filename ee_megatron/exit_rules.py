@@ -187,9 +187,7 @@ class Bound(ExitRule):
     def bounds(self, at: AtExit, like: Tensor) -> Tensor:
         """The rows' bounds, shaped as `like` [R]."""
         bounds = like.new_full(like.shape, self.value)
-        if self.mix:
-            bounds[at.uniform(0) < self.mix] = self.other
-        return bounds
+        return bounds.masked_fill(at.uniform(0) < self.mix, self.other) if self.mix else bounds
 
     @property
     def label(self) -> str:

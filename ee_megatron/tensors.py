@@ -1,16 +1,17 @@
-"""Named tensors that may be larger than memory: read in parts, streamed in blocks of rows, hashed while streaming."""
+"""Named tensors that may be larger than memory: read in parts, streamed in blocks of rows, hashed while streaming; and
+how tensors travel between host and device."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import mmap
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .families import ModelDims
 from .families.hf_directory import read_header
 
 Shape = tuple[int, ...]
+Record = TypeVar("Record")
 Entries = Mapping[str, tuple[torch.dtype, Shape]]
 # What is read, written or hashed at once, and how much may wait to be hashed.
 BLOCK_BYTES = 64 << 20
@@ -340,3 +342,49 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         sha.update(_header(block).encode())
         sha.update(tensor_bytes(block.data))
     return sha.hexdigest()
+
+
+def to_device(record: Record, device: torch.device) -> Record:
+    """The record with every tensor of the CPU in it on `device`: tensors, dataclasses, tuples and lists of them.
+
+    One transfer per dtype, from pinned memory, which does not make the host wait. On the CPU the record itself.
+    """
+    if device.type == "cpu":
+        return record
+    groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+
+    def group(tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            groups[tensor.dtype].append(tensor.detach())
+        return tensor
+
+    _mapped(record, group)
+    moved: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype, tensors in groups.items():
+        sizes = [tensor.numel() for tensor in tensors]
+        flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=device.type != "meta")
+        torch.cat([tensor.flatten() for tensor in tensors], out=flat)
+        parts = flat.to(device, non_blocking=True).split(sizes)
+        moved[dtype] = iter([part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
+    return _mapped(record, lambda tensor: next(moved[tensor.dtype]) if tensor.device.type == "cpu" else tensor)
+
+
+def _mapped(record: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(record, Tensor):
+        return change(record)
+    if is_dataclass(record) and not isinstance(record, type):
+        named = {field.name: _mapped(getattr(record, field.name), change) for field in fields(record) if field.init}
+        return replace(record, **named)
+    return type(record)([_mapped(part, change) for part in record]) if isinstance(record, tuple | list) else record
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """The tensors on the CPU, in pinned memory; the host waits once for all. Those of the CPU themselves."""
+    found = [
+        x if x.device.type == "cpu"
+        else torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x.detach(), non_blocking=True)
+        for x in tensors
+    ]  # fmt: skip
+    for device in {x.device for x in tensors if x.device.type != "cpu"}:
+        torch.get_device_module(device).current_stream(device).synchronize()
+    return found

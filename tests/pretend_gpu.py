@@ -6,6 +6,8 @@ the line of ee_megatron or megatron that asked (`counting`, `Counts`):
 
 - syncs: the host waits for a value: `.item()`, `.tolist()`, `nonzero`, boolean indices, copies to the CPU
 - copies: from the host to the device
+- pageable: copies in either direction with memory of the host that isn't pinned, or that block: on CUDA the host waits
+  for all that was launched before, and they are several times as slow
 - kernels: operations that would launch one; fused ones (torch.compile is off here) count by their parts
 - duplicates: the most often any element is hit by one accumulating `index_put` or `index_add`, which CUDA serialises
 - unordered: `index_add`s that hit an element of bfloat16 twice or more, rounded after each, in CUDA's order of the day
@@ -37,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "gpu"
-KINDS = ("syncs", "copies", "kernels", "unordered")
+KINDS = ("syncs", "copies", "pageable", "kernels", "unordered")
 
 # Operations by what CUDA does with them. Results whose size depends on values make the host wait.
 SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive",
@@ -117,14 +119,16 @@ _places: dict[str, str | None] = {}
 
 
 def _site() -> str:
-    """The innermost line of ee_megatron or megatron on the stack; "autograd" in the backward pass's own thread."""
+    """The innermost line of ee_megatron or megatron on the stack that isn't the helper of all transfers; "autograd" in
+    the backward pass's own thread."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if name not in _places:
             parts = Path(name).parts
             root = next((i for i, part in enumerate(parts) if part in ("ee_megatron", "megatron")), None)
-            _places[name] = None if root is None else "/".join(parts[root:])
+            place = None if root is None else "/".join(parts[root:])
+            _places[name] = None if place == "ee_megatron/tensors.py" else place
         if place := _places[name]:
             return f"{place}:{frame.f_lineno}"
         frame = frame.f_back
@@ -168,6 +172,7 @@ class PretendTensor(torch.Tensor):
 
     def tolist(self) -> Any:
         _counts.note("syncs", "tolist")
+        _counts.note("pageable", "tolist")
         return self.raw.tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -206,6 +211,13 @@ class _Dispatch(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
+class _Stream:
+    """The device's only one."""
+
+    def synchronize(self) -> None:
+        _counts.note("syncs", "synchronize")
+
+
 def register() -> None:
     """Give the device its name; before the first backward pass of the process, which makes a queue per device."""
     if "_pytest" in sys.modules and multiprocessing.parent_process() is None:
@@ -216,6 +228,7 @@ def register() -> None:
         _setup_privateuseone_for_python_backend(NAME)
         # Recomputation restores autocast as it was: off.
         getattr(torch, NAME).get_amp_supported_dtype = lambda: [torch.bfloat16]
+        getattr(torch, NAME).current_stream = lambda device=None: _Stream()
 
 
 def _tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
@@ -265,6 +278,13 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         return func(*tree_map(_raw, args), **tree_map(_raw, kwargs))
     if name in MOVES:
         return _move(func, name, args, kwargs, asked)
+    if name == "is_pinned":
+        return _is_pinned(args[0])
+    if name == "_pin_memory" or kwargs.get("pin_memory"):
+        # A CPU build pins nothing; the storage says that it is.
+        made = args[0].clone() if name == "_pin_memory" else func(*args, **{**kwargs, "pin_memory": False})
+        made.untyped_storage().pinned = True
+        return made
     there = asked.type == NAME if asked is not None else bool(ours)
     if not there and not ours:
         return func(*args, **kwargs)
@@ -292,7 +312,15 @@ def _move(func: Any, name: str, args: tuple, kwargs: dict, asked: torch.device |
     target, source = (args[0], args[1]) if name != "_to_copy" else (None, args[0])
     to = target.device.type if target is not None else asked.type if asked is not None else source.device.type
     if source.device.type != to:
-        _counts.note("copies" if to == NAME else "syncs", name)
+        host = source if to == NAME else target
+        dtype = target.dtype if target is not None else kwargs.get("dtype") or source.dtype
+        # What changes its dtype, or has gaps, goes by way of memory that isn't pinned.
+        pinned = host is not None and _is_pinned(host) and host.is_contiguous() and source.dtype == dtype
+        waits = not (pinned and (kwargs.get("non_blocking") or True in args[2:3]))
+        if to == NAME or waits:
+            _counts.note("copies" if to == NAME else "syncs", name)
+        if waits:
+            _counts.note("pageable", name)
     elif to == NAME:
         _counts.note("kernels", name)
     if target is not None:
@@ -305,6 +333,10 @@ def _move(func: Any, name: str, args: tuple, kwargs: dict, asked: torch.device |
     return PretendTensor(made) if to == NAME else made
 
 
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "pinned", False)
+
+
 def _refuse_mixing(func: Any, name: str, args: tuple, tensors: list[torch.Tensor]) -> None:
     strangers = [x for x in tensors if not isinstance(x, PretendTensor)]
     if not strangers or len(strangers) == len(tensors):
@@ -315,6 +347,7 @@ def _refuse_mixing(func: Any, name: str, args: tuple, tensors: list[torch.Tensor
         for x in index:
             if not isinstance(x, PretendTensor):
                 _counts.note("copies", name)
+                _counts.note("pageable", name)
         strangers = [x for x in strangers if not any(x is i for i in index)]
     scalars = (
         torch.Tag.pointwise in func.tags or name in INDEXING or name.startswith(("masked_fill", "fill", "_foreach"))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from ..tensors import Block, Shape, part_of, shape_of
+from ..tensors import Block, Shape, part_of, shape_of, to_host
 from .mapping import Piece, Run, runs_of
 
 # Of fp32 numbers, as they travel and as the leader puts them together.
@@ -196,8 +196,8 @@ class TensorStream:
             parts, counts = message(self._plan.mine, bucket)
             if parts:
                 buffer = torch.empty(sum(counts))
-                for part, numbers in zip(parts, buffer.split(counts), strict=True):
-                    numbers.copy_(self._read(part))
+                for numbers, read in zip(buffer.split(counts), to_host(*map(self._read, parts)), strict=True):
+                    numbers.copy_(read)
                 dist.send(buffer, dst=0)
         yield from ()
 
@@ -226,8 +226,9 @@ class TensorStream:
         shapes = [(last - first, *self.table[name][1:]) for name, first, last in bucket]
         whole = torch.empty(sum(math.prod(shape) for shape in shapes)).split([math.prod(shape) for shape in shapes])
         tables = [numbers.view(shape[0], -1) for numbers, shape in zip(whole, shapes, strict=True)]
-        for part in message(self._plan.mine, bucket)[0]:
-            _place(tables, bucket, part, self._read(part).cpu())
+        mine = message(self._plan.mine, bucket)[0]
+        for part, numbers in zip(mine, to_host(*map(self._read, mine)), strict=True):
+            _place(tables, bucket, part, numbers)
         for parts, arrived, work in messages:
             if work is not None:
                 work.wait()

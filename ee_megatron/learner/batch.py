@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..objectives.weights import TensorRows
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -100,36 +96,3 @@ def spread(batch: ReplayBatch, values: Sequence[np.ndarray]) -> Tensor:
     for row, value in enumerate(values):
         out[row][batch.loss_mask[row]] = torch.as_tensor(np.asarray(value)).to(out.dtype)
     return out
-
-
-def to_device(record: Record, device: torch.device) -> Record:
-    """The record with every tensor of the CPU in it on `device`: tensors, dataclasses, tuples and lists of them.
-
-    One transfer per dtype, which on CUDA comes from pinned memory and does not make the host wait. On the CPU the
-    record itself.
-    """
-    if device.type == "cpu":
-        return record
-    groups: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-
-    def collect(tensor: Tensor) -> Tensor:
-        groups[tensor.dtype].append(tensor)
-        return tensor
-
-    _mapped(record, collect)
-    moved: dict[torch.dtype, Iterator[Tensor]] = {}
-    for dtype, tensors in groups.items():
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        moved[dtype] = iter([part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)])
-    return _mapped(record, lambda tensor: next(moved[tensor.dtype]))
-
-
-def _mapped(record: Any, change: Callable[[Tensor], Any]) -> Any:
-    if isinstance(record, Tensor):
-        return change(record)
-    if is_dataclass(record) and not isinstance(record, type):
-        named = {field.name: _mapped(getattr(record, field.name), change) for field in fields(record) if field.init}
-        return replace(record, **named)
-    return type(record)([_mapped(part, change) for part in record]) if isinstance(record, tuple | list) else record

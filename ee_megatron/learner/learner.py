@@ -24,8 +24,8 @@ from ..objectives.divergences import KL_DIRECTIONS, Teacher
 from ..objectives.weights import TensorRows, Weights
 from ..parallel.vocabulary import Head
 from ..policy import PolicySpec
-from ..tensors import collect
-from .batch import ReplayBatch, to_device
+from ..tensors import collect, to_device, to_host
+from .batch import ReplayBatch
 from .engine import (
     OptimizerState,
     Updater,
@@ -139,6 +139,7 @@ class Learner:
         # Told how far a pass has come: what it is ("score", "reference" or "train"), positions done, positions in all.
         self.progress: Callable[[str, int, int], None] | None = None
         self.direction, self.temperature = KL_DIRECTIONS[kl_direction], temperature
+        compiles = device.type == "cuda" and os.environ.get("EE_MEGATRON_FLEX") != "0"
         self.config = megatron_config(
             source.dims,
             spec,
@@ -149,7 +150,8 @@ class Learner:
             dtype=dtype,
             on_cpu=device.type == "cpu",
             adapter_dropout=adapter_dropout,
-            flex_attention=device.type == "cuda" and os.environ.get("EE_MEGATRON_FLEX") != "0",
+            flex_attention=compiles,
+            fused=compiles,
         )
         self._base_directory = source.path
         self.model = self._base_model(source)
@@ -359,7 +361,7 @@ class Learner:
         sequence = batch.tokens.size(1)
         whole = torch.zeros(len(parts), batch.tokens.numel())
         for columns, part in zip(ranks, each, strict=True):
-            start, on_host = 0, columns.cpu()
+            start, (on_host,) = 0, to_host(columns)
             for rows in part:
                 places = rows.places(sequence)
                 whole[:, places] = on_host[:, start : start + len(places)]

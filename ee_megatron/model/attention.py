@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ..tensors import to_device
+
 # Queries of a sequence that are multiplied with its keys at a time on a CPU: their scores then stay in its caches
 # (32 queries, 3 heads a group, 4,096 keys: 1.5 MiB).
 QUERIES = 32
@@ -121,7 +123,7 @@ class Spans:
         seen = key <= self.host_positions[queries][:, None, :, None]
         flat = queries.ravel()
         parts = [torch.from_numpy(x) for x in (flat, keys.ravel(), seen, used, flat[used])]
-        return Together(*(x.to(self.queries.device, non_blocking=True) for x in parts))
+        return to_device(Together(*parts), self.queries.device)
 
     @cached_property
     def block_mask(self) -> BlockMask:

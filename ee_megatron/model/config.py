@@ -20,7 +20,7 @@ class EarlyExitTransformerConfig(TransformerConfig):
     dims: the model's dimensions; spec: adapters and gates (None: the plain model, no gates, no adapters);
     adapter_dropout: probability of dropping an input of an adapter in training mode; recompute: layers keep their
     inputs only and are run again in the backward pass; flex_attention: packed sequences attend by FlexAttention
-    (model/attention.py).
+    (model/attention.py); fused: their norms, rotations and SwiGLU are a kernel each, for a GPU (model/layer.py).
     """
 
     dims: ModelDims | None = None
@@ -28,6 +28,7 @@ class EarlyExitTransformerConfig(TransformerConfig):
     adapter_dropout: float = 0.0
     recompute: bool = False
     flex_attention: bool = False
+    fused: bool = False
 
 
 def megatron_config(
@@ -42,6 +43,7 @@ def megatron_config(
     on_cpu: bool = True,
     adapter_dropout: float = 0.0,
     flex_attention: bool = False,
+    fused: bool = False,
 ) -> EarlyExitTransformerConfig:
     """The config of one run. `stage_sizes`: layers per stage, their sum is L.
 
@@ -49,7 +51,6 @@ def megatron_config(
     """
     pipeline = len(stage_sizes)
     layout = "|".join("t" * size for size in stage_sizes)
-    fused = not on_cpu
     return EarlyExitTransformerConfig(
         dims=dims,
         spec=spec,
@@ -81,7 +82,7 @@ def megatron_config(
         use_cpu_initialization=on_cpu,
         perform_initialization=False,
         bias_activation_fusion=False,
-        bias_dropout_fusion=fused,
+        bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         batch_p2p_sync=False,
@@ -90,4 +91,5 @@ def megatron_config(
         calculate_per_token_loss=True,
         recompute=recompute,
         flex_attention=flex_attention,
+        fused=fused,
     )

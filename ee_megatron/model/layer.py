@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.jit import jit_fuser
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -23,6 +25,40 @@ from .attention import attend_packed
 from .config import EarlyExitTransformerConfig
 from .packed import EXIT_DEPTH, HAZARD, LIKELIHOOD, TARGET, Active, Control, Turn
 
+# What follows with `fused` is one kernel each way, for a GPU: PyTorch's, one that PyTorch compiles, megatron-core's. It
+# rounds once, ours is the reference.
+
+
+def normed(x: Tensor, gain: Tensor, eps: float, fused: bool) -> Tensor:
+    """RMSNorm over the last dimension."""
+    if fused:
+        return F.rms_norm(x, gain.shape, gain, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return gain * wide.to(x.dtype)
+
+
+def turned(x: Tensor, turn: Turn, fused: bool) -> Tensor:
+    """Rotary position embedding of x [N, h, d], the halves of a head being the pairs that turn (Su et al. 2021, arXiv
+    2104.09864, in Hugging Face's order)."""
+    return (_compiled_turn if fused else _turn)(x, *turn)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+_compiled_turn = jit_fuser(_turn)
+
+
+def swiglu(hidden: Tensor, fused: bool) -> Tensor:
+    """Gates and what they let through, one behind the other [n, 2 I] -> [n, I]."""
+    if fused:
+        return bias_swiglu_impl(hidden, None)
+    gate, up = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
 
 class RMSNorm(nn.Module):
     """RMSNorm with fp32 statistics; in and out [..., D] in the input's dtype. Under sequence parallelism its gradient
@@ -30,14 +66,12 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: EarlyExitTransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object):
         super().__init__()
-        self.eps = eps
+        self.config, self.eps = config, eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return normed(x, self.weight, self.eps, self.config.fused)
 
 
 class HeadNorm(RMSNorm):
@@ -103,17 +137,10 @@ class SkippingAttention(SelfAttention):
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.layer_number - 1 not in self.config.dims.no_rope:
             turn_keys, turn_queries = active.turns(angles, query.dtype)
-            key, query = turned(key, turn_keys), turned(query, turn_queries)
+            fused = self.config.fused
+            key, query = turned(key, turn_keys, fused), turned(query, turn_queries, fused)
         attended = attend_packed(query, key, value, active.spans, self.config.flex_attention)
         return self.linear_proj.finish(self.linear_proj.leave(self.linear_proj.local(attended.flatten(1)), active))
-
-
-def turned(x: Tensor, turn: Turn) -> Tensor:
-    """Rotary position embedding of x [N, h, d], the halves of a head being the pairs that turn (Su et al. 2021, arXiv
-    2104.09864, in Hugging Face's order)."""
-    cos, sin = turn
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
@@ -121,8 +148,8 @@ def mlp_of_active(mlp: MLP, normed: Tensor, active: Active) -> Tensor:
     hidden = mlp.linear_fc1.local(mlp.linear_fc1.enter(normed, active))
     if mlp.linear_fc1.bias is not None:
         hidden = hidden + mlp.linear_fc1.bias
-    gate, up = hidden.chunk(2, dim=-1)
-    return mlp.linear_fc2.finish(mlp.linear_fc2.leave(mlp.linear_fc2.local(F.silu(gate) * up), active))
+    inner = swiglu(hidden, mlp.config.fused)
+    return mlp.linear_fc2.finish(mlp.linear_fc2.leave(mlp.linear_fc2.local(inner), active))
 
 
 class ExitGate(nn.Module):

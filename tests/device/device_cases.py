@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch._dynamo
 import torch.distributed as dist
+import torch.nn.functional as F
 from layout_cases import split
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer import transformer_block
@@ -34,6 +35,7 @@ from ee_megatron.kernels import compiled as kernels
 from ee_megatron.learner import engine
 from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.learner.learner import Learner, Scores, Update
+from ee_megatron.model import layer
 from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.objectives.weights import Weights, mean_weights
 from ee_megatron.parallel.groups import Degrees
@@ -245,7 +247,7 @@ class _Torch:
         found = getattr(torch, name)
         if name not in ("zeros", "tensor"):
             return found
-        return lambda *args, **kwargs: found(*args, **{**kwargs, "device": self.device})
+        return lambda *args, **kwargs: found(*args, **kwargs | ({"device": self.device} if "device" in kwargs else {}))
 
 
 def _initialize(*, model: Any, optimizer: Any, config: dict, **_: Any) -> tuple[Any, ...]:
@@ -340,16 +342,15 @@ def rollouts(bench: Bench) -> list[Rollout]:
     return [rollout for group in answers(Bench("cpu", bench.path)) for rollout in group]
 
 
-def mixed(bench: Bench) -> list[Rollout]:
+def mixed(bench: Bench, decoder: Decoder | None = None, top_logprobs: int = 0) -> list[Rollout]:
     """Every rule and every sampling in flight together, with prefills and text stops."""
-    scheduler = Scheduler(bench.decoder(), bench.tokenizer(), in_flight=7, batch=5)
+    scheduler = Scheduler(decoder or bench.decoder(), bench.tokenizer(), in_flight=7, batch=5)
     cases = [(r, s) for r in RULES for s in SAMPLINGS]
-    ids = [
-        scheduler.add(
-            Request(TEXTS[i % 4], SAMPLINGS[s], RULES[r], 0, f"p{i % 4}", i % 2, prefill=[5, 6] if i % 5 == 0 else ())
-        )
-        for i, (r, s) in enumerate(cases)
-    ]
+    ids = []
+    for i, (r, s) in enumerate(cases):
+        name, prefill = f"p{i % 4}", [5, 6] if i % 5 == 0 else ()
+        request = Request(TEXTS[i % 4], SAMPLINGS[s], RULES[r], 0, name, i % 2, False, top_logprobs, prefill)
+        ids.append(scheduler.add(request))
     while scheduler.busy:
         scheduler.advance()
     return [scheduler.take(i, 0) for i in ids]
@@ -464,12 +465,15 @@ def run_path(path: Path, name: str, degrees: tuple[int, ...] = ()) -> dict[str, 
     return found
 
 
-class _FlexBench(Bench):
-    """Its learners attend by FlexAttention, as on CUDA."""
+@dataclass
+class _CudaBench(Bench):
+    """Its learners compute what this field of their config says as on CUDA."""
+
+    option: str = ""
 
     def learner(self, spec: PolicySpec = LORA, **options: Any) -> Learner:
         learner = super().learner(spec, **options)
-        learner.config.flex_attention = True
+        setattr(learner.config, self.option, True)
         return learner
 
 
@@ -482,13 +486,32 @@ def flex_paths(path: Path) -> tuple[list[dict[str, Any]], int]:
         stack.enter_context(torch._dynamo.config.patch(disable=False))
         stack.enter_context(patched(flex_attention, _validate_device=lambda *_: None))
         stack.enter_context(patched(torch, compile=partial(torch.compile, backend=counter)))
-        for bench in (Bench("cpu", path), _FlexBench("cpu", path)):
-            results = {}
-            for name in FLEX_PATHS:
-                torch.manual_seed(0)
-                results[name] = plain(PATHS[name](bench))
-            found.append(results)
+        for bench in (Bench("cpu", path), _CudaBench("cpu", path, option="flex_attention")):
+            found.append(_learners_paths(bench))
     return found, counter.frame_count
+
+
+def fused_paths(path: Path) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """What these passes compute without and with fused norms, rotations and SwiGLU, nothing compiled; and which of them
+    were."""
+    called, bench = set(), _CudaBench("cpu", path, option="fused")
+
+    def noting(name: str, function: Callable) -> Callable:
+        return lambda *args: (called.add(name), function(*args))[1]
+
+    with on("cpu"), contextlib.ExitStack() as stack:
+        plainly = _learners_paths(Bench("cpu", path))
+        for owner, name in ((F, "rms_norm"), (layer, "_compiled_turn"), (layer, "bias_swiglu_impl")):
+            stack.enter_context(patched(owner, **{name: noting(name, getattr(owner, name))}))
+        return plainly, _learners_paths(bench), called
+
+
+def _learners_paths(bench: Bench) -> dict[str, Any]:
+    results = {}
+    for name in FLEX_PATHS:
+        torch.manual_seed(0)
+        results[name] = plain(PATHS[name](bench))
+    return results
 
 
 FLEX_PATHS = ("learner_score_exact_kl", "learner_score_full", "learn_exact_kl", "learn_soft_targets", "learn_recompute",

@@ -5,9 +5,10 @@ Budgets may only go down. They are of the tiny model (6 layers, exits after 1, 3
 happens in the unit. A test fails where a number rises, and warns where one fell: lower it here then.
 
 - decode: per token-round, in which every one of 8 rows advances by a token; by exit rule
-- read prompts, load policy: per layer
+- decode everything: per token; read, export, load: per layer
 - score, learn: per layer and micro-batch of about 3 sequences; `learn` is a whole update, optimizer included
-- syncs: the host waits for the device; copies: from host to device, which block; kernels: launches
+- syncs: the host waits for the device; copies: from host to device; kernels: launches
+- pageable: copies in either direction by way of memory that isn't pinned; none, whatever the row
 - unordered: sums in bfloat16 whose order CUDA leaves open; none, whatever the row
 - duplicates: the most often one element is hit by one accumulating index, in the whole unit
 """
@@ -33,7 +34,9 @@ from device_cases import (
     Bench,
     device_of,
     make_lesson,
+    mixed,
     on,
+    rollouts,
     score_lesson,
     score_reference,
     start,
@@ -46,6 +49,8 @@ from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
+from ee_megatron.rollout.engine.scoring import score
+from ee_megatron.tensors import to_device, to_host
 from tests import pretend_gpu
 
 KINDS = (*pretend_gpu.KINDS, "duplicates")
@@ -54,30 +59,34 @@ MEASURED_WITH = "2.13.0"
 
 _TABLE = {
     # what                              syncs  copies kernels duplicates
-    "decode off":                      (     4,     10, 477.22,      0),
-    "decode sample":                   (     7,   9.78, 516.00,      0),
-    "decode threshold":                (     7,   9.78, 512.56,      0),
-    "decode confidence":               (     7,     10, 568.44,      0),
-    "decode patience":                 (     7,     10, 563.78,      0),
+    "decode off":                      (     2,     10, 477.22,      0),
+    "decode sample":                   (     5,   9.78, 516.00,      0),
+    "decode threshold":                (     5,   9.78, 512.56,      0),
+    "decode confidence":               (     5,     10, 568.44,      0),
+    "decode patience":                 (     5,     10, 563.78,      0),
     # 541.11 while rows that end were written to the cache like the others, which needed no choice of rows.
-    "decode sample, top-p":            (     7,   9.89, 548.44,      0),
+    "decode sample, top-p":            (     5,   9.89, 548.44,      0),
+    "decode everything":               (  2.73,   4.92, 123.19,      0),
     # 62.33 before keys and values were written where they stay, which halves the memory at the end of a read.
     "read prompts":                    (     0,      0,  64.67,      0),
-    "load policy":                     (     0,     16,  17.83,      0),
+    "read rollouts":                   (  0.33,   1.83, 167.50,      0),
+    "export policy":                   (  0.83,      0,      0,      0),
+    "load policy":                     (     0,   0.17,  17.83,      0),
+    "load policy, whole model":        (     0,  11.50,  15.17,      0),
     # Attention counts by its parts, sequence by sequence, for compiled kernels don't run here: 8 kernels forward and 17
     # backward where CUDA has 1 and 2.
-    "score":                          (  0.08,   0.33, 149.42,      0),
-    "score reference":                (  0.08,   0.33, 101.75,      0),
-    "learn likelihood":               (  0.42,   0.33, 435.58,      1),
-    "learn likelihood, recompute":    (  0.42,   0.33, 562.08,      1),
-    "learn likelihood, whole model":  (  0.42,   0.33, 365.25,      1),
-    "learn likelihood, bfloat16":     (  0.42,   0.33, 484.25,      1),
-    "learn distill":                  (  0.42,   0.33, 441.58,      1),
+    "score":                          (  0.08,   0.17, 149.42,      0),
+    "score reference":                (  0.08,   0.17, 101.75,      0),
+    "learn likelihood":               (  0.42,   0.17, 435.58,      1),
+    "learn likelihood, recompute":    (  0.42,   0.17, 562.08,      1),
+    "learn likelihood, whole model":  (  0.42,   0.17, 365.25,      1),
+    "learn likelihood, bfloat16":     (  0.42,   0.17, 484.25,      1),
+    "learn distill":                  (  0.42,   0.17, 441.58,      1),
     # 548.67 while it left out the label's likelihood, which exact_kl, at 556.0, then read out by itself.
-    "learn distill_full":             (  0.42,   0.33, 534.42,      1),
-    "learn exact_kl":                 (  0.42,   0.33, 534.42,      1),
+    "learn distill_full":             (  0.42,   0.17, 534.42,      1),
+    "learn exact_kl":                 (  0.42,   0.17, 534.42,      1),
 }  # fmt: skip
-BUDGETS = {name: dict(zip(KINDS, (*row[:3], 0, row[3]), strict=True)) for name, row in _TABLE.items()}
+BUDGETS = {name: dict(zip(KINDS, (*row[:2], 0, row[2], 0, row[3]), strict=True)) for name, row in _TABLE.items()}
 
 
 def measure(path: Path, name: str) -> dict[str, Any]:
@@ -126,12 +135,36 @@ def reading(bench: Bench) -> Cost:
     return counts, decoder.dims.num_layers
 
 
-def loading(bench: Bench) -> Cost:
-    """A policy of adapters and gates from the host; per layer."""
-    decoder, policy = bench.decoder(), start(bench.path, LORA, seed=1)
+def loading(bench: Bench, spec: PolicySpec = LORA) -> Cost:
+    """A policy from the host; per layer."""
+    decoder, policy = bench.decoder(spec), start(bench.path, spec, seed=1)
     with pretend_gpu.counting() as counts:
         decoder.load_policy(policy)
     return counts, decoder.dims.num_layers
+
+
+def everything(bench: Bench) -> Cost:
+    """All rules and samplings together, which no index has all rows of; per token, prompts included."""
+    decoder = bench.decoder()
+    with pretend_gpu.counting() as counts:
+        rollouts = mixed(bench, decoder, top_logprobs=2)
+    return counts, sum(rollout.length for rollout in rollouts)
+
+
+def reading_rollouts(bench: Bench) -> Cost:
+    """Rollouts scored by the decoder; per layer."""
+    decoder, policy, made = bench.decoder(), start(bench.path, LORA), rollouts(bench)
+    with pretend_gpu.counting() as counts:
+        score(decoder, policy, made)
+    return counts, decoder.dims.num_layers
+
+
+def exporting(bench: Bench) -> Cost:
+    """The policy's weights to the host, on their way to the actors; per layer."""
+    learner = bench.learner()
+    with pretend_gpu.counting() as counts:
+        learner.export_policy()
+    return counts, LORA.num_layers
 
 
 def scoring(bench: Bench, score: Callable = score_lesson) -> Cost:
@@ -159,8 +192,12 @@ COSTS: dict[str, Callable[[Bench], Cost]] = {
     "decode confidence": partial(token_rounds, rule="confidence"),
     "decode patience": partial(token_rounds, rule="patience"),
     "decode sample, top-p": partial(token_rounds, rule="sample", sampling="top_p"),
+    "decode everything": everything,
     "read prompts": reading,
+    "read rollouts": reading_rollouts,
+    "export policy": exporting,
     "load policy": loading,
+    "load policy, whole model": partial(loading, spec=FULL),
     "score": scoring,
     "score reference": partial(scoring, score=score_reference),
     "learn likelihood": updating,
@@ -177,7 +214,7 @@ COSTS: dict[str, Callable[[Bench], Cost]] = {
 
 
 def semantics() -> dict[str, Any]:
-    """What single operations do: "refused", or (syncs, copies) that were counted."""
+    """What single operations do: "refused", or (syncs, copies, pageable) that were counted."""
     with on("gpu"):
         here, there = torch.arange(3.0), torch.arange(3.0).to(device_of("gpu"))
         tries: dict[str, Callable[[], Any]] = {
@@ -195,6 +232,10 @@ def semantics() -> dict[str, Any]:
             "item": lambda: float(there.sum()),
             "tolist": there.tolist,
             "to the CPU": there.cpu,
+            "to_device": lambda: to_device([torch.arange(3), torch.arange(2)], there.device),
+            "to_host": lambda: to_host(there, there[1:]),
+            "pinned, of another dtype": lambda: torch.arange(3).pin_memory().to(there, non_blocking=True),
+            "pinned, blocking": lambda: torch.arange(3).pin_memory().to(there.device),
             "nonzero": there.nonzero,
             "boolean index": lambda: there[there > 0],
         }  # fmt: skip
@@ -227,7 +268,7 @@ def _tried(operation: Callable[[], Any]) -> Any:
         except (RuntimeError, TypeError):
             return "refused"
     totals = counts.totals()
-    return totals["syncs"], totals["copies"]
+    return totals["syncs"], totals["copies"], totals["pageable"]
 
 
 # ---- memory ----

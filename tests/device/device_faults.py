@@ -17,8 +17,8 @@ from ee_megatron.learner import learner as learner_module
 from ee_megatron.model import layer
 from ee_megatron.model.packed import Active
 from ee_megatron.parallel.vocabulary import Head
+from ee_megatron.rollout.engine import cache, layer_backends, scoring
 from ee_megatron.rollout.engine import decoder as decoder_module
-from ee_megatron.rollout.engine import layer_backends, scoring
 from ee_megatron.rollout.engine.decoder import Decoder
 from ee_megatron.rollout.engine.model_runner import ModelRunner, Prefiller
 
@@ -145,6 +145,9 @@ FAULTS = {
         layer_backends.Rows, "angles",
         lambda real: lambda rows: tuple(table[rows.positions.cpu()][:, None] for table in (rows.cos, rows.sin)),
         "decode off", "copies",
+    ),
+    "a table by way of pageable memory": Fault(
+        cache, "to_device", lambda real: lambda table, device: table.to(device), "decode off", "pageable"
     ),
     "keys copied for each sequence": Fault(
         layer, "attend_packed", _copied_keys, "learn likelihood, bfloat16", "unordered"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ee_megatron.learner.batch import to_device
+from ee_megatron.tensors import to_device
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,42 @@ def disagreeing(job: str) -> list:
     return _answers(job, plant)
 
 
+def waiting(job: str) -> list:
+    """The answers, and how often a step's sampling waits for the device at most: a value that the host reads must have
+    come by `to_host`, once for all of a step."""
+    import torch
+
+    from ee_megatron.rollout.vllm import register
+
+    register()
+    from ee_megatron.rollout.vllm import worker
+
+    waits, most, arrived = 0, 0, list[torch.Tensor]()
+    sample, to_host, tolist = worker.ExitSampler.forward, worker.to_host, torch.Tensor.tolist
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal waits, most
+        waits = 0
+        sampled = sample(self, *args, **options)
+        most = max(most, waits)
+        return sampled
+
+    def brought(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        nonlocal waits
+        waits += 1
+        arrived[:] = to_host(*tensors)
+        return arrived
+
+    def read(self: torch.Tensor) -> Any:
+        nonlocal waits
+        waits += not any(self is one for one in arrived)
+        return tolist(self)
+
+    worker.to_host, worker.ExitSampler.forward, torch.Tensor.tolist = brought, counted, read
+    found = _answers(job)
+    return [found, most]
+
+
 def _answers(job: str, plant: Callable[[Any], None] | None = None) -> list:
     from safetensors.torch import load
 

@@ -101,6 +101,11 @@ def test_devices_that_would_decide_otherwise_follow_the_first(how, llama, vllm_p
     assert by_vllm(vllm_python, tmp_path, "disagreeing", job) == expected
 
 
+def test_a_step_waits_for_the_device_once(llama, vllm_python, tmp_path: Path):
+    job, expected = alone(llama, tmp_path, {})
+    assert by_vllm(vllm_python, tmp_path, "waiting", job) == [expected, 1]
+
+
 def alone(llama: tuple[Path, Own], folder: Path, how: dict) -> tuple[str, list]:
     """A job for inside.py, and the answers that it is to give."""
     path, own = llama

@@ -62,6 +62,7 @@ PARTS = (
     Part("decoder", "Decoder against the reference", "parity:decoder", 60, ("reference",)),
     Part("learner", "Learner against the reference", "parity:learner", 100, ("reference",)),
     Part("attention", "Long packed sequences: FlexAttention against blocks", "parity:attention", 150),
+    Part("fused", "Norm, rotation and SwiGLU in one kernel against several", "parity:fused", 60),
     Part("export", "Hugging Face export against the reference", "parity:export", 80, ("reference",)),
     Part("resume", "Going on from a checkpoint", "resuming:resume", 90, MODELS),
     Part("kill", "Going on after SIGKILL", "resuming:kill", 150, MODELS),

@@ -17,7 +17,7 @@ What is computed wrongly shows in float32; the narrower dtypes show that nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import pi
 from pathlib import Path
@@ -31,13 +31,15 @@ from ee_megatron.checkpoint.hf_export import export_hf
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.exit_rules import Prescribed, Sample
 from ee_megatron.families import dims_from_config
-from ee_megatron.learner.batch import ReplayBatch, pack, to_device
+from ee_megatron.learner.batch import ReplayBatch, pack
 from ee_megatron.model.attention import Spans, attend_packed, flexible
+from ee_megatron.model.layer import normed, swiglu, turned
 from ee_megatron.model.packed import Active, PackedSequences, Segment
 from ee_megatron.objectives.weights import Weights
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Score
 from ee_megatron.rollout.engine.scoring import replay_depths, score
+from ee_megatron.tensors import to_device
 from ee_megatron.types import Rollout
 from tools.workloads import answer_all, make_weights
 
@@ -267,6 +269,31 @@ def _flex_against_blocks(findings: Findings, bench: Bench, precision: str, spans
         findings.check(name, error(mine, theirs.cpu()), at_most=most, why=f"twice {why}")
     changed = sum(not torch.equal(a, b) for a, b in zip((out, *gradients), flex(), strict=True))
     findings.check(f"{what}: results that a second run changes", changed, at_most=0)
+
+
+def fused(findings: Findings, bench: Bench) -> None:
+    """What the learner's layers compute in one kernel on a GPU against the same in several. Reads no model."""
+    if not findings.only_on_cuda("values and gradients"):
+        return
+    dims = dims_from_config(bench.size.whole)
+    shapes = {"norm": [(4096, dims.hidden), (dims.hidden,)], "SwiGLU": [(4096, 2 * dims.intermediate)],
+              "rotation": [(4096, dims.heads, dims.head_dim), *[(4096, 1, dims.head_dim)] * 2]}  # fmt: skip
+    functions: dict[str, Callable[..., Tensor]] = {
+        "norm": lambda fused, x, gain: normed(x, gain, dims.rms_eps, fused),
+        "SwiGLU": lambda fused, x: swiglu(x, fused),
+        "rotation": lambda fused, x, cos, sin: turned(x, (cos, sin), fused),
+    }
+    for precision in ("float32", "bfloat16"):
+        (limit, why), dtype = tolerance(precision, 1), PRECISIONS[precision][0]
+        for name, function in functions.items():
+            generator = torch.Generator(bench.device).manual_seed(4)
+            given = [torch.randn(s, generator=generator, device=bench.device, dtype=dtype) for s in shapes[name]]
+            results = []
+            for fuse in (True, False):
+                out = function(fuse, given[0].requires_grad_(), *given[1:])
+                results.append((out.detach(), *torch.autograd.grad(out, given[0], out.detach().cos())))
+            for part, mine, theirs in zip(("values", "gradient"), *results, strict=True):
+                findings.check(f"{precision}: {name}: {part}", error(mine, theirs.cpu()), at_most=limit, why=why)
 
 
 def export(findings: Findings, bench: Bench) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...config.derive import position_bytes
 from ...families import ModelDims
 from ...kernels import LANES
+from ...tensors import to_device
 
 if TYPE_CHECKING:
     from .request import Row
@@ -136,7 +137,7 @@ class KVCache:
         if len(source):
             self.table[moved] = target[which]
             self._holders[target] = self._holders[source]
-            old, new = (torch.from_numpy(pages).to(self.device) for pages in (source, target))
+            old, new = to_device((torch.from_numpy(source), torch.from_numpy(target)), self.device)
             for layer in self.layers:
                 layer[new] = layer[old]
         self._resize(keep)
@@ -153,7 +154,7 @@ class KVCache:
         places = np.empty((len(slots), TABLE + 1 + int(blocks.max())), dtype=np.int64)
         places[:, 0], places[:, 1], places[:, 2], places[:, 3] = slots, at, self.table[slots, blocks], at % PAGE
         places[:, TABLE:] = self.table[slots, : places.shape[1] - TABLE]
-        return torch.from_numpy(places).to(self.device)
+        return to_device(torch.from_numpy(places), self.device)
 
     @torch.inference_mode()
     def fill(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
@@ -161,7 +162,7 @@ class KVCache:
         pages."""
         positions = np.arange(start, start + keys.shape[1])
         index = np.stack([self.table[row, positions // PAGE], positions % PAGE])
-        pages, offsets = torch.from_numpy(index).to(self.device)
+        pages, offsets = to_device(torch.from_numpy(index), self.device)
         for layer, pair in zip(self.layers, torch.stack([keys, values], dim=2), strict=True):
             layer[pages, :, offsets] = pair
 

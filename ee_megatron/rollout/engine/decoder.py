@@ -17,7 +17,7 @@ from ...exits import ExitLayout
 from ...families import inverse_frequencies
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
-from ...tensors import ModelSource
+from ...tensors import ModelSource, to_device, to_host
 from .cache import KVCache, Prefilled
 from .layer_backends import RotaryPositions, Rows, TorchOps, choose_ops, norm
 from .weights import DecoderWeights, GateWeights, PartialLoad, SkippedKV, gates_from
@@ -208,7 +208,7 @@ class Decoder:
         if len(lengths) != B or int(lengths.min()) < 1 or int(lengths.max()) > T:
             raise ValueError(f"lengths {lengths.tolist()} do not fit tokens of shape {[B, T]}; expected {B} of 1..{T}")
         # The host needs them, to count what runs.
-        exit_depths = None if exit_depths is None else exit_depths.cpu()
+        exit_depths = None if exit_depths is None else to_host(exit_depths)[0]
         if exit_depths is not None and not bool(((exit_depths >= 1) & (exit_depths <= self.dims.num_layers)).all()):
             raise ValueError(
                 f"exit depths must lie in 1..{self.dims.num_layers}; give padding and prompts the full depth"
@@ -222,7 +222,7 @@ class Decoder:
         at = RotaryPositions(torch.arange(past, past + T, device=self.device).repeat(B), self._cos, self._sin)
         ops = self.ops
         # Positions of all sequences one after another; the stream is changed in place.
-        stream = self.weights.embedding[tokens.to(self.device)].view(B * T, -1)
+        stream = self.weights.embedding[to_device(tokens, self.device)].view(B * T, -1)
         residuals, dims = list[Tensor](), self.dims
         shape = (dims.num_layers if keep_kv else 0, B, T, dims.kv_heads, dims.head_dim)
         keys, values = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -256,7 +256,7 @@ class Decoder:
         known, places = set(depths.unique().tolist()), None
         for layer in range(self.dims.num_layers):
             if layer in known:
-                places = (depths.flatten() > layer).nonzero().squeeze(1).to(self.device)
+                places = to_device((depths.flatten() > layer).nonzero().squeeze(1), self.device)
             yield places
 
     # ---- one position per row, with the cache ----

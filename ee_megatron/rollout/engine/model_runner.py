@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...exit_rules import RULES, AtExit
 from ...exits import gate_log_term
+from ...tensors import to_device, to_host
 from .cache import Slots
 from .decoder import Decoder, Prefilled
 from .layer_backends import Rows
@@ -110,7 +111,7 @@ class ModelRunner:
         at = self._at(rows)
         slots = at.slots
         if index == 0:
-            hidden = decoder.weights.embedding[torch.tensor([row.last for row in rows], device=device)]
+            hidden = decoder.weights.embedding[to_device(torch.tensor([row.last for row in rows]), device)]
             self._uniform[slots] = self.draw(rows)
             self._exit_logprob[slots] = 0.0
             self._state[slots] = 0.0
@@ -145,14 +146,14 @@ class ModelRunner:
                 tokens=partial(_named, [rows[i] for i in members]),
                 state=self._state[places, : rule.state_size],
             )
-            for i, gone in zip(members, rule.should_exit(at).tolist(), strict=True):
+            for i, gone in zip(members, to_host(rule.should_exit(at))[0].tolist(), strict=True):
                 leave[i] = gone
             noted.append((places, at.state))
         # Once all rules have answered: where one can't, the rows come here again.
         for places, state in noted:
             self._state[places, : state.shape[1]] = state
         if gated:
-            taken = torch.tensor([depth if gone else depth + 1 for gone in leave], device=decoder.device)
+            taken = to_device(torch.tensor([depth if gone else depth + 1 for gone in leave]), decoder.device)
             self._exit_logprob[slots] += gate_log_term(logit, taken, depth)
         return leave
 
@@ -166,7 +167,7 @@ class ModelRunner:
         slots = at.slots
         hidden = self._hidden[slots]
         depths = [self.decoder.layout.outcomes[row.segment] for row in rows]
-        exits = self._exit_logprob[slots].tolist()
+        exits = to_host(self._exit_logprob[slots])[0].tolist()
         new = self.sample(rows, self.decoder.readout(hidden), self._uniform[slots, -1], depths, exits)
         self.decoder.write_skipped(hidden, [row.segment for row in rows], self.slots.cache, at)
         return new
@@ -187,7 +188,7 @@ class ModelRunner:
             given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
             if given:
                 drawn = prescribe(logits[which], params, drawn, given)
-            tokens, logprobs, full = (column.tolist() for column in drawn)
+            tokens, logprobs, full = (column.tolist() for column in to_host(*drawn))
             check_logits(full)
             best = most_probable(logits[which], params, [rows[i].request.top_logprobs for i in members])
             for i, *made in zip(members, tokens, logprobs, full, best, strict=True):
@@ -202,7 +203,7 @@ class ModelRunner:
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         at = np.array([len(row.tokens) for row in rows])
         draws = len(self.decoder.layout.depths) + 1
-        return torch.from_numpy(uniforms(keys, at, draws)).to(self.decoder.device)
+        return to_device(torch.from_numpy(uniforms(keys, at, draws)), self.decoder.device)
 
 
 def _alike(kinds: Sequence[K], device: torch.device) -> Iterator[tuple[K, list[int], slice | Tensor]]:
@@ -211,7 +212,7 @@ def _alike(kinds: Sequence[K], device: torch.device) -> Iterator[tuple[K, list[i
     for i, kind in enumerate(kinds):
         places.setdefault(kind, []).append(i)
     for kind, members in places.items():
-        yield kind, members, slice(None) if len(places) == 1 else torch.tensor(members, device=device)
+        yield kind, members, slice(None) if len(places) == 1 else to_device(torch.tensor(members), device)
 
 
 def _named(rows: list[Row]) -> list[tuple[str, int, int]]:

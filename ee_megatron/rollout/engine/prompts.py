@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ...tensors import to_device
+
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory, by its tokenizer files alone: config.json, which may name code of the
@@ -67,7 +69,7 @@ def piece(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 def pad(sequences: Sequence[Sequence[int] | np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     """Token lists -> int64 [B, T] right-padded with 0, lengths int64 [B] (on the CPU)."""
     rows = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
-    return pad_sequence(rows, batch_first=True).to(device), torch.tensor([len(row) for row in rows])
+    return to_device(pad_sequence(rows, batch_first=True), device), torch.tensor([len(row) for row in rows])
 
 
 def common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:

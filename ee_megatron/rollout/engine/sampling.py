@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import compiled
+from ...tensors import to_device, to_host
 
 # How many of the most probable tokens are sorted to find a nucleus; a flat distribution takes a whole sort.
 NUCLEUS = 512
@@ -122,9 +123,10 @@ def penalise(logits: Tensor, params: SamplingParams, histories: Sequence[History
 
     def places(texts: Iterable[Sequence[Sequence[int]]]) -> tuple[Tensor, Tensor]:
         """Where each row's distinct tokens stand in `result`, and how often each occurs."""
-        at = [np.fromiter(chain(*text), np.int64) + row * logits.shape[-1] for row, text in enumerate(texts)]
-        found, counts = np.unique(np.concatenate(at), return_counts=True)
-        return torch.from_numpy(found).to(logits.device), torch.from_numpy(counts).to(logits)
+        each = [np.fromiter(chain(*text), np.int64) + row * logits.shape[-1] for row, text in enumerate(texts)]
+        found, counts = np.unique(np.concatenate(each), return_counts=True)
+        at, times = to_device((torch.from_numpy(found), torch.from_numpy(counts)), logits.device)
+        return at, times.to(logits)
 
     if params.repetition_penalty != 1:
         at, _ = places(histories)
@@ -146,7 +148,7 @@ def prescribe(
     logits: Tensor, params: SamplingParams, drawn: tuple[Tensor, Tensor, Tensor], given: list[tuple[int, int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Results of `sample_tokens` for logits [R, V], with the (row, token) pairs `given` in place of samples."""
-    rows, tokens = (torch.tensor(column, device=logits.device) for column in zip(*given, strict=True))
+    rows, tokens = to_device(torch.tensor(given), logits.device).unbind(1)
     taken, logprobs, full = (column.clone() for column in drawn)
     taken[rows] = tokens.to(taken)
     scores = log_prob(logits[rows] / (params.temperature or 1.0), tokens)
@@ -203,9 +205,9 @@ def most_probable(logits: Tensor, params: SamplingParams, counts: Sequence[int])
     wanted = [i for i, count in enumerate(counts) if count]
     top: list[TopLogprobs] = [()] * len(counts)
     if wanted:
-        chosen = logits[wanted] / (params.temperature or 1.0)
+        chosen = logits[to_device(torch.tensor(wanted), logits.device)] / (params.temperature or 1.0)
         values, tokens = chosen.topk(min(max(counts), logits.shape[-1]), dim=-1)
-        values = values - chosen.logsumexp(dim=-1, keepdim=True)
+        values, tokens = to_host(values - chosen.logsumexp(dim=-1, keepdim=True), tokens)
         for i, row_tokens, row_values in zip(wanted, tokens.tolist(), values.tolist(), strict=True):
             top[i] = tuple(zip(row_tokens, row_values, strict=True))[: counts[i]]
     return top

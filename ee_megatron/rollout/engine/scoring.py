@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...exits import gate_log_term
 from ...kernels import compiled
+from ...tensors import to_device, to_host
 from ...types import ExitReading, Rollout, Trace
 from .cache import Prefilled
 from .decoder import Decoder
@@ -128,8 +129,10 @@ def score_prompts(
         score = PromptScore([], [], [])
         for at in chunks(decoder, len(prompt) - 1, logits_bytes):
             logits, chosen = decoder.readout(stream[b, at]), tokens[b, 1:][at]
-            score.logprobs.extend(log_prob(logits, chosen).tolist())
-            score.ranks.extend((logits >= logits.gather(-1, chosen[:, None])).sum(-1).tolist())
+            ranks = (logits >= logits.gather(-1, chosen[:, None])).sum(-1)
+            logprobs, ranks = to_host(log_prob(logits, chosen), ranks)
+            score.logprobs.extend(logprobs.tolist())
+            score.ranks.extend(ranks.tolist())
             score.top.extend(most_probable(logits, SamplingParams(), [count] * len(logits)))
         scores.append(score)
     return scores
@@ -347,14 +350,17 @@ def _read(
         depths = replay_depths(part.rollouts, part.tokens.shape[1], decoder, part.shared)
         final, exits = decoder.forward_with_residuals(part.tokens, part.lengths, depths if teacher else None, part.read)
         final, exits = part.pick(final), [part.pick(stream) for stream in exits]
-        tokens = torch.cat([torch.as_tensor(r.tokens) for r in part.rollouts]).to(device)
+        tokens = torch.cat([torch.as_tensor(r.tokens) for r in part.rollouts])
         gate_mask = torch.cat([(torch.arange(r.length) > 0) | decoder.layout.first_token for r in part.rollouts])
+        tokens, gate_mask = to_device((tokens, gate_mask), device)
         theirs, readout = (teacher[0][number], teacher[1]) if teacher else (final, decoder.readout)
-        batch = _Batch(tokens, part.pick(depths), gate_mask.to(device), final, exits, theirs, readout)
+        batch = _Batch(tokens, part.pick(depths), gate_mask, final, exits, theirs, readout)
         parts = [chunk(batch, at) for at in chunks(decoder, len(tokens))]
-        columns, start = {name: torch.cat([one[name] for one in parts]).cpu().numpy() for name in parts[0]}, 0
+        whole = to_host(*(torch.cat([one[name] for one in parts]) for name in parts[0]))
+        columns, start = {name: column.numpy() for name, column in zip(parts[0], whole, strict=True)}, 0
         for i, rollout in zip(part.indices, part.rollouts, strict=True):
-            results[i] = {name: column[start : start + rollout.length] for name, column in columns.items()}
+            # Copies, for what they are copied from is pinned.
+            results[i] = {name: column[start : start + rollout.length].copy() for name, column in columns.items()}
             start += rollout.length
         if progress:
             progress(len(results), len(rollouts))
@@ -387,7 +393,7 @@ def replay_depths(rollouts: Sequence[Rollout], width: int, decoder: Decoder, sha
     depths = torch.full((len(rollouts), width), decoder.dims.num_layers, dtype=torch.int64)
     for b, rollout in enumerate(rollouts):
         depths[b, _predicting(rollout, shared)] = torch.tensor(rollout.exit_depths, dtype=torch.int64)
-    return depths.to(decoder.device)
+    return to_device(depths, decoder.device)
 
 
 def _predicting(rollout: Rollout, shared: int) -> slice:

@@ -7,6 +7,7 @@ form (linear.py; the readout's and gates' may be float32 there), elsewhere those
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from ...families import ModelDims
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
-from ...tensors import ModelSource
+from ...tensors import BLOCK_BYTES, ModelSource, to_device
 from .linear import Linear, WideLinear
 
 # Fused matrix -> the linears whose rows it holds, in this order.
@@ -97,7 +98,9 @@ class DecoderWeights:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer:
             self.blocks[int(layer[1])].linears.clear()
-        self.tensors[name].copy_(tensor)
+        rows = max(1, BLOCK_BYTES // (4 * math.prod(tensor.shape[1:])))
+        for into, block in zip(self.tensors[name].split(rows), tensor.split(rows), strict=True):
+            into.copy_(to_device(block, self.device))
 
     @torch.inference_mode()
     def restore_base(self) -> None:
@@ -224,12 +227,11 @@ class PartialLoad:
     def take(self, tensors: Mapping[str, Tensor], weights: DecoderWeights) -> None:
         """Store a chunk. Raises ValueError as `check` does, before anything of the chunk is written."""
         self.check(tensors)
-        for name, tensor in tensors.items():
-            if name in self.of_base:
-                weights.write_base(name, tensor)
-            else:
-                self.retained[name] = tensor.detach().clone()
-            self.seen.add(name)
+        held = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in self.of_base}
+        self.retained.update(zip(held, to_device(list(held.values()), weights.device), strict=True))
+        for name in filter(self.of_base.__contains__, tensors):
+            weights.write_base(name, tensors[name])
+        self.seen.update(tensors)
 
 
 def gates_from(

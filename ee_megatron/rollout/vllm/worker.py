@@ -20,6 +20,7 @@ from vllm.v1.outputs import SamplerOutput
 from ...exit_rules import NEVER, ExitRule, forced_bounds
 from ...families.hf_directory import HFDirectory
 from ...policy import PolicySpec
+from ...tensors import to_device, to_host
 from ..engine.request import Event
 from ..engine.sampling import SamplingParams, inverse_cdf, log_prob, prescribe, sample_tokens, truncate, uniforms
 from .model import EarlyExit, Watched
@@ -91,7 +92,7 @@ class ExitWorker(Worker):
             if name in tensors:
                 changed = tensors[name]
             elif spec is not None and down is not None and up is not None:
-                base, down, up = (tensor.to(device).float() for tensor in (source.tensor(name), down, up))
+                base, down, up = (one.float() for one in to_device([source.tensor(name), down, up], device))
                 changed = torch.addmm(base, up, down, alpha=spec.scale)
             else:
                 if name in self._exits_changed:
@@ -122,6 +123,7 @@ class Draws(nn.Module):
         if self.uniform is None:
             return self.plain(logits, generators, k, p)
         rows = len(logits)
+        k, p = (None if bound is None else to_host(bound)[0] for bound in (k, p))
         kinds: dict[tuple[int, float], list[int]] = {}
         for i, kind in enumerate(
             zip([0] * rows if k is None else k.tolist(), [1.0] * rows if p is None else p.tolist(), strict=True)
@@ -232,9 +234,10 @@ class ExitSampler(nn.Module):
                     bounds[at], fine[at] = ahead, rule.compares_in_float64
                     continue
                 assert (token[which] == end[row[which]] - 1).all(), "a rule that sees readouts decides token by token"
+                places, numbers = to_device((torch.from_numpy(at), torch.from_numpy(drawn[which])), device)
                 watched.append(
                     Watched(
-                        rule, torch.from_numpy(at).to(device), names, torch.from_numpy(drawn[which]).to(device),
+                        rule, places, names, numbers,
                         torch.zeros(len(at), rule.state_size, dtype=torch.float64, device=device), self.model.readout,
                     )
                 )  # fmt: skip
@@ -257,80 +260,87 @@ class ExitSampler(nn.Module):
             return self.plain(logits=logits, sampling_metadata=sampling_metadata, **options)
         # Rows in the middle of a prompt have logits too, which nobody wants.
         wanted = ~self.runner.discard_request_mask.np[: len(batch.names)]
-        made, (depths, exits) = batch.made, self._exits(batch)
+        made, newest = batch.made, self._newest()
         tokens = torch.zeros(len(batch.names), dtype=torch.int32, device=logits.device)
-        others = None
+        others, users, drawn = None, np.empty(0, dtype=np.int64), list[tuple[np.ndarray, Sequence[Tensor]]]()
         if batch.users.any() or not batch.ours.all():
             users = np.flatnonzero(batch.users & wanted)
-            others = self._by_vllm(batch, users, logits, sampling_metadata, options, depths, exits)
+            others, logprobs = self._by_vllm(batch, users, logits, sampling_metadata, options)
             tokens.copy_(others.sampled_token_ids[:, 0])
+            drawn.append((users, [logprobs]))
         for params, members in batch.samplings.items():
             every = np.flatnonzero(members & wanted)
             step = ROWS if logits.device.type == "cpu" else max(1, len(every))
             for rows in (every[at : at + step] for at in range(0, len(every), step)):
-                which = torch.from_numpy(rows).to(logits.device)
-                drawn = self._uniform(batch, rows, made)
+                which = to_device(torch.from_numpy(rows), logits.device)
+                uniform = self._uniform(batch, rows, made)
                 # Neighbours mostly: no copy then.
                 together = rows[-1] - rows[0] + 1 == len(rows)
                 wide = (logits[rows[0] : rows[-1] + 1] if together else logits[which]).float()
                 states = [self.runner.requests[batch.names[i]] for i in rows] if params.is_penalised else ()
-                sampled = sample_tokens(wide, params, drawn, [(s.prompt_token_ids, s.output_token_ids) for s in states])
-                chosen = [one for i in rows.tolist() if (one := batch.requests[i]) is not None]
+                histories = [(s.prompt_token_ids, s.output_token_ids) for s in states]
+                sampled = sample_tokens(wide, params, uniform, histories)
                 given = [
-                    (j, one.given[len(one.depths)]) for j, one in enumerate(chosen) if len(one.depths) < len(one.given)
+                    (j, one.given[len(one.depths)])
+                    for j, i in enumerate(rows.tolist())
+                    if (one := batch.requests[i]) is not None and len(one.depths) < len(one.given)
                 ]
                 if given:
                     sampled = prescribe(wide, params, sampled, given)
                 tokens[which] = sampled[0].to(torch.int32)
-                columns = (column.tolist() for column in sampled)
-                for i, one, token, logprob, full in zip(rows.tolist(), chosen, *columns, strict=True):
-                    self.made.append(Event(one.name, token, depths[i], logprob, full, exits[i], None))
-                    one.depths.append(depths[i])
-        logprobs = None if others is None else others.logprobs_tensors
-        return SamplerOutput(sampled_token_ids=tokens.unsqueeze(-1), logprobs_tensors=logprobs)
+                drawn.append((rows, sampled))
+        # The only wait of a step, with all its kernels on their way.
+        depths, exits, *found = (x.tolist() for x in to_host(*newest, *(x for _, columns in drawn for x in columns)))
+        columns = iter(found)
+        asked = self.model.gated & ((made > 0) | self.model.first_token)
+        for rows, parts in drawn:
+            for i, *values in zip(rows.tolist(), *(next(columns) for _ in parts), strict=True):
+                one, exit_logprob = batch.requests[i], exits[i] if asked[i] else 0.0
+                assert one is not None
+                if one.sampling is None:
+                    row = np.array([[depths[i], *values, exit_logprob]])
+                    self.outputs[batch.names[i]] = AuxRequestOutput(len(one.depths), row)
+                else:
+                    token, logprob, full = values
+                    self.made.append(Event(one.name, token, depths[i], logprob, full, exit_logprob, None))
+                one.depths.append(depths[i])
+        tensors = None if others is None else others.logprobs_tensors
+        return SamplerOutput(sampled_token_ids=tokens.unsqueeze(-1), logprobs_tensors=tensors)
 
     def _by_vllm(
-        self, batch: Batch, users: np.ndarray, logits: Tensor, sampling_metadata: Any, options: dict[str, Any],
-        depths: Sequence[int], exits: Sequence[float],
-    ) -> SamplerOutput:  # fmt: skip
-        """vLLM's choice for all rows; the depths of `users`, int64 [U], go to `outputs`."""
+        self, batch: Batch, users: np.ndarray, logits: Tensor, sampling_metadata: Any, options: dict[str, Any]
+    ) -> tuple[SamplerOutput, Tensor]:
+        """vLLM's choice for all rows; the log-probabilities of those of `users`, int64 [U] -> float32 [U]."""
         if len(users):
             # Nobody asks what the others of these rows draw: they are in the middle of a prompt.
+            where = to_device(torch.from_numpy(users), logits.device)
             uniform = torch.zeros(len(batch.names), dtype=torch.float64, device=logits.device)
-            uniform[users] = self._uniform(batch, users, batch.made)
+            uniform[where] = self._uniform(batch, users, batch.made)
             self.draws.uniform = uniform
         try:
             output = self.plain(logits=logits.clone(), sampling_metadata=sampling_metadata, **options)
         finally:
             self.draws.uniform = None
         if not len(users):
-            return output
+            return output, logits.new_empty(0)
         # A greedy choice has the log-probability of temperature 1.
         logprobs = log_prob(logits.float(), output.sampled_token_ids[:, 0].long())
         if not sampling_metadata.all_greedy:
             assert self.draws.logprobs is not None
-            drawn = sampling_metadata.temperature >= GREEDY
-            logprobs = torch.where(drawn, self.draws.logprobs, logprobs)
-        for i, logprob in zip(users.tolist(), logprobs[users].tolist(), strict=True):
-            one = batch.requests[i]
-            assert one is not None
-            row = np.array([[depths[i], logprob, exits[i]]])
-            self.outputs[batch.names[i]] = AuxRequestOutput(len(one.depths), row)
-            one.depths.append(depths[i])
-        return output
+            random = sampling_metadata.temperature >= GREEDY
+            logprobs = torch.where(random, self.draws.logprobs, logprobs)
+        return output, logprobs[where]
 
     def _uniform(self, batch: Batch, rows: np.ndarray, made: np.ndarray) -> Tensor:
         """float64 [R]: the numbers that draw the next tokens of these rows."""
         drawn = uniforms(batch.keys[rows], made[rows], len(self.exit_depths) + 1)[:, -1]
-        return torch.from_numpy(drawn).to(self.runner.device)
+        return to_device(torch.from_numpy(drawn), self.runner.device)
 
-    def _exits(self, batch: Batch) -> tuple[list[int], list[float]]:
-        """Depth and exit log-probability of each request's newest position; 0 where no gate is asked."""
-        ends = self.runner.query_start_loc.np[1 : len(batch.names) + 1]
-        newest = torch.from_numpy(ends - 1).to(self.model.depths.device)
-        logprobs = self.model.logprobs[newest].tolist()
-        asked = self.model.gated & ((batch.made > 0) | self.model.first_token)
-        return self.model.depths[newest].tolist(), [p if by else 0.0 for p, by in zip(logprobs, asked, strict=True)]
+    def _newest(self) -> tuple[Tensor, Tensor]:
+        """Depth and exit log-probability of each request's newest position, [N]."""
+        ends = self.runner.query_start_loc.np[1 : self.runner.input_batch.num_reqs + 1]
+        newest = to_device(torch.from_numpy(ends - 1), self.model.depths.device)
+        return self.model.depths[newest], self.model.logprobs[newest]
 
 
 def _host(buffer: Tensor) -> Tensor:

@@ -226,7 +226,9 @@ def test_a_last_message_is_continued_and_reasoning_of_the_history_reaches_the_te
 
 def test_errors_of_every_kind_are_json(running: Running, monkeypatch: pytest.MonkeyPatch):
     http, plain = running.http, {"Content-Type": "application/json"}
-    message(http.get("/nowhere"), 404)
+    # What clients ask that know only OpenAI's own service, or whose base URL lacks /v1.
+    for path in ("/nowhere", "/v1/responses", "/chat/completions"):
+        assert f"'{path}' is not served here; ask /v1/chat/completions" in message(http.post(path), 404)
     message(http.get("/v1/completions"), 405)
     assert "'gpt'" in message(running.complete({"model": "gpt"}), 404)
     for content in (b"{", b"[]"):

@@ -272,7 +272,10 @@ def make_app(service: Service) -> FastAPI:
         )
 
     @app.exception_handler(StarletteHTTPException)
-    async def refuse(_: Request, error: HTTPException) -> Response:
+    async def refuse(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404 and not isinstance(error, BadRequest):
+            path = request.url.path[:100]
+            error = BadRequest(f"{path!r} is not served here; ask /v1/chat/completions or /v1/completions", 404)
         headers = {"Retry-After": "1"} if error.status_code in (429, 503) else {}
         return JSONResponse(error_body(error), error.status_code, {**headers, **(error.headers or {})})
 

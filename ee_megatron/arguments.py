@@ -13,6 +13,16 @@ OLDER = {"imported": "import-checkpoint", "job": "slurm-spec"}
 """Commands and stages by their names of version 0.1, which are accepted until 0.3."""
 
 
+LONGEST_LINE = 2000
+
+
+def printable(text: str) -> str:
+    """A text as one line of an error, whatever it quotes, and however much."""
+    text = " ".join(text.split())
+    text = text if len(text) <= LONGEST_LINE else f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def current(word: str) -> str:
     """Today's name of a command or stage; warns on stderr about an older one."""
     if word in OLDER:
@@ -25,8 +35,7 @@ class Parser(argparse.ArgumentParser):
     that is infinite, nan, or beyond 64 bits."""
 
     def error(self, message: str) -> NoReturn:
-        text = "".join(c if c.isprintable() else " " for c in message)
-        print(f"error: {text}; see `{self.prog} --help`", file=sys.stderr)
+        print(f"error: {printable(message)}; see `{self.prog} --help`", file=sys.stderr)
         raise SystemExit(2)
 
     # argparse calls this method for subcommands' parsers too, each with its own options.

@@ -6,6 +6,7 @@ torch is imported by what is called, never here: help and wrong settings answer 
 from __future__ import annotations
 
 import argparse
+import errno
 import faulthandler
 import importlib
 import json
@@ -226,7 +227,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'{text!r}: expected a JSON object, as {{"enable_thinking": false}}')
@@ -437,6 +438,7 @@ def _guarded(action: Callable[[], int]) -> int:
         return 130
     except Exception as error:
         bad_input = isinstance(error, ValueError | FileNotFoundError)
+        bad_input |= isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
         if name:
             where = "" if bad_input else f"{name} failed here:\n{traceback.format_exc()}"
             sys.stderr.write(f"{where}error: {name}: {'; '.join(lines_of(error))}\n")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from .arguments import Parser
 from .checkpoint.workspace import check_output, partial_of
 from .config import hub
+from .config.errors import lines_of
 from .interrupts import interruptible
 
 # torch, transformers and megatron-core take seconds to import: each command does when it has read its arguments.
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"interrupted{more if left and left.is_dir() else ''}", file=sys.stderr)
         return 130
     except (OSError, ValueError, SafetensorError) as error:
-        text = " ".join(str(error).split())
+        text = "; ".join(lines_of(error))
         for setting, flag in FLAGS.items():
             text = text.replace(setting, flag)
         print(f"error: {text}", file=sys.stderr)
@@ -321,7 +322,7 @@ def _torch_dtype(name: str) -> torch.dtype | None:
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
     unit = UNITS.get(match.group(2)) if match else None
-    if match is None or unit is None or float(match.group(1)) * unit < 1:
+    if match is None or unit is None or not 1 <= float(match.group(1)) * unit < 2**63:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a size, as in 5GB or 500MB")
     return int(float(match.group(1)) * unit)
 

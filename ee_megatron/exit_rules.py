@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Need = Literal["gates", "readout", "random"]
 Tokens = Sequence[tuple[str, int, int]]
 """Per row the prompt's id, the sample's number, the number of the token being made (0 is the first)."""
+FIELD = "exit_policy"
+"""What users set in a request or an export's config.json."""
 NEVER, ALWAYS = 2.0, -1.0
 """Bounds that no hazard passes, and that every hazard does."""
 Dial = Callable[[float], "ExitRule"]
@@ -512,9 +514,30 @@ def parse(text: str) -> ExitRule:
 def parse_option(option: str, text: str) -> ExitRule:
     """`parse` with the option's name in its errors."""
     try:
+        kind, colon, _ = text.partition(":")
+        if kind not in OFFERED or (colon and ":" not in RULES[kind].usage):
+            raise ValueError(f"expected {usage()}")
         return parse(text)
     except ValueError as error:
         raise ValueError(f"{option} {text!r}: {error}") from None
+
+
+def read_rule(given: Any) -> ExitRule:
+    """`exit_policy` of a request or an export, {"kind": "threshold", "value": 0.7} or "threshold:0.7". Raises
+    ValueError, one line that says what is allowed."""
+    fields = given
+    if isinstance(given, str):
+        kind, _, number = given.partition(":")
+        try:
+            fields = {"kind": kind, "value": float(number) if number else None}
+        except ValueError:
+            fields = None
+    known = isinstance(fields, Mapping) and fields.keys() <= {"kind", "value"} and fields.get("kind") in OFFERED
+    if not known or isinstance(fields.get("value"), bool) or not isinstance(fields.get("value"), int | float | None):
+        raise ValueError(
+            f'{FIELD} {given!r}: expected {usage()}, as a text or as {{"kind": "threshold", "value": 0.5}}'
+        )
+    return make_rule(fields["kind"], fields.get("value"))
 
 
 def usage() -> str:

@@ -53,6 +53,21 @@ class PolicySpec:
     def __post_init__(self) -> None:
         if self.full and self.rank:
             raise ValueError(f"full fine-tuning with adapters of rank {self.rank}: set the rank to 0, or full to False")
+        # Files bring anything.
+        good = {
+            "num_layers": type(self.num_layers) is int and self.num_layers > 0,
+            "exit_depths": all(type(depth) is int for depth in self.exit_depths),
+            "rank": type(self.rank) is int and self.rank >= 0,
+            "alpha": type(self.alpha) in (int, float) and 0 < self.alpha < math.inf,
+            "targets": {*map(str, self.targets)} <= {*ATTENTION, *MLP},
+            "gate_width": type(self.gate_width) in (int, float) and 0 < self.gate_width < 2**31,
+            "gate_input": self.gate_input in ("normalised", "raw"),
+            "full": type(self.full) is bool,
+            "first_token": type(self.first_token) is bool,
+        }
+        if wrong := [name for name in good if not good[name]]:
+            raise ValueError(f"policy: {wrong[0]}={getattr(self, wrong[0])!r} is none; expected what training writes")
+        _ = self.layout
 
     @property
     def layout(self) -> ExitLayout:
@@ -207,7 +222,7 @@ def read_policy_json(directory: str | Path) -> PolicyFile:
     try:
         sha256, base = data.pop("sha256"), data.pop("base", None)
         return PolicyFile(PolicySpec.from_json(data), sha256, base)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not what a policy's should be ({error}); the file is damaged") from None
 
 

@@ -122,10 +122,7 @@ class TorchDistReader:
         self.folder, self._remedy = folder, remedy
         if not (folder / FORMAT).is_file():
             raise FileNotFoundError(f"{folder}: no {FORMAT} there; the checkpoint is incomplete, {remedy}")
-        try:
-            backend = json.loads((folder / FORMAT).read_text()).get("sharded_backend")
-        except json.JSONDecodeError:
-            backend = "unreadable"
+        backend = read_json(folder / FORMAT).get("sharded_backend")
         if backend != "torch_dist":
             raise ValueError(f"{folder / FORMAT}: format {backend!r}, expected 'torch_dist'; {remedy}")
         self.chunks: dict[str, list[StoredChunk]] = defaultdict(list)

@@ -165,7 +165,12 @@ def no_policy(num_layers: int) -> Policy:
 def policy_on(base: ModelSource, directory: str | Path, unchecked: bool = False) -> Policy:
     """`open_policy` for a policy that will run on `base`. Also raises as `check_base`, unless `unchecked`."""
     check_base(directory, base, unchecked=unchecked)
-    return open_policy(directory)
+    policy = open_policy(directory)
+    try:
+        check_policy(base.dims, *policy)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    return policy
 
 
 def policy_beside(base: ModelSource, unchecked: bool = False) -> Policy:

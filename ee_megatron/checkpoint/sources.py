@@ -103,9 +103,12 @@ def gates_of(source: ModelSource) -> tuple[PolicySpec, dict[str, Tensor]] | None
 
 def gate_spec(dims: ModelDims, facts: Mapping[str, Any]) -> PolicySpec:
     """Spec of a policy of gates alone, from an export's config.json or gates.json."""
-    depths, first = tuple(facts["exit_depths"]), facts.get("first_token", False)
-    width, stream = facts["gate_width"], facts["gate_input"]
-    return PolicySpec(dims.num_layers, depths, rank=0, gate_width=width, gate_input=stream, first_token=first)
+    try:
+        depths, first = tuple(facts["exit_depths"]), facts.get("first_token", False)
+        width, stream = facts["gate_width"], facts["gate_input"]
+        return PolicySpec(dims.num_layers, depths, rank=0, gate_width=width, gate_input=stream, first_token=first)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"gates of an export: not what they should be ({error}); export the model again") from None
 
 
 def gate_facts(spec: PolicySpec) -> dict[str, Any]:

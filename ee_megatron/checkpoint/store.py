@@ -128,7 +128,12 @@ def read_manifest(directory: Path) -> dict:
     path = directory / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a directory that the converter wrote")
-    return read_json(path)
+    manifest = read_json(path)
+    lines = manifest.get("tensors")
+    digests = [isinstance(x, dict) and x.get("sha256") for x in lines.values()] if isinstance(lines, dict) else [None]
+    if not all(isinstance(digest, str) for digest in digests):
+        raise ValueError(f"{path}: no tensors with their sha256 in it; the file is damaged, convert again")
+    return manifest
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

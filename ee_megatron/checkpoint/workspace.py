@@ -151,6 +151,9 @@ def refuse_unfinished(folder: Path) -> None:
 
 def check_output(out: Path) -> None:
     """Raises ValueError unless a directory can appear at `out`."""
+    if not str(out).isprintable():
+        # What is printed of it in the end would fail.
+        raise ValueError(f"{str(out)!a}: not a printable name; choose another output directory")
     if out.is_symlink():
         # It could not be replaced by a directory when all the work is done.
         raise ValueError(f"{out} is a symbolic link to {os.readlink(out)}; give the directory itself")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+from ..arguments import printable
+
 
 class Faults(ValueError):
     """All faults of the settings as one error: `lines`, each once. As text: all lines, with semicolons between."""
@@ -31,8 +33,4 @@ def faults_of(check: Callable[[], object]) -> Iterator[str]:
 def lines_of(error: BaseException) -> list[str]:
     """An error as printable lines, whatever it quotes."""
     texts = error.lines if isinstance(error, Faults) else [str(error)]
-    return [_printable(" ".join(text.split())) or type(error).__name__ for text in texts]
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return [printable(text) or type(error).__name__ for text in texts]

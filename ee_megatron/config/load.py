@@ -3,6 +3,7 @@ result is checked against the schema key by key and merged into it, wherever a v
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -132,13 +134,26 @@ def _merged(
     return cast(RunConfig, OmegaConf.to_object(merged))
 
 
+def read_yaml(path: Path) -> Any:
+    """A YAML file as OmegaConf has it. Raises ValueError for aliases, a few of which make a text that fills the memory,
+    and for what is nested too deep; YAMLError, OmegaConfBaseException, OSError."""
+    text, loader = path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        with contextlib.suppress(YAMLError):  # OmegaConf says where.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+                raise ValueError("an alias (*name), expected values written out")
+        return OmegaConf.create(text)
+    except RecursionError:
+        raise ValueError("nested too deep, expected settings") from None
+
+
 def read_saved(path: Path) -> RunConfig:
     """Read a configuration that a stage saved. Missing fields get their defaults.
 
     Raises ValueError if the file is not a configuration, or has settings that this version lacks.
     """
     try:
-        loaded = OmegaConf.load(path)
+        loaded = read_yaml(path)
         if not isinstance(loaded, DictConfig):
             raise ValueError("a list, expected settings")
         saved = cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))

@@ -162,6 +162,8 @@ def _families(cfg: RunConfig) -> Iterator[Rule]:
 def _files(cfg: RunConfig) -> Iterator[Rule]:
     task, names = cfg.task, cfg.task.dataset or DatasetNames()
     if task.name in (*TASK_FAMILIES, "reasoning_gym") or code_file(task.name):
+        unread = task.path and not code_file(task.name)
+        yield unread, "task.path task.name", "the task reads no file; set task=dataset too, or leave task.path out"
         return
     kinds = "expected a .jsonl or .parquet file, a directory of them, or a data set saved to disk or on the hub"
     yield not task.path, "task.path task.name", kinds
@@ -318,6 +320,8 @@ def _model(cfg: RunConfig, dims: ModelDims) -> Iterator[Rule]:
     yield (rollout.max_new_tokens + 1 > dims.max_positions, "rollout.max_new_tokens; model.path",
            f"with a prompt of one token that is more than the model's {dims.max_positions} positions "
            f"(max_position_embeddings); expected at most {dims.max_positions - 1}")
+    yield (not cfg.adapter.full and cfg.adapter.rank > dims.hidden, "adapter.rank; model.path",
+           f"more than the model's hidden size; expected at most {dims.hidden}")
     sizes = {"attention heads": dims.heads, "key-value heads": dims.kv_heads, "intermediate size": dims.intermediate}
     bad = [f"{size} {name}" for name, size in sizes.items() if size % tensor]
     valid = [d for d in range(1, dims.kv_heads + 1) if not any(size % d for size in sizes.values())]

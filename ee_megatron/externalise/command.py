@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..arguments import Parser
-from ..observe.rundir import write_atomic
+from ..observe.rundir import check_folder, write_atomic
 from ..report.figures import DASHES, MARKERS, SERIES, STYLE, ReportChart, figure, figure_png, figure_svg
 from ..report.page import render, style
 from ..report.tables import TextTable, cell
@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(list(argv))
     if not 0 < given.level < 1:
         raise ValueError(f"--level {given.level:g}: expected a share between 0 and 1, e.g. 0.75")
+    check_folder("--out", given.out or given.directory)
     study, remarks = read_study(given.directory)
     runs = with_forecast(study)
     effect_table, prices = effects(runs), laws(runs, given.level)

@@ -33,6 +33,7 @@ from ..config.derive import read_dims
 from ..config.identity import identity, stage_dir
 from ..config.load import read_saved
 from ..config.schema import RLConfig, RunConfig
+from ..families.hf_directory import read_json
 from ..objectives.optimum import Shares
 from ..observe.rundir import DONE
 from ..report.tables import or_nan
@@ -127,10 +128,10 @@ def _choice_of(stage: Path) -> Mapping[str, Any] | None:
     """Part "choice" of results.json; None if there is none, or no reinforced model in it."""
     path = stage / "results.json"
     try:
-        part = json.loads(path.read_text(encoding="utf-8")).get("choice") if path.exists() else None
-    except (ValueError, AttributeError) as error:
+        part = read_json(path).get("choice") if path.exists() else None
+        return part if part and REINFORCED in part.get("models", {}) else None
+    except (ValueError, AttributeError, TypeError, OSError) as error:
         raise ValueError(f"{path}: not the results of an evaluation ({error}); evaluate the run again") from None
-    return part if part and REINFORCED in part.get("models", {}) else None
 
 
 def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -144,11 +145,13 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
         for entries in models[REINFORCED].values():
             _ = entries["forced"], [entries["free"]["share"][style] for style in STYLES], entries["free"]["n"]
         hops = [int(next(iter(row.values()))["hops"]) for row in rows]
-        corpus = {f"corpus.{style}": w for style, w in zip(part["styles"], part["weights"], strict=True)}
+        corpus = {f"corpus.{style}": float(w) for style, w in zip(part["styles"], part["weights"], strict=True)}
         num_layers = int(part["num_layers"])
+        if not 0 < num_layers <= 10_000:
+            raise ValueError(f"num_layers={num_layers}")
         # Early results lack it.
         tau = int(part.get("tokens_per_step", cfg.task.tokens_per_step))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         damage = f"part choice is damaged ({type(error).__name__}: {error}); evaluate the run again"
         raise ValueError(f"{path}: {damage}") from None
     trained = [name.rsplit(".", 1)[-1] for name in rl.families] or list(models[REINFORCED])

@@ -50,6 +50,8 @@ class ModelDims:
             raise ValueError(
                 f"num_attention_heads={self.heads} is not a multiple of num_key_value_heads={self.kv_heads}"
             )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: expected an even number, since RoPE rotates pairs")
 
     @property
     def q_size(self) -> int:
@@ -153,6 +155,7 @@ def read_common(config: dict, family: str, implements: Collection[str] = (), **o
     """
     _refuse_unknown(config, family, implements)
     _check_sizes(config, family)
+    eos_ids(config, config["vocab_size"])
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     rope = rope_parameters(config, family)
     values: dict[str, Any] = dict(
@@ -261,6 +264,17 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_rope_layers": (None, []),
     "quantization_config": (None,),
 }
+
+
+def eos_ids(config: dict, vocab: int) -> list[int]:
+    """End-of-sequence ids that a config.json or generation_config.json states. Raises ValueError for what is none."""
+    given = config.get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(one) is not int or not 0 <= one < vocab for one in ids):
+        raise ValueError(f"eos_token_id={given!r}, expected ids of tokens, below vocab_size={vocab}")
+    return ids
+
+
 SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size", "vocab_size")
 
 
@@ -286,5 +300,7 @@ def _check_sizes(config: dict, family: str) -> None:
     optional = ("num_key_value_heads", "head_dim", "max_position_embeddings")
     for key in (*SIZES, *(key for key in optional if config.get(key) is not None)):
         size = config[key]
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{family}: {key}={size!r}, expected a whole number of at least 1")
+        # A hundred times what there is: the names of all tensors are held in memory.
+        most = 10_000 if key.startswith("num_") else 2**31 - 1
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+            raise ValueError(f"{family}: {key}={size!r}, expected a whole number from 1 to {most}")

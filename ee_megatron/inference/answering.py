@@ -80,5 +80,7 @@ def serve(
         default = rule_for(answering, rule)
         name = answering.name if model else f"{cfg.name}-{answering.name}"
         key = os.environ.get("EE_API_KEY") or None
+        if key and not (key.isprintable() and key == key.strip()):
+            raise ValueError("EE_API_KEY: a line end, or space at an end; no client could send it; give another key")
         variables = answering.chat_template_kwargs
         run(answering.decoder, str(answering.source), name, default, settings, listening, key, variables)

@@ -16,7 +16,7 @@ from ..config import hub
 from ..config.identity import stage_dir
 from ..config.load import read_saved
 from ..config.schema import RunConfig
-from ..exit_rules import ExitRule, Off, Threshold, make_rule
+from ..exit_rules import ExitRule, Off, Threshold, read_rule
 from ..families.hf_directory import HFDirectory
 from ..observe.rundir import latest_checkpoint
 from ..policy import POLICY_JSON, PolicySpec, load_policy
@@ -56,7 +56,7 @@ class ResolvedModel:
         if self.checkpoint is not None:
             return chosen_exits(self.checkpoint)
         said = self.source.config.get("exit_policy")
-        return make_rule(said["kind"], said.get("value")) if said else Threshold(0.5)
+        return Threshold(0.5) if said is None else read_rule(said)
 
 
 def resolve(path: str | Path, policy: str | Path | None = None, base_unchecked: bool = False) -> ResolvedModel:

@@ -28,6 +28,17 @@ _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-(?P<host>.+)-(?P<pid>
 _serial = itertools.count()
 
 
+def check_folder(setting: str, path: str | Path) -> None:
+    """Raises ValueError if no directory can be made at `path`, or none written to that is there."""
+    there = next(part for part in (Path(path).absolute(), *Path(path).absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{setting}={path}: {there} is not a directory; name one that can be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{setting}={path}: {there} may not be written to; name another directory, or change its permissions"
+        )
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) atomically: `path` has all of it or its old content, also after a crash."""
     temporary = _sibling(path, "new")

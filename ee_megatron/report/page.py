@@ -19,7 +19,7 @@ from matplotlib import rc_context
 
 from ..config.load import settings_of
 from ..config.schema import RunConfig
-from ..observe.rundir import write_atomic
+from ..observe.rundir import check_folder, write_atomic
 from . import figures, tables
 from .answers import differences, grids, problems, shown_answer
 from .inputs import Inputs, ReportRun, read_inputs, runs_in, settings_label, stages_of
@@ -90,6 +90,9 @@ def report_run(cfg: RunConfig, coming: Sequence[str] = ()) -> Path:
 def report_directories(named: Sequence[Path], out: Path | None = None) -> Path:
     """Write one report of all runs in the directories (`inputs.runs_in`); `out` is by default report.html in the
     deepest directory that holds them all. Raises ValueError or FileNotFoundError."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out}: a directory; expected the name of a file to write")
+    check_folder("--out", (out or named[0]).parent)
     runs, ends = runs_in(named)
     common = os.path.commonpath([end.parent.resolve() for end in ends])
     return write_report(runs, out or Path(common) / "report.html")

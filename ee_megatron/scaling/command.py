@@ -14,7 +14,7 @@ import pandas as pd
 
 from .. import __version__
 from ..arguments import Parser
-from ..observe.rundir import write_atomic
+from ..observe.rundir import check_folder, write_atomic
 from ..report.results import strict_json
 from .bootstrap import Refused
 from .compare import FormComparison, compare
@@ -22,7 +22,7 @@ from .forecast import check_forecast, forecast_losses, forecast_metric, forecast
 from .laws import ScalingFit, fit_isoflop, fit_loss_law
 from .table import RunTable, observations, read_table
 
-MIN_BOOTSTRAP = 200
+MIN_BOOTSTRAP, MAX_BOOTSTRAP = 200, 10**5
 METHODS = {"huber": fit_loss_law, "isoflop": fit_isoflop}
 HELP = {
     "fit": "fit L(N, D) = E + A/N^alpha + B/D^beta and isoFLOP minima, with 95 %% intervals over runs",
@@ -48,13 +48,14 @@ Result = dict[str, Any]
 def main(argv: Sequence[str]) -> int:
     """Run one sub-command; returns 0. Raises ValueError (Refused included) or FileNotFoundError for user errors."""
     given = _parser().parse_args(list(argv))
-    if given.bootstrap < MIN_BOOTSTRAP or given.seed < 0:
-        wanted = f"expected at least {MIN_BOOTSTRAP} resamples, for a 2.5 % quantile, and a seed >= 0"
+    if not MIN_BOOTSTRAP <= given.bootstrap <= MAX_BOOTSTRAP or given.seed < 0:
+        wanted = f"expected {MIN_BOOTSTRAP} (for a 2.5 % quantile) to {MAX_BOOTSTRAP} resamples, and a seed >= 0"
         raise ValueError(f"--bootstrap {given.bootstrap}, --seed {given.seed}: {wanted}")
     if (given.metric is None) != (given.against is None) or (given.command == "compare" and given.metric is None):
         raise ValueError(f"{given.command}: found not both of --metric and --against; expected both")
     if given.command == "plot" and given.out is None:
         raise ValueError("plot: found no --out; expected a directory for the pictures")
+    check_folder("--out", given.out or ".")
     whole = read_table(given.table)
     table = whole.where(given.where)
     used = {name: value for name, value in vars(given).items() if name not in ("handler", "command", "table", "out")}

@@ -6,7 +6,6 @@ A forecast is a record: method, at (a value for each column), quantity, value, 9
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from ..families.hf_directory import read_json
 from .bootstrap import LEVEL, percentile_interval
 from .compare import FormComparison
 from .laws import ScalingFit, predict
@@ -84,8 +84,10 @@ def read_forecast(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such forecast; expected the predict.json of `ee-megatron scaling predict`")
     try:
-        stored = json.loads(path.read_bytes())
-        if "metric" in stored["options"] and all({"at", "value", *ENDS} <= one.keys() for one in stored["forecasts"]):
+        stored = read_json(path)
+        metric, forecasts = dict(stored["options"])["metric"], stored["forecasts"]
+        numbers = [x for one in forecasts for x in (*one["at"].values(), *(one[name] for name in ("value", *ENDS)))]
+        if forecasts and isinstance(metric, str | None) and all(isinstance(x, int | float | None) for x in numbers):
             return {name: stored[name] for name in ("made", "table", "sha256", "options", "forecasts")}
     except (ValueError, AttributeError, TypeError, KeyError):
         pass
@@ -109,6 +111,8 @@ def check_forecast(
         frame = observations(table, columns)[0]
     else:
         frame = pd.DataFrame({name: table.numbers(name, "--where") for name in (*forecasts[0]["at"], metric)})
+    if unknown := {name for one in forecasts for name in one["at"]} - {*frame}:
+        raise ValueError(f"{table.name}: no column {min(unknown)}, which the forecast is of; expected a forecast's own")
     for one in forecasts:
         there = np.all([np.abs(frame[name] - x) <= within * abs(x) for name, x in one["at"].items()], axis=0)
         if there.any():

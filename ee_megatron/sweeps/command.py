@@ -19,6 +19,7 @@ from ..config.identity import STAGES
 from ..config.load import Attempt, load, pin_ids
 from ..config.schema import RunConfig
 from ..config.validate import check_name
+from ..observe.rundir import check_folder
 from ..training.preflight import Preflight
 from .grid import read_grid
 from .slurm import minutes_of, queued, submit
@@ -163,6 +164,7 @@ def _look(command: str, *arguments: str) -> int:
         # Late: pandas takes a second to import.
         from .run_metrics import collect
 
+        check_folder("--out", options.out or sweep.directory)
         print(collect(sweep, options.out))
         return 0
     queue = queued(sweep)

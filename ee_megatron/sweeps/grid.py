@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ..config.config_paths import find_config_dir, list_groups
 from ..config.derive import read_dims
+from ..config.load import read_yaml
 from ..config.schema import RunConfig
 
 SEED, GROUP, BUDGET, ISOFLOP = "seed", "sweep", "budget", "isoflop."
@@ -166,7 +167,7 @@ def parse(text: str) -> tuple[str, list[Value], bool]:
         if not 0 < len(elements) <= MOST_POINTS:
             raise ValueError(f"{'too many' if elements else 'no'} values; at most {MOST_POINTS}")
         values = [Value(Override._get_value_element_as_str(each), Override._convert_value(each)) for each in elements]
-    except (HydraException, ValueError) as error:
+    except (HydraException, ValueError, ArithmeticError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{text}: expected key=value, key=a,b,c or key=range(...) ({said})") from None
     if override.is_delete():
@@ -222,7 +223,7 @@ def read_file(path: Path, given: Collection[str] = ()) -> Grid:
         raise FileNotFoundError(f"{path}: no such grid file; name a .yaml file or a grid of configs/{GROUP}")
     grid = Grid()
     try:
-        sections: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), OmegaConf.load(path)))
+        sections: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Sections), read_yaml(path)))
         fixed = sections.settings | {f"{ISOFLOP}{key}": value for key, value in sections.isoflop.items()}
         texts = {key: f"{key}={_text(key, value)}" for key, value in fixed.items()}
         for key, text in [*texts.items(), *((key, _axis(key, values)) for key, values in sections.axes.items())]:
@@ -236,7 +237,7 @@ def read_file(path: Path, given: Collection[str] = ()) -> Grid:
             for index, key in enumerate(table.keys):
                 grid.add(_axis(key, [row[index] for row in table.rows]))
             grid.zip(table.keys)
-    except (ValueError, TypeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (ValueError, TypeError, YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
     return grid
 

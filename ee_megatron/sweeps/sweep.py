@@ -25,6 +25,7 @@ from ..config.errors import lines_of, refuse
 from ..config.identity import PREFIX, stage_dir, stage_order
 from ..config.load import load, pin_ids
 from ..config.schema import RunConfig
+from ..families.hf_directory import read_json
 from ..observe.lock import RunLock
 from ..observe.rundir import DONE, write_atomic
 from .grid import SEED, SEEDS, Grid
@@ -281,15 +282,19 @@ def open_sweep(directory: Path) -> Sweep:
     if not file.is_file():
         raise FileNotFoundError(f"{directory}: no {MANIFEST} there; expected a sweep's directory")
     try:
-        data = json.loads(file.read_text())
+        data = read_json(file)
         if data["format"] != 2:
             raise ValueError(f"format {data['format']}, by another version of ee-megatron")
         runs = [
             SweepRun(**run | {"steps": [RunStage(OLDER.get(stage, stage), *rest) for stage, *rest in run["steps"]]})
             for run in data["runs"]
         ]
+        good = all(isinstance(run.settings, dict) and isinstance(run.overrides, list) for run in runs)
+        stages = {data["last"], *(step.stage for run in runs for step in run.steps)}
+        if not (runs and good and stages <= {*PREFIX, *OLDER}):
+            raise ValueError("no runs with settings, overrides and stages")
         return Sweep(directory, data["last"], runs)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(f"{file}: not a sweep's manifest ({error}); start the sweep again to write it") from None
 
 
@@ -345,7 +350,7 @@ def _setting(cfg: Any, key: str) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _write(path: Path, data: Any) -> None:

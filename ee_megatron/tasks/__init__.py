@@ -11,11 +11,11 @@ from ..config.validate import check_template
 from . import arithmetic, chains, dataset, reasoning_gym, tom  # noqa: F401  (they register their tasks)
 from .base import TASKS, ChatTemplate, Problem, ProceduralTask, Split, Task, Verdict, register, split_of
 from .user_code import RewardFunction, TaskClass
-from .verifier import VerifierPool
+from .verifier import VerifierPool, try_reward
 
 __all__ = [
-    "TASKS", "ChatTemplate", "Problem", "ProceduralTask", "Split", "Task", "Verdict", "VerifierPool", "make_task",
-    "register", "split_of", "task_of",
+    "TASKS", "ChatTemplate", "Problem", "ProceduralTask", "Split", "Task", "Verdict", "VerifierPool", "chat_of",
+    "make_task", "register", "split_of", "task_of", "try_reward",
 ]  # fmt: skip
 
 
@@ -39,8 +39,13 @@ def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
 
 def task_of(cfg: RunConfig, model_path: Path) -> Task:
     """Make the task of a configuration, with the model's chat template if that is requested. Raises as `make_task`."""
+    return make_task(cfg.task, chat_of(cfg, model_path))
+
+
+def chat_of(cfg: RunConfig, model_path: Path) -> ChatTemplate | None:
+    """The model's chat template, if that is requested. Raises ValueError for one that a question can't be put into."""
     if cfg.rollout.prompt_template != "chat":
-        return make_task(cfg.task)
+        return None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
@@ -48,10 +53,18 @@ def task_of(cfg: RunConfig, model_path: Path) -> Task:
     check_template("rollout.chat_template_kwargs", variables, tokenizer.chat_template)
 
     def render(messages: list[dict[str, str]]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=None, tokenize=False, add_generation_prompt=True, **variables
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, chat_template=None, tokenize=False, add_generation_prompt=True, **variables
+                )
             )
-        )
+        except Exception as error:  # Templates raise what they like.
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"rollout.prompt_template=chat: the template of {model_path} refuses messages ({reason}); correct it, "
+                "or set plain"
+            ) from None
 
-    return make_task(cfg.task, render)
+    render([{"role": "user", "content": "?"}])
+    return render

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import string
@@ -134,7 +135,9 @@ class DatasetTask(Task):
                 raise ValueError(f"{source}: row {number} has an empty question or answer; remove or fill it")
             if options:
                 question, answer = _lettered(f"{source}: row {number}", question, answer, options[0])
-            problem = self.problem(str(question), str(answer))
+            problem = self.problem(*(_text(f"{source}: row {number}", value) for value in (question, answer)))
+            if not problem.answer:
+                raise ValueError(f"{source}: row {number} has nothing behind ####; remove or fill it")
             if before:
                 group = _group("\n".join([*(message["content"] for message in before), problem.question]))
                 problem = problem._replace(before=before, group=group)
@@ -157,6 +160,14 @@ class GSM8KTask(DatasetTask):
                 f"{self.path}: answer ends in {answer[-30:]!r}; expected '#### <number>' (other data: task.name=jsonl)"
             )
         return problem
+
+
+def _text(where: str, value: Any) -> str:
+    text = str(value)
+    none = isinstance(value, dict | list | bytes) or (isinstance(value, float) and not math.isfinite(value))
+    if none or text != text.encode(errors="ignore").decode():
+        raise ValueError(f"{where}: {text[:60]!r} in a column of questions or answers; expected text or a number")
+    return text
 
 
 def _group(question: str) -> str:
@@ -245,7 +256,7 @@ def _of_hub(path: Path, hub_id: hub.HubId) -> Any:
 def _split_files(path: Path, split: str) -> list[Path]:
     """The file of a split, or its shards as the Hugging Face hub names them, in the directory or in data/ under it."""
     for folder in (path, path / "data"):
-        files = sorted(file for file in folder.glob(f"{split}*") if file.suffix in _FORMATS)
+        files = sorted(f for f in folder.glob("*") if f.name.startswith(split) and f.suffix in _FORMATS)
         if len(files) == 1 or (files and all(_SHARD.fullmatch(file.stem) for file in files)):
             return files
         if files:
@@ -266,7 +277,7 @@ def _rows(file: Path) -> Rows:
             return pyarrow.parquet.read_table(file).to_pylist()
         with file.open(encoding="utf-8") as lines:
             return [_object(line) for line in lines if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         # Of JSON, of UTF-8, or of pyarrow, which doesn't name the file.
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{file}: not readable ({reason}); expected {_FORMATS[file.suffix]}") from None

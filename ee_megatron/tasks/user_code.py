@@ -31,7 +31,7 @@ class UserCode:
             raise ValueError(f"{self.setting}: {self.path} does not exist; expected FILE.py:NAME")
         try:
             names = _top_level(self.path.read_text(encoding="utf-8"))
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{self.setting}: {self.path} is not Python: {error}") from None
         if self.name not in names:
             raise ValueError(f"{self.setting}: no {self.name!r} there, only {', '.join(sorted(names)) or 'nothing'}")
@@ -50,6 +50,10 @@ class UserCode:
                 del sys.modules[module]
                 raise
         return getattr(sys.modules[module], self.name)
+
+    def blamed(self, error: BaseException) -> ValueError:
+        """What the code raised, in one line that names the setting."""
+        return ValueError(f"{self.setting}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 class RewardFunction(UserCode):
@@ -83,8 +87,8 @@ class TaskClass(UserCode):
             made.source = self
         except ValueError:
             raise
-        except Exception as error:
-            raise ValueError(f"{self.setting}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        except (Exception, SystemExit) as error:
+            raise self.blamed(error) from error
         return made
 
 

@@ -120,6 +120,17 @@ class VerifierPool:
         self.close()
 
 
+def try_reward(task: Task, prompt: Prompt) -> None:
+    """Raises ValueError, one line, if `task.reward` can't score a reference answer."""
+    try:
+        with VerifierPool(task) as pool:
+            verdict, error = pool._verify((prompt, prompt.answer))
+    except RuntimeError as failed:
+        verdict, error = TIMED_OUT, str(failed)
+    if verdict.timed_out:
+        raise ValueError(f"{task.reward.setting}: no score for a reference answer ({error or 'it took too long'})")
+
+
 class _Worker:
     """One verifier process and its connection."""
 
@@ -234,7 +245,7 @@ def main() -> None:
         task.warm_up()
         if task.reward is not None:
             task.reward.load()
-    except Exception as error:
+    except BaseException as error:  # A file of the user's may end its process, too.
         os.write(descriptor, _line("failed", 0, f"{type(error).__name__}: {error}"))
         return
     os.write(descriptor, _line("ready", 0, ""))

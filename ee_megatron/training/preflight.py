@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import hub
@@ -19,8 +18,9 @@ from ..config.identity import OPTIONAL, STAGES, stage_dir, stage_order
 from ..config.load import Attempt
 from ..config.schema import RunConfig, TaskConfig
 from ..config.validate import Clash, alone, clashes, model_faults, repaired, unless_about
+from ..observe.rundir import check_folder
 from ..planning.command import launch_commands
-from ..tasks import Task, make_task
+from ..tasks import Task, chat_of, make_task, try_reward
 from . import stages
 from .launch import check_place
 
@@ -54,11 +54,12 @@ class Preflight:
         cfg = repaired(loaded.cfg, wrong)
         dims, missing = _dims_of(cfg)
         together: list[Clash | str] = [*clashes(cfg), *(model_faults(cfg, dims) if dims is not None else ())]
+        told = any(clash.keys[0].startswith(("task.", "rl.families")) for clash in clashes(cfg))
         if not (loaded.faults or wrong or together or missing):
             # What a stage that has finished read may be gone.
             wanted = [stage for stage in wanted if not stages.is_done(cfg, stage)]
         missing += self._of_files(cfg, dims, wanted)
-        (missing if _is_given(cfg.task) else together).extend(self._of_data(cfg, wanted))
+        (missing if _is_given(cfg.task) else together).extend([] if told else self._of_data(cfg, wanted))
         keys = {*wrong, *loaded.without}
         # These sections decide how many nodes and devices a job takes.
         placed = not any(key.split(".")[0] in ("cluster", "parallel", "rollout", "device") for key in keys)
@@ -72,7 +73,11 @@ class Preflight:
     def _of_files(self, cfg: RunConfig, dims: ModelDims | None, wanted: Sequence[str]) -> Iterator[str]:
         if dims is not None and not draws_weights(cfg):
             weights = f"weights {cfg.model.path} {cfg.model.checkpoint}"
-            yield from self._once(weights, lambda: stages.check_given(cfg))
+            unreadable = self._once(weights, lambda: stages.check_given(cfg))
+            yield from unreadable
+            if {*TASK_READERS} & {*wanted} and not unreadable and not cfg.model.checkpoint:
+                template = f"{weights} {cfg.rollout.prompt_template} {cfg.rollout.chat_template_kwargs}"
+                yield from self._once(template, lambda: chat_of(cfg, model_dir(cfg)))
         if {"rl", "evaluate"} & {*wanted} and cfg.init_policy:
             missing = self._once(f"start {cfg.init_policy}", lambda: stages.calibrated(cfg))
             yield from missing
@@ -83,9 +88,9 @@ class Preflight:
                     pair = f"base of {cfg.init_policy}: {cfg.model.path}"
                     yield from self._once(pair, lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
         if wanted:
-            yield from self._once(f"runs {cfg.runs}", lambda: check_runs(cfg.runs))
+            yield from self._once(f"runs {cfg.runs}", lambda: check_folder("runs", cfg.runs))
         if "evaluate" in wanted and cfg.evaluate.controls:
-            yield from faults_of(lambda: stages.control_policy(cfg))
+            yield from faults_of(lambda: check_control(cfg))
 
     def _of_data(self, cfg: RunConfig, wanted: Sequence[str]) -> Iterator[str]:
         reading = [stage for stage in wanted if stage in TASK_READERS]
@@ -115,26 +120,27 @@ def _dims_of(cfg: RunConfig) -> tuple[ModelDims | None, list[str]]:
 def check_start(cfg: RunConfig, dims: ModelDims) -> None:
     """Raises ValueError if the policy at `init_policy` has other adapters, exits or gates than the settings."""
     # Late: torch takes seconds to import.
+    from ..checkpoint.policy_files import check_policy
     from ..policy import read_policy_json
+    from ..tensors import FileTensors
 
-    spec, wanted = read_policy_json(stages.calibrated(cfg)).spec, policy_spec(cfg, dims)
+    start = stages.calibrated(cfg)
+    spec, wanted = read_policy_json(start).spec, policy_spec(cfg, dims)
     if spec != wanted:
         raise ValueError(
             f"init_policy={cfg.init_policy}: made with exits {list(spec.exit_depths)} and adapters of rank "
             f"{spec.rank}, the settings have {list(wanted.exit_depths)} and {wanted.rank} (or differ in alpha, "
             "targets, gates or exits.first_token)"
         )
+    check_policy(dims, spec, FileTensors(start / "policy.safetensors"))
 
 
-def check_runs(runs: str) -> None:
-    """Raises ValueError if no directory can be made at `runs`."""
-    there = next(path for path in (Path(runs).absolute(), *Path(runs).absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"runs={runs}: {there} is not a directory; name one that can be made")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"runs={runs}: {there} may not be written to; name another directory, or change its permissions"
-        )
+def check_control(cfg: RunConfig) -> None:
+    """Raises FileNotFoundError or ValueError if `evaluate.controls.policy` names no policy."""
+    if policy := stages.control_policy(cfg):
+        from ..policy import read_policy_json
+
+        read_policy_json(policy)
 
 
 def check_task(cfg: RunConfig, reading: Sequence[str]) -> None:
@@ -144,7 +150,14 @@ def check_task(cfg: RunConfig, reading: Sequence[str]) -> None:
         return
     task = make_task(cfg.task)
     # Problems of reasoning_gym are made in numbers that the settings ask for, one by one.
-    refuse([] if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading))
+    try:
+        refuse([] if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading))
+        if task.reward is not None:
+            try_reward(task, task.prompts("train")[0])
+    except ValueError:
+        raise
+    except Exception as error:
+        raise task.source.blamed(error) if task.source else error from None
 
 
 def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..evaluation.evaluate import GenerationResult
@@ -107,8 +108,14 @@ def _load(
     directory: Path, name: str, per_token: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, np.ndarray]]:
     """(lines, the arrays of each sequence, all arrays as they are in the file)."""
-    arrays = load_file(directory / f"{name}.safetensors")
-    lines = [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+    try:
+        arrays = load_file(directory / f"{name}.safetensors")
+        lines = [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{directory}: {name}.safetensors and .jsonl can't be read ({error}); remove {directory.parent} and make "
+            "them again"
+        ) from None
     prompt_ends, token_ends = arrays["lengths"].cumsum(0)[:-1].T
     parts = {n: np.split(arrays[n], token_ends) for n in per_token}
     parts["prompt_tokens"] = np.split(arrays["prompt_tokens"], prompt_ends)

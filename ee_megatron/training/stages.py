@@ -10,7 +10,7 @@ from ..config.derive import draws_weights, model_dir
 from ..config.identity import stage_dir, stage_order
 from ..config.load import read_saved
 from ..config.schema import RunConfig
-from ..families.hf_directory import HFDirectory
+from ..families.hf_directory import HFDirectory, check_tokenizer
 from ..observe.rundir import DONE as DONE
 from ..observe.rundir import latest_checkpoint
 
@@ -184,6 +184,7 @@ def check_given(cfg: RunConfig) -> None:
             check_checkpoint(cfg)
     elif not draws_weights(cfg) and not hub.pending.get(cfg.model.path):
         HFDirectory(model_dir(cfg))
+        check_tokenizer(model_dir(cfg))
 
 
 def check_checkpoint(cfg: RunConfig) -> None:

@@ -461,6 +461,20 @@ def swollen() -> None:
     policy_on(Path("plain"), Path("policy"), PolicySpec(LAYERS, (2, 4), rank=2, alpha=4.0), 3e5, owner=Path("plain"))
 
 
+def header(file: str, change: Callable[[dict], object]) -> None:
+    """Change the table in front of a safetensors file."""
+    content = Path(file).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])
+    change(table)
+    made = json.dumps(table).encode()
+    write(file, len(made).to_bytes(8, "little") + made + content[8 + length :])
+
+
+def policy_of(**changed: object) -> None:
+    fields("policy/policy.json", **changed)
+
+
 CONFIG, NORM, UP = "shards/config.json", "model.norm.weight", "model.layers.2.mlp.up_proj.weight"
 IMPORT, SHARDS = "import --out out --hf plain", "import --out out --hf shards"
 BOTH, PLAIN = (SHARDS, "inspect shards"), (IMPORT, "inspect plain")
@@ -473,6 +487,17 @@ TRAINED, LATENT = "policy.safetensors", "self_attention.linear_kv_down_proj.weig
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 DISTCP, METADATA = f"megatron/{WEIGHTS}/__3_0.distcp", f"megatron/{WEIGHTS}/.metadata"
+FIRST, SECOND = (f"model.layers.{layer}.input_layernorm.weight" for layer in (0, 1))
+HEADERS: list[Callable[[dict], object]] = [
+    lambda table: table[NORM].update(dtype=["F32"]), lambda table: table[NORM].update(dtype="BF16"),
+    lambda table: table[NORM].update(shape=[32.0]), lambda table: table[NORM].update(data_offsets=[0]),
+    lambda table: table[NORM].update(data_offsets=[float(at) for at in table[NORM]["data_offsets"]]),
+    lambda table: table[FIRST].update(data_offsets=table[SECOND]["data_offsets"]),
+]  # fmt: skip
+POLICIES: list[dict] = [
+    {"rank": "4"}, {"rank": -1}, {"targets": ["nope"]}, {"targets": [1]}, {"alpha": "8"}, {"alpha": float("nan")},
+    {"num_layers": "6"}, {"gate_width": "x"}, {"gate_input": "weird"}, {"first_token": "maybe"},
+]  # fmt: skip
 # What is done to the directories first; the command, or several; what the error names.
 REFUSED: list[tuple[Callable[[], object] | None, str | tuple[str, ...], tuple[str, ...]]] = [
     # Options.
@@ -500,7 +525,23 @@ REFUSED: list[tuple[Callable[[], object] | None, str | tuple[str, ...], tuple[st
     # There is no model: the output alone is what is found wrong.
     (lambda: os.symlink("missing", "dangling"), "import --hf nowhere --out dangling", ("dangling", "missing")),
     (lambda: os.symlink("plain", "in"), "import --hf x --out in", ("in is", "plain")),
+    (None, "import --out o\x1b[2J --hf plain", (r"o\x1b[2J",)),
     # A damaged model.
+    (lambda: write(CONFIG, "[" * 200_000), BOTH, (CONFIG, "JSON")),
+    (lambda: write(f"shards/{INDEX}", '{"weight_map": {"a": "../x"}}'), BOTH, (f"shards/{INDEX}", "weight_map")),
+    (lambda: write(f"shards/{INDEX}", json.dumps({"weight_map": {"a": "x" * 5000}})), BOTH, (INDEX,)),
+    *((lambda lie=lie: header(f"plain/{MODEL}", lie), PLAIN, (f"plain/{MODEL}",)) for lie in HEADERS),
+    (lambda: write("plain/generation_config.json", '{"eos_token_id": [1.5]}'), PLAIN, ("eos_token_id=[1.5]",)),
+    # A policy that says what none is.
+    *((lambda changed=one: policy_of(**changed), POLICY, ("policy.json", *one)) for one in POLICIES),
+    (lambda: policy_of(exit_depths=[0, 2]), POLICY, ("policy.json", "[0]")),
+    (lambda: policy_of(exit_depths=[2, 3]), POLICY, ("policy", "gates.3.")),
+    (lambda: write("policy/policy.json", "[" * 100_000), POLICY, ("policy.json", "JSON")),
+    # Of a Megatron checkpoint.
+    (lambda: write("megatron/manifest.json", "{}"), OURS, ("manifest.json", "sha256")),
+    (lambda: fields("megatron/manifest.json", tensors=[1]), OURS, ("manifest.json", "sha256")),
+    (lambda: fields("megatron/manifest.json", tensors={"a": 1}), OURS, ("manifest.json", "sha256")),
+    (lambda: write(f"megatron/{WEIGHTS}/metadata.json", "[]"), OURS, ("metadata.json", "list")),
     (lambda: fields(CONFIG, hidden_size="64"), BOTH, (CONFIG, "hidden_size='64'")),
     (lambda: fields(CONFIG, model_type="gpt_oss"), BOTH, (CONFIG, "'gpt_oss'")),
     (lambda: write(CONFIG, "[1]"), BOTH, (CONFIG, "list")),

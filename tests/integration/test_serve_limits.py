@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -105,6 +106,8 @@ def message(reply: httpx.Response, status: int) -> str:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"min_p": 1.5}, "min_p"),
         ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [130]}, "0..129"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": 2, "stream": True}, "prompt_logprobs"),
         ({"ignore_eos": True}, "ignore_eos"),
@@ -136,8 +139,10 @@ def test_what_cannot_be_done_is_refused_by_name(running: Running, body: dict, na
     assert names in message(running.complete(body), 400)
 
 
-@pytest.mark.parametrize("number", ["NaN", "1e999"])
-@pytest.mark.parametrize("field", ["temperature", "top_p", "exit_policy"])
+@pytest.mark.parametrize(
+    ("field", "number"),
+    [*itertools.product(("temperature", "top_p", "exit_policy"), ("NaN", "1e999")), ("prompt", r'"\ud800"')],
+)
 def test_numbers_that_are_none_are_refused(running: Running, field: str, number: str):
     value = f'{{"kind": "threshold", "value": {number}}}' if field == "exit_policy" else number
     body = f'{{"model": "tiny", "prompt": "1", "{field}": {value}}}'

@@ -168,5 +168,6 @@ def test_two_processes_cannot_make_the_same_output(tmp_path: Path) -> None:
 
 def test_sizes() -> None:
     assert [_size(text) for text in ("5GB", "1.5 GiB", "500mb", "1000")] == [5 * 10**9, 3 << 29, 5 * 10**8, 1000]
-    with pytest.raises(Exception, match="expected a size"):
-        _size("large")
+    for text in ("large", f"{'9' * 400}GB"):
+        with pytest.raises(Exception, match="expected a size"):
+            _size(text)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -355,6 +356,9 @@ def damaged() -> Run:
         (lambda root: (write(root, run("max 1")) / "results.json").write_text("{}"), r"\b1\b.*evaluate\.style_choice"),
         (lambda root: (write(root, run("max 1")) / "results.json").write_text("{"), r"results\.json: .*column 2"),
         (lambda root: write(root, damaged()) and None, r"results\.json: .*'share'"),
+        *((lambda root, text=text: (write(root, run("max 1")) / "results.json").write_text(text), r"results\.json: ")
+          for text in ("[" * 100_000, '{"choice": [1]}', '{"choice": {"models": null}}')),
+        (lambda root: write(root, replace(run("max 1"), layers=10**9)) and None, r"results\.json: .*num_layers"),
         (lambda root: write(root, Run("max 1", trained_on=(2,), models=run("max 1").models)), "hop2.*task.families"),
         (lambda root: write(root, run("max 1"), Run("max 1", models=run("max 1").models, also={"rl.adapter_lr": 5e-4})),
          "study/evaluate-.*study/evaluate-.*base 1, seed 1, max 1, hop3"),

@@ -98,6 +98,36 @@ def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.Cap
     assert Preflight().faults(Attempt(cfg, []), ["teacher", "traces", "rl"]) == []
 
 
+HARMED: list[tuple[dict[str, str | None], str, str]] = [
+    ({"tokenizer.json": None}, "", r"\S*model: .*tokenizer\.json"),
+    ({"tokenizer.json": "{}"}, "", r"\S*tokenizer\.json: "),
+    ({"tokenizer_config.json": '{"tokenizer_class": [1]}'}, "", r"\S*tokenizer_config\.json: tokenizer_class=\[1\]"),
+    ({"generation_config.json": '{"eos_token_id": "x"}'}, "", r"\S*generation_config\.json: eos_token_id='x'"),
+    ({}, "rollout.prompt_template=chat", r"rollout\.prompt_template=chat: "),
+    ({"chat_template.jinja": "{% for %}"}, "rollout.prompt_template=chat", r"rollout\.prompt_template=chat: "),
+    ({"r.py": "raise SystemExit(3)\ndef f(*_): return 1"}, "task.reward=model/r.py:f", r"task\.reward=.*SystemExit: 3"),
+    ({"r.py": "def f(): return 1"}, "task.reward=model/r.py:f", r"task\.reward=.*TypeError"),
+    ({"r.py": "def f(*_): return None"}, "task.reward=model/r.py:f", r"task\.reward=.*None"),
+    ({"t.py": "from ee_megatron.tasks import Task\nclass T(Task):\n    def __init__(self, task, chat): pass"},
+     "task.name=model/t.py:T", r"task\.name=.*AttributeError"),
+    ({}, "task.path=data.jsonl", r"task\.path=data\.jsonl, task\.name=arithmetic: "),
+    ({}, "adapter.rank=1000000000", r"adapter\.rank=1000000000: "),
+    ({}, "task.families=[nope]", r"task\.families=\['nope'\], "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "setting", "says"), HARMED)
+def test_what_stages_would_stumble_over_is_found_before_they_start(
+    files: dict[str, str | None], setting: str, says: str, base: list[str], tmp_path: Path, capsys
+) -> None:
+    for name, content in files.items():
+        (tmp_path / "model" / name).unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "model" / name).write_text(content)
+    (line,) = lines(capsys, "run", *base, "teacher=null", *([setting] if setting else []))
+    assert re.match(says, line) and not (tmp_path / "runs").exists(), line
+
+
 def test_runs_need_a_place(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     (line,) = lines(capsys, "run", *base, f"runs={tmp_path}/file/runs")

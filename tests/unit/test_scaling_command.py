@@ -47,6 +47,8 @@ def test_fit_prints_and_saves_every_method_that_the_data_carry(losses: Path, tmp
         (["fit", "--method", "isoflop"], "isoflop"),
         (["fit", "--loss", "los"], "'loss'"),
         (["fit", "--bootstrap", "20"], "--bootstrap"),
+        (["fit", "--bootstrap", "1000000000000"], "--bootstrap"),
+        (["plot", "--out", __file__], "--out"),
         (["fit", "--seed", "-1"], "--seed"),
         (["compare", "--metric", "loss", "--against", "loss"], "--against"),
         (["compare"], "--metric"),

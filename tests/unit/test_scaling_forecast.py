@@ -187,7 +187,13 @@ def test_what_cannot_be_checked_is_refused_in_one_line(forecast: Path, tmp_path:
     text, old = tmp_path / "text.json", tmp_path / "old.json"
     text.write_text("{")
     old.write_text(json.dumps({"table": "t", "sha256": "0", "made": "", "options": {}, "forecasts": []}))
+    one = {"at": {"size": 1}, "value": 1, "law_low": 0, "law_high": 1, "run_low": 0, "run_high": 1}
+    stored = {"table": "t", "sha256": "0", "made": "", "options": {"metric": None}, "forecasts": [one]}
+    wrong = ({"forecasts": [one | {"at": "x"}]}, {"forecasts": [one | {"value": "x"}]}, {"options": {"metric": 5}})
+    for number, changed in enumerate((*wrong, {"forecasts": []})):
+        (tmp_path / f"wrong{number}.json").write_text(json.dumps(stored | changed))
     for arguments, names in (
+        *(([tmp_path / f"wrong{number}.json", later], f"wrong{number}.json") for number in range(4)),
         ([tmp_path / "none.json", later], "none.json"),
         ([text, later], "text.json"),
         ([old, later], "old.json"),

@@ -57,6 +57,7 @@ def test_brackets_and_quotes_make_one_value(text: str, value: object) -> None:
         (["~a"], "~a"),
         (["a=glob(*)"], "a=glob"),
         (["a=range(3,0)"], "a=range"),
+        (["a=range(nan,1)"], "a=range"),
         (["a=range(0,3,0)"], "a=range"),
         (["a=7,range(0,3)"], "a=7,range"),
         (["a=1,2", "a=3,4"], "twice"),
@@ -141,6 +142,8 @@ def test_a_file_says_the_same_as_the_command_line_which_replaces_its_settings(tm
         ("zip: [{keys: [a, b]}]", r"zip.*rows"),
         ("- a", ""),
         ("a: [", "line 1"),
+        ("axes: {a: &x [1], b: *x}", "alias"),
+        ("axes: " + "[" * 20_000, "deep"),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(text: str, says: str, tmp_path: Path) -> None:

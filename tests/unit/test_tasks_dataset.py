@@ -188,6 +188,12 @@ def test_a_boxed_reference_is_taken_out_of_its_solution(tmp_path: Path) -> None:
         ("jsonl", "broken.jsonl", b'{"question": "What is 1 + 1?", "answer"\n', {}, "broken.jsonl"),
         ("jsonl", "number.jsonl", b"7\n", {}, "number.jsonl"),
         ("jsonl", "broken.parquet", b"\0\1\2", {}, "broken.parquet"),
+        ("jsonl", "deep.jsonl", b"[" * 100_000, {}, "deep.jsonl"),
+        ("jsonl", "nan.jsonl", b'{"question": "1?", "answer": NaN}\n', {}, "row 1 nan"),
+        ("jsonl", "dict.jsonl", b'{"question": {"a": 1}, "answer": "2"}\n', {}, "row 1 'a'"),
+        ("jsonl", "half.jsonl", b'{"question": "1?", "answer": "\\ud800"}\n', {}, "row 1 text"),
+        ("jsonl", "none.jsonl", b'{"question": "1?", "answer": "so ####"}\n', {}, "row 1 ####"),
+        ("jsonl", "", None, {"train_split": "/etc/x"}, "0 /etc/x*"),
         ("jsonl", "latin.jsonl", '{"question": "é?", "answer": "2"}\n'.encode("latin1"), {}, "latin.jsonl UTF-8"),
     ],
 )  # fmt: skip

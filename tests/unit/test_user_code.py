@@ -75,6 +75,7 @@ def test_scores_and_mistakes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
         ("absent.py:f", None, "absent.py does not exist"),
         ("reward.py:f", "def g(): pass", "no 'f' there, only g"),
         ("reward.py:f", "def f(:", "is not Python"),
+        ("reward.py:f", f"x = {'-' * 200_000}1", "is not Python"),
         ("reward.txt:f", "", "FILE.py:NAME"),
     ],
 )
@@ -127,6 +128,7 @@ def test_the_task_of_the_docs_is_shown_judged_and_divided(tmp_path: Path):
         ("Mine = 3", "TypeError: expected a subclass"),
         ("raise RuntimeError('of mine')\nclass Mine: pass", "RuntimeError: of mine"),
         ("class Other: pass", "no 'Mine' there, only Other"),
+        ("class Mine: pass\nraise SystemExit(0)", "SystemExit: 0"),
         (
             "from ee_megatron.tasks import ProceduralTask\nclass Mine(ProceduralTask):\n"
             "    def __init__(self, task, chat): super().__init__(task, ('a',), chat)",

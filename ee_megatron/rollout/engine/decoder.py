@@ -6,7 +6,6 @@ D hidden, L layers, M exits, H query heads, KVH key/value heads, hd head size, V
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ...exits import ExitLayout
 from ...families import inverse_frequencies
-from ...families.hf_directory import HFDirectory
+from ...families.hf_directory import HFDirectory, read_eos_ids
 from ...policy import PolicySpec
 from ...tensors import ModelSource, to_device, to_host
 from .cache import KVCache, Prefilled
@@ -292,11 +291,3 @@ class Decoder:
                     keys = self.norm(keys, None) * skipped.whole_norm
                     fused = torch.stack([keys, values], dim=2).flatten(1)
                 self.ops.write_kv(fused, cache, at, skipped)
-
-
-def read_eos_ids(source: HFDirectory | ModelSource) -> frozenset[int]:
-    """Read end-of-sequence ids from generation_config.json, else config.json; empty if neither names one."""
-    generation = source.path / "generation_config.json"
-    stated = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    ids = stated if stated is not None else source.config.get("eos_token_id")
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ...families.hf_directory import check_tokenizer
 from ...tensors import to_device
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model directory, by its tokenizer files alone: config.json, which may name code of the
     directory's own (an early-exit export's does), is not read."""
+    check_tokenizer(Path(path))
     return AutoTokenizer.from_pretrained(
         str(path), local_files_only=True, trust_remote_code=False, config=PretrainedConfig()
     )
@@ -25,14 +27,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text; begin-of-sequence only if the tokenizer adds it."""
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = encode_continuation(tokenizer, text)
     if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
         ids = [tokenizer.bos_token_id, *ids]
     return ids
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that continues a prompt: without special tokens in front."""
+    """Token ids of a text that continues a prompt: without special tokens in front. Raises ValueError for what is no
+    text in Unicode: half a pair of surrogates."""
+    if text != text.encode(errors="ignore").decode():
+        raise ValueError(f"{ascii(text)[:80]}: half of a surrogate pair, which is no character; expected Unicode text")
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -96,9 +96,12 @@ class Service:
             except ValueError as error:
                 raise BadRequest(f"messages: {' '.join(str(error).split())[:300]}", param="messages") from None
         size = sum(len(prompt) for prompt in query.prompts if isinstance(prompt, str))
-        return await aside(
-            size, lambda: [encode_text(self.tokenizer, p) if isinstance(p, str) else p for p in query.prompts]
-        )
+        try:
+            return await aside(
+                size, lambda: [encode_text(self.tokenizer, p) if isinstance(p, str) else p for p in query.prompts]
+            )
+        except ValueError as error:
+            raise BadRequest(f"prompt: {error}", param="prompt") from None
 
     def check_size(self, prompts: list[list[int]], query: GenerationFields) -> list[int]:
         """Most new tokens of answers to each prompt. Raises BadRequest for what is too long or too much."""
@@ -107,6 +110,8 @@ class Service:
             raise BadRequest(
                 f"{len(prompts)} prompts x n={query.n}: expected 1 to {limits.max_answers} answers", param="n"
             )
+        if any(not 0 <= token < vocab for token in query.stop_token_ids):
+            raise BadRequest(f"stop_token_ids must lie in 0..{vocab - 1}", param="stop_token_ids")
         for prompt in prompts:
             if not prompt or min(prompt) < 0 or max(prompt) >= vocab:
                 raise BadRequest(f"a prompt needs tokens, and their ids must lie in 0..{vocab - 1}", param="prompt")

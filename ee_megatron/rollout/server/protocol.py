@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import HTTPException
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
+from ...config.errors import lines_of
 from ...exit_rules import OFFERED, ExitRule, make_rule
 from ..engine.request import Request
 from ..engine.sampling import SamplingParams
@@ -218,4 +219,5 @@ def first_error(errors: Sequence[Any]) -> BadRequest:
         message = f"this server has no such field; {f'did you mean {near[0]}?' if near else 'leave it out'}"
     elif first["type"] != "missing":
         message += f" (found {str(first['input'])[:80]!r})"
-    return BadRequest(" ".join(f"{where or 'body'}: {message}".split()), param=where or None)
+    # Names of fields are the client's, too.
+    return BadRequest(lines_of(ValueError(f"{where[:200] or 'body'}: {message}"))[0], param=where[:200] or None)

@@ -42,7 +42,7 @@ MARGIN, ADDRESSES = 256 << 20, 384 << 20
 PREFILL_SHARE, SPARE_SHARE = 0.4, 0.1
 # float32 copies of a row's logits while a token is sampled.
 LOGITS_COPIES = 4
-Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^/]+/?)$")]
+Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://([^/\[\]]+|\[[0-9a-fA-F:.]+\](:\d+)?)/?)$")]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ServerSettings:
     """Settings of the server, as in `ee-megatron serve --help`; port 0: a free one; max_length 0: as many positions as
     the model and the cache have; grace: seconds; cache_gib 0: all that is free. `of` checks them."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, StringConstraints(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000
     rows: Annotated[int, Field(ge=1)] = 32
     queue: Annotated[int, Field(ge=1)] = 256

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ...families import VLLM
-from ...families.hf_directory import HFDirectory
+from ...families.hf_directory import HFDirectory, read_eos_ids
 from ...policy import PolicySpec
 from ...types import Rollout
-from ..engine.decoder import read_eos_ids
 from ..engine.request import Event, Request, RequestValidator, Row, check_logits
 from . import CHUNK, CPU_CACHE_GIB, GPU_SHARE, architecture, check_version
 from .request_metadata import EXTRA, RequestMetadata

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...exit_rules import OFFERED, RULES, ExitRule, Off, Prescribed, make_rule, usage
+from ...exit_rules import FIELD, RULES, ExitRule, Off, Prescribed, read_rule
 from ...exits import ExitLayout
 from ..engine.request import Row
 from ..engine.sampling import SamplingParams, stream_key
 
 # The key in vLLM's `SamplingParams.extra_args`.
 EXTRA = "early_exit"
-# What users set in a request, as for this package's own server.
-FIELD = "exit_policy"
 
 
 @dataclass
@@ -85,24 +83,6 @@ class RequestMetadata:
                 f"prescribed exits of request {self.name}: {len(depths)} given, token {token} needs one; give more"
             )
         return depths[token]
-
-
-def read_rule(given: Any) -> ExitRule:
-    """`exit_policy` of a request, {"kind": "threshold", "value": 0.7} or "threshold:0.7". Raises ValueError, one line
-    that says what is allowed."""
-    fields = given
-    if isinstance(given, str):
-        kind, _, number = given.partition(":")
-        try:
-            fields = {"kind": kind, "value": float(number) if number else None}
-        except ValueError:
-            fields = None
-    known = isinstance(fields, Mapping) and fields.keys() <= {"kind", "value"} and fields.get("kind") in OFFERED
-    if not known or isinstance(fields.get("value"), bool) or not isinstance(fields.get("value"), int | float | None):
-        raise ValueError(
-            f'{FIELD} {given!r}: expected {usage()}, as a text or as {{"kind": "threshold", "value": 0.5}}'
-        )
-    return make_rule(fields["kind"], fields.get("value"))
 
 
 def exit_layout(config: Any) -> ExitLayout:

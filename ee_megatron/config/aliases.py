@@ -25,7 +25,6 @@ _SEED = Removed(0, "its draws are always those of seed 0; repeat with pretrain.s
 _VLLM_EXITS = Removed("masked", "rollout.backend=ray skips layers")
 REMOVED = {
     "task.style_weights": Removed([0.4, 0.4, 0.2]),
-    "task.seed": _SEED,
     "task.verifier_workers": Removed(0, "there are as many verifiers as cores are free"),
     "task.verifier_memory_mb": Removed(4096),
     "task.verifier_deadline_s": Removed(5.0),

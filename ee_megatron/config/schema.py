@@ -113,6 +113,8 @@ class TaskConfig:
     """gsm8k and dataset: names of columns and splits that differ from the defaults."""
     reward: str = setting("", kind="code", added_later=True)
     """FILE.py:NAME, a function that scores answers instead of the task's own verdict (docs/tasks.md)."""
+    seed: int = setting(0, at_least=0)
+    """Which problems, of those a task can make or read, belong to which split; of hops, the permutations, too."""
     train: int = setting(0, at_least=0)
     """Training problems; 0: all there are."""
     validation: int = setting(200, above=0)

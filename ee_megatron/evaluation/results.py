@@ -25,7 +25,7 @@ from ..statistics import (
     PairedTest,
     bootstrap_interval,
     clustered_difference,
-    mcnemar_exact,
+    sign_flip_test,
     spearman_interval,
     wilson_interval,
 )  # fmt: skip
@@ -230,10 +230,10 @@ def pairs_of(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> p
 
 
 def paired_test(pairs: pd.DataFrame, clusters: str = "group") -> tuple[PairedTest, Estimate]:
-    """Test the second answers' accuracy minus the first ones': McNemar's exact test, and the difference with its
-    interval over groups of problems, which are right or wrong together."""
-    sides = pairs["right_before"].tolist(), pairs["right_after"].tolist()
-    return mcnemar_exact(*sides), clustered_difference(*sides, pairs[clusters].tolist())
+    """Test the second answers' accuracy minus the first ones': a sign-flip test, and the difference with its interval,
+    both over groups of problems, which are right or wrong together."""
+    sides = pairs["right_before"].tolist(), pairs["right_after"].tolist(), pairs[clusters].tolist()
+    return sign_flip_test(*sides), clustered_difference(*sides)
 
 
 def paired_with_teacher(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, float | int]]:
@@ -257,9 +257,9 @@ def paired_with_teacher(answers: Sequence[AnswerRecord]) -> dict[str, dict[str, 
 
 def compared(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], num_layers: int) -> dict[str, Any] | None:
     """What changed from one model to the next on the problems that both answered, `after` minus `before`, as
-    `paired_test` has it; None if there are none. {"against": label of `before`, "n", "groups", "only_before",
-    "only_after", "p_value", "accuracy", "depth" (mean over tokens, share of the layers), "total_depth" (layers per
-    answer), "length" (tokens per answer)}, each change as {"value", "low", "high"}."""
+    `paired_test` has it; None if there are none. {"model", "against": labels of `after` and `before`, "n", "groups",
+    "only_before", "only_after", "p_value", "accuracy", "depth" (mean over tokens, share of the layers), "total_depth"
+    (layers per answer), "length" (tokens per answer)}, each change as {"value", "low", "high"}."""
     pairs = pairs_of(before, after)
     if not len(pairs):
         return None
@@ -271,7 +271,7 @@ def compared(before: Sequence[AnswerRecord], after: Sequence[AnswerRecord], num_
         return bootstrap_interval(sums, lambda sample: float(statistic(*sample.sum(0))))._asdict()
 
     return {
-        "against": label_of(before[0]), "n": len(pairs), "groups": len(sums),
+        "model": label_of(after[0]), "against": label_of(before[0]), "n": len(pairs), "groups": len(sums),
         "only_before": test.only_first, "only_after": test.only_second, "p_value": test.p_value,
         "accuracy": accuracy._asdict(),
         "depth": change(lambda d0, d1, t0, t1, n: (d1 / max(t1, 1) - d0 / max(t0, 1)) / num_layers),

@@ -40,15 +40,15 @@ TITLES = {
 }  # fmt: skip
 VERDICT = (
     "Held-out problems, each model at the exits that validation chose for it. Intervals: bootstrap over groups of "
-    "problems; they don't cover training runs with other seeds. p: McNemar, exact."
+    "problems; they don't cover training runs with other seeds. p: sign flips of these groups."
 )
 RESULTS = (
-    "Held-out problems. p: McNemar's exact test against the teacher. Mean depth: layers per generated token as a share "
-    "of all; total depth: layers per answer; length: tokens per answer; KL to the teacher per token."
+    "Held-out problems. p: sign flips of groups of problems, against the teacher. Mean depth: layers per generated "
+    "token as a share of all; total depth: layers per answer; length: tokens per answer; KL to the teacher per token."
 )
 CONTROLS = (
     "The policy against exit rules with less information, at its mean depth and at its accuracy on validation. "
-    "(!): not reached, so not comparable. p: McNemar, exact."
+    "(!): not reached, so not comparable. p: sign flips of groups of problems."
 )
 SEEDS = "Runs that differ in seeds only: the last model at its chosen threshold, mean over runs, least and greatest"
 PHASE = "Median over steps; FLOPs from measured lengths and exits, without recomputation"
@@ -176,7 +176,7 @@ def sections(inputs: Inputs, runs: Sequence[ReportRun]) -> dict[str, ReportSecti
 
 
 def verdict(compared: Mapping[str, Mapping[str, Any]]) -> TextTable:
-    """Change from each model to the one before it as text: effect, 95 % interval, and whether that excludes zero."""
+    """Changes from one model to another as text: effect, 95 % interval, and whether that excludes zero."""
     rows = []
     for label, contrast in compared.items():
         for measure, form in MEASURES.items():
@@ -185,7 +185,9 @@ def verdict(compared: Mapping[str, Mapping[str, Any]]) -> TextTable:
             status = "higher" if low > 0 else "lower" if high < 0 else "no measurable effect"
             p = cell(contrast, "p_value", "{:.2g}") if measure == "accuracy" else "–"
             figures_of = (effect, interval or "–", status if interval else "no interval", str(contrast["n"]), p)
-            rows.append((label, str(contrast["against"]), measure.replace("_", " "), *figures_of))
+            rows.append(
+                (contrast.get("model", label), str(contrast["against"]), measure.replace("_", " "), *figures_of)
+            )
     return TextTable(("", "against", "figure", "effect", "95 % interval", "status", "n", "p"), rows, names=3)
 
 

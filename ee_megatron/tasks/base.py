@@ -102,8 +102,6 @@ class Task:
     name: str
     instruction = ""
     """The form that an answer must have; stated to chat models only; plain prompts show it by example."""
-    seed = 0
-    """Decides which problems belong to which split."""
     reward: Any = None
     """The `RewardFunction` of task.reward."""
     source: Any = None
@@ -113,7 +111,7 @@ class Task:
         self.sizes = {"train": task.train, "validation": task.validation, "evaluation": task.evaluation}
         if any(size < 0 for size in self.sizes.values()):
             raise ValueError(f"task sizes must not be negative: {self.sizes}; 0 means all there are")
-        self.chat = chat
+        self.chat, self.seed = chat, task.seed
         self._problems: dict[str, dict[str, tuple[Prompt, Problem]]] = {}
         self.families = tuple(task.families)
         if known is not None:

@@ -191,17 +191,19 @@ class Measurer:
             part.log(f"{model}/wide/{exits.kind}", row)
             self.done(row)
 
-    def add_externalisation(self, part: Part, model: str, exits: ExitRule) -> None:
-        """Add the externalisation metrics of the loaded weights, if the settings request them."""
+    def add_externalisation(self, part: Part, model: str, *rules: ExitRule) -> None:
+        """Add the externalisation metrics of the loaded weights under each rule, if the settings request them."""
         wanted = self.context.cfg.evaluate.externalisation
         if not wanted:
             return
-        bench = Bench(
-            pool=self.pool, verifier=self.verifier, sampling=self.sampling, seed=SEED,
-            progress=partial(self.bar.detail, f"{model} interventions"), tokenizer=self.context.tokenizer, exits=exits,
-        )  # fmt: skip
-        metrics = externalisation(bench, self.test[: wanted.prompts or None])
-        part.more["externalisation"] = {model: {"exits": exits.label, **metrics}}
+        measured = part.more.setdefault("externalisation", {})
+        for exits in rules:
+            bench = Bench(
+                pool=self.pool, verifier=self.verifier, sampling=self.sampling, seed=SEED, exits=exits,
+                progress=partial(self.bar.detail, f"{model} interventions"), tokenizer=self.context.tokenizer,
+            )  # fmt: skip
+            metrics = externalisation(bench, self.test[: wanted.prompts or None])
+            measured[f"{model} at full depth" if measured else model] = {"exits": exits.label, **metrics}
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.try_out(model, [exits], self.validation)[0].row
@@ -266,7 +268,8 @@ def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, c
     calibration = gate_calibration(hazards, divergences, context.cfg.calibrate.kl_factor, context.spec.exit_depths)
     part.more["gates"] = {model: calibration}
     measurer.add_wide(part, model, Off(), exits)
-    measurer.add_externalisation(part, model, exits)
+    # The same weights without exits, too: what RL changed, apart from what exits leave out.
+    measurer.add_externalisation(part, model, exits, Off())
     return part
 
 
@@ -348,14 +351,17 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
     with listener.at_once(), StageContext(cfg, "evaluate", model_path, learner=False) as context:
         measurer, spec = Measurer(context, sum(step.sets for step in steps)), context.spec
         results, known, before = Part(more={"gates": {}, "pareto": {}}), list[Reference](), list[AnswerRecord]()
+        teacher = before
         records = Records(spec.exit_depths, cfg.evaluate.answers, context.decode)
         for step in steps:
             part = step.run(measurer, known)
             if (shown := part.shown) is not None:
                 records.add(measurer.pool, shown.answers, shown.rollouts)
-                if difference := compared(before, shown.answers, spec.num_layers):
-                    part.more = {"compared": {f"{shown.row.model}, {shown.row.exits}": difference}} | part.more
-                before = shown.answers
+                # Against the model before, against the teacher, and against its own full depth.
+                own = [one for one in part.answers if one["exits"] == Off().label and shown.exits != Off()]
+                changes = [compared(other, shown.answers, spec.num_layers) for other in (before, teacher, own)]
+                part.more["compared"] = {f"{c['model']} against {c['against']}": c for c in changes if c}
+                before, teacher = shown.answers, teacher or shown.answers
             if part.reference is not None:
                 known.append(part.reference)
             results.add(part)

@@ -123,7 +123,7 @@ def results(rng: random.Random, prompts: int) -> dict:
         "depth_by_entropy": correlation,
         "exit_histogram": histogram,
         "paired": dict.fromkeys(labels, test),
-        "compared": {"reinforced, hazard > 0.9": compared()},
+        "compared": {"reinforced, hazard > 0.9 against calibrated, hazard > 0.9": compared()},
         **figures(list(histogram)),
         "controls": controls(),
         "externalisation": {model: externalisation(m) for m, model in enumerate(RULES)},
@@ -135,7 +135,7 @@ def compared() -> dict:
     changes = {"accuracy": estimate(0.0, 0.03), "depth": estimate(-0.21, 0.02)}
     changes |= {"total_depth": estimate(-81, 9), "length": estimate(1.0, 0.4)}
     counts = {"n": 400, "groups": 120, "only_before": 20, "only_after": 20, "p_value": 1.0}
-    return {"against": "calibrated, hazard > 0.9", **counts, **changes}
+    return {"model": "reinforced, hazard > 0.9", "against": "calibrated, hazard > 0.9", **counts, **changes}
 
 
 def estimate(value: float, spread: float = 0.04) -> dict[str, float]:

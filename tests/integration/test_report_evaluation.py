@@ -126,8 +126,10 @@ def test_rollouts_stand_by_step_and_the_verdict_has_the_policies_figures(page: P
     kept = json.loads((stage_dir(run, "rl") / "samples" / "step_2.json").read_text())["rollouts"]
     assert len(kept) == 3 and all(len(r["tokens"]) > 1 and r["left_out"] == 0 for r in kept)
     results = json.loads((stage_dir(run, "evaluate") / "results.json").read_text())
-    found = results["compared"][LABELS[1]]
-    assert (found["against"], found["n"]) == (LABELS[0], PROBLEMS)
+    reinforced = {c["against"]: c for c in results["compared"].values() if c["model"] == LABELS[1]}
+    assert list(reinforced) == [LABELS[0], "teacher, full depth", "reinforced, full depth"]
+    found = reinforced[LABELS[0]]
+    assert found["n"] == PROBLEMS
     rows = {f"{row['model']}, {row['exits']}": row for row in results["rows"]}
     depth = rows[LABELS[1]]["mean_depth"] - rows[LABELS[0]]["mean_depth"]
     assert found["depth"]["value"] == pytest.approx(depth) and found["depth"]["low"] <= depth <= found["depth"]["high"]

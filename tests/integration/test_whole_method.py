@@ -102,7 +102,11 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         assert logged[f"{model}/threshold/accuracy"] == by_rule[model]["accuracy"]
         assert logged[f"{model}/wide/threshold/accuracy"] == on_wide[f"{model}, hazard > 0.5"]["row"]["accuracy"]
         assert logged[f"{model}/threshold/kl"] == by_rule[model]["kl"] and logged[f"{model}/threshold"] == 0.5
-    assert list(results["externalisation"]) == ["teacher", "calibrated", "reinforced"]
+    policies = [f"{model}{rule}" for model in ("calibrated", "reinforced") for rule in ("", " at full depth")]
+    assert list(results["externalisation"]) == ["teacher", *policies]
+    assert (
+        results["externalisation"]["reinforced at full depth"]["serial_depth"]["all"]["quantiles"]["0.5"]["value"] == 6
+    )
     assert all(found["n"] == 4 for found in results["externalisation"].values())
     assert results["depth"]["teacher, full depth"]["flops"]["value"] > 0
     assert set(results["pareto"]) == {"calibrated", "reinforced"} == set(results["gates"])

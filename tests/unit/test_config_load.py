@@ -47,6 +47,15 @@ def test_command_line_wins_over_experiment_over_default() -> None:
         0.5,
         0.05,
     )
+    # A recipe on the command line replaces the experiment's as a whole; the number of steps, and the operands, which
+    # the task says, stay.
+    for experiment in ("demo_cpu", "smollm2", "rl_7b"):
+        mine, other = (
+            load([*given, "rl=paper"]).rl for given in ([f"experiment={experiment}"], ["name=a", "model.path=m"])
+        )
+        for name in ("steps", "checkpoint_every", "wide_operands"):
+            setattr(mine, name, getattr(other, name))
+        assert mine == other
     assert load(["experiment=rl_7b", "rl.adapter_lr=3e-3"]).rl.adapter_lr == 3e-3
     assert load(["rl.adapter_lr=3e-3", "experiment=rl_7b"]).rl.adapter_lr == 3e-3
 

@@ -61,7 +61,10 @@ def test_steps_and_mistakes_count_answers_alike_and_leave_out_those_without() ->
             {**kinds, "dropped": [right], "mistaken": [right]},
             {"cuts": [wrong, Forced(None, False)], "filler": [right], "dropped": [], "mistaken": [wrong]},
         ],
+        ["2,3", "2,3", "4,5"],
     )
+    # Filler helped the one group and not the other, which has two answers.
+    assert (found["filler_uplift"]["low"], found["filler_uplift"]["high"]) == (0.0, 1.0)
     assert found["step_necessity"]["value"] == pytest.approx((0.5 + 0.0) / 2) and found["steps"] == 5
     assert found["mistake_sensitivity"]["value"] == 1 / 2
     assert found["chain_necessity"] == {"value": 1.0, "low": 1.0, "high": 1.0}

@@ -145,9 +145,9 @@ def test_results_hold_rows_histogram_correlation_and_the_paired_test(tmp_path: P
     # 40 answers: of the teacher's 30 right ones (0, 4, 8, ... wrong) the model misses 1, 2, 3 and 5.
     (label, paired), *others = data["paired"].items()
     assert label == "reinforced, hazard > 0.5" and not others
-    assert [paired[key] for key in ("n", "only_teacher", "only_model", "p_value")] == [40, 4, 0, 2 / 16]
+    assert [paired[key] for key in ("n", "only_teacher", "only_model", "p_value")] == [40, 4, 0, 1.0]
     assert paired["difference"] == pytest.approx(-0.1) and paired["low"] < -0.1 < paired["high"] <= 0
-    # All four that the model misses have one group: with it they go or come together.
+    # All four that the model misses have one group: with it they go or come together, so one group says nothing.
     assert paired["groups"] == 37
     assert paired["group_low"] < paired["low"] < paired["high"] <= paired["group_high"]
     assert not list(path.parent.glob(".*")), "no temporary file is left"

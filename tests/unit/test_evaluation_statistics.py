@@ -14,7 +14,7 @@ from ee_megatron.statistics import (
     bootstrap_interval,
     clustered_difference,
     least_squares_line,
-    mcnemar_exact,
+    sign_flip_test,
     spearman_interval,
     wilson_interval,
 )
@@ -27,19 +27,34 @@ def test_wilson_against_a_published_table() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
-def test_mcnemar_counts_discordant_pairs_only() -> None:
+def test_sign_flips_of_single_items_are_mcnemars_exact_test() -> None:
     first = [True] * 6 + [False] * 1 + [True] * 50 + [False] * 20
     second = [False] * 6 + [True] * 1 + [True] * 50 + [False] * 20
+    alone = [str(i) for i in range(77)]
     # b = 6, c = 1: 2 (C(7,0) + C(7,1)) / 2^7.
-    assert mcnemar_exact(first, second) == (6, 1, 2 * 8 / 128)
-    assert mcnemar_exact(second, first) == (1, 6, 2 * 8 / 128)
-    assert mcnemar_exact([True] * 5, [True] * 5).p_value == 1.0
-    assert mcnemar_exact([True] * 3000, [False] * 3000).p_value < 1e-300
+    assert sign_flip_test(first, second, alone) == (6, 1, 2 * 8 / 128)
+    assert sign_flip_test(second, first, alone) == (1, 6, 2 * 8 / 128)
+    assert sign_flip_test([True] * 5, [True] * 5, alone[:5]).p_value == 1.0
+    # The six that were lost go or come together, against one: ±6 ±1 is as far from 0 half of the time.
+    assert sign_flip_test(first, second, ["a"] * 6 + alone[6:]) == (6, 1, 1.0)
+
+
+def test_sign_flips_of_clusters_hold_their_level_where_single_items_do_not() -> None:
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(60), 7).astype(str)
+    below = {"clusters": 0, "items": 0}
+    for _ in range(200):
+        # A cluster's seven items are all lost, all won or all level: no difference on average.
+        sign = np.repeat(rng.choice([-1, 0, 1], size=60, p=[0.3, 0.4, 0.3]), 7)
+        sides = (sign < 0).tolist(), (sign > 0).tolist()
+        below["clusters"] += sign_flip_test(*sides, clusters).p_value < 0.05
+        below["items"] += sign_flip_test(*sides, [str(i) for i in range(420)]).p_value < 0.05
+    assert below["clusters"] <= 20 and below["items"] > 80, below
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
     calls = (
-        lambda: wilson_interval(11, 10), lambda: mcnemar_exact([True] * 5, [True] * 4),
+        lambda: wilson_interval(11, 10), lambda: sign_flip_test([True] * 5, [True] * 4, ["a"] * 5),
         lambda: clustered_difference([True], [True, False], ["a", "b"]), lambda: least_squares_line([1], [1, 2]),
         lambda: spearman_interval([np.ones(2)], []),
     )  # fmt: skip
@@ -56,6 +71,11 @@ def test_bootstrap_of_a_mean_agrees_with_the_normal_theory() -> None:
     assert found.value == pytest.approx(values.mean())
     assert found.low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert found.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    # 400 clusters of five equal values are 400 values.
+    few = values[:400]
+    together = bootstrap_interval(np.repeat(few, 5), clusters=np.repeat(np.arange(400), 5).tolist())
+    alone = bootstrap_interval(few)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.1)
     assert bootstrap_interval([4.0] * 9) == (4.0, 4.0, 4.0)
     assert math.isnan(bootstrap_interval([]).value)
 

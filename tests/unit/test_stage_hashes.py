@@ -34,7 +34,7 @@ HASHES = {
 # By the settings of an older version, the hashes that it gave all stages from `import-checkpoint` on.
 OLDER = {
     "experiment=demo_cpu rl=long_answers":
-        "90211f4d 4f379bd7 8be859b5 40b7871f e5d7a082 f1405cf0 19f55496",
+        "90211f4d 4f379bd7 8be859b5 40b7871f e5d7a082 e783d8c1 eefa8138",
     "rl.credit=answer rl.kl=loss rl.beta=0.2 rl.advantage=grpo rl.clip=0.1 rl.clip_high=0.3 "
     "rl.loss_average=token rl.ratios=apart":
         "90211f4d 4f379bd7 6993436d ce0a0595 d74bfb07 37d72a4e 74121ca4",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ee_megatron.exit_rules import (
+    Confidence,
+    Entropy,
+    ExitRule,
+    Fixed,
+    Off,
+    Patience,
+    Prescribed,
+    Random,
+    Sample,
+    Threshold,
+)
 from ee_megatron.families import FAMILIES
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, WeightSet, initial_policy
@@ -23,6 +36,22 @@ MEGATRON_MODELS, MEGATRON_ONE_EACH = (
     [model for model in models_ if model[0] not in NOT_IN_MEGATRON] for models_ in (MODELS, ONE_EACH)
 )
 EOS, PAD = "<|end|>", "<|pad|>"
+
+
+def exit_rules(replayed: Mapping[tuple[str, int], Sequence[int]]) -> dict[str, ExitRule]:
+    """Every rule of the registry by name, for exits after 1, 3 and 4 of 6 layers, with bounds that some tokens pass."""
+    return {
+        "off": Off(),
+        "sample": Sample(),
+        "threshold": Threshold(0.5),
+        "threshold_mixed": Threshold(0.5, other=0.9, mix=0.5),
+        "fixed": Fixed(3),
+        "random": Random((0.2, 0.2, 0.2, 0.4)),
+        "confidence": Confidence(0.04),
+        "entropy": Entropy(4.4, other=4.0, mix=0.5),
+        "patience": Patience(2),
+        "prescribed": Prescribed(replayed),
+    }
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -29,7 +29,6 @@ from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from transformers import AutoTokenizer
 
 from ee_megatron.config.schema import DeepspeedConfig, ParallelConfig
-from ee_megatron.exit_rules import Confidence, Entropy, Fixed, Off, Patience, Prescribed, Random, Sample, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.kernels import compiled as kernels
 from ee_megatron.learner import engine
@@ -50,6 +49,7 @@ from ee_megatron.rollout.engine.scoring import inspect, score, trace
 from ee_megatron.types import Prompt, Rollout
 from tests.pretend_gpu import NAME, PretendGPU, register
 from tests.reference import random_policy
+from tests.tiny import exit_rules
 
 LAYERS = 6
 LORA = PolicySpec(LAYERS, (1, 3, 4), rank=4, alpha=8.0)
@@ -67,18 +67,7 @@ SHARED = [Prompt(f"p{i}", "Add these numbers: " + text, "", "none") for i, text 
 # ---- rollouts ----
 
 REPLAYED = {(f"p{p}", k): [LAYERS, *([1, 3, 4, 6] * TOKENS)[p + k :]] for p in range(4) for k in range(2)}
-RULES = {
-    "sample": Sample(),
-    "threshold": Threshold(0.5),
-    "threshold_mixed": Threshold(0.5, other=0.9, mix=0.5),
-    "fixed": Fixed(3),
-    "off": Off(),
-    "confidence": Confidence(0.04),
-    "entropy": Entropy(4.4, other=4.0, mix=0.5),
-    "patience": Patience(2),
-    "random": Random((0.2, 0.2, 0.2, 0.4)),
-    "prescribed": Prescribed(REPLAYED),
-}
+RULES = exit_rules(REPLAYED)
 SAMPLINGS = {
     "whole": SamplingParams(1.0, TOKENS),
     "greedy": SamplingParams(0.0, TOKENS),

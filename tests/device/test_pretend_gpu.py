@@ -13,12 +13,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from device_cases import PATHS, RULES
+from device_cases import PATHS
 from device_costs import BUDGETS, COSTS, KINDS, MEASURED_WITH, WAVES
 from device_faults import FAULTS
 from ranks import Ranks
 
-from ee_megatron import exit_rules
 from ee_megatron.planning.roofline import KERNELS, LEARNER_KERNELS
 from tests.pretend_gpu import PretendGPU
 from tests.tiny import tiny_hf
@@ -88,10 +87,6 @@ def test_devices_do_not_mix_and_what_is_slow_is_counted(device):
         "pinned, blocking": (0, 1, 1), "nonzero": (1, 0, 0), "boolean index": (1, 0, 0), "duplicates": 3,
         "unordered": 1, "bytes": (4000, 0), "patched afterwards": False,
     }  # fmt: skip
-
-
-def test_every_exit_rule_runs_on_the_device():
-    assert {type(rule) for rule in RULES.values()} == set(exit_rules.RULES.values())
 
 
 @pytest.mark.parametrize("name", PATHS)

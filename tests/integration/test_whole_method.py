@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from ee_megatron.checkpoint.policy_files import base_identity, recorded_base
 from ee_megatron.checkpoint.store import read_manifest
+from ee_megatron.exit_rules import CONTROLS
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.observe.metrics import read_metrics
 from ee_megatron.training import stages
@@ -75,7 +76,7 @@ def test_every_stage_leaves_what_the_next_one_needs(finished):
         assert row["exits"] != "full depth" or row["mean_depth"] == 1.0
     for row in results["rows"]:
         assert f"{row['mean_depth']:.3f}" in output
-    rules = ["fixed depth", "random exits", "confidence", "entropy", "patience", "calibrated gates"]
+    rules = [*(rule.control for rule in CONTROLS), "calibrated gates"]
     assert [(e["control"], e["matched_by"]) for e in results["controls"]] == [("(reinforced)", "itself")] + [
         (rule, by) for rule in rules for by in ("depth", "accuracy")
     ]

@@ -230,13 +230,14 @@ def test_which_layers_rotate_is_part_of_the_model(tmp_path, monkeypatch, capsys)
 
 def test_what_a_config_leaves_unsaid_is_what_transformers_takes_for_it():
     """SmolLM3's configs say nothing of tied embeddings, whose default there is another one than Llama's."""
-    unsaid = ("tie_word_embeddings", "rope_theta")
+    unsaid = ("tie_word_embeddings", "rope_theta", "rms_norm_eps")
     for family in FAMILIES:
         config = {name: value for name, value in MODELS["SmolLM3-3B"][0].items() if name not in unsaid}
         config["model_type"] = family
         theirs, dims = CONFIG_MAPPING[family](**config), dims_from_config(config)
         assert dims.tied == theirs.tie_word_embeddings, family
         assert dims.rope_theta == theirs.rope_parameters["rope_theta"], family
+        assert dims.rms_eps == theirs.rms_norm_eps, family
         rotated = getattr(theirs, "no_rope_layers", [1] * dims.num_layers)
         assert dims.no_rope == tuple(layer for layer in range(dims.num_layers) if not rotated[layer])
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from ee_megatron.exit_rules import (
     OFFERED,
     RULES,
     AtExit,
+    Bound,
     Confidence,
     DialRange,
     Entropy,
@@ -46,21 +47,21 @@ from ee_megatron.rollout.engine.scheduler import Scheduler
 from ee_megatron.rollout.server.protocol import CompletionRequest
 from ee_megatron.types import Rollout
 from tests.reference import random_policy
-from tests.tiny import tiny_hf, tiny_tokenizer
+from tests.tiny import exit_rules, tiny_hf, tiny_tokenizer
 
-LAYOUT = ExitLayout(6, (2, 4))
-DEPTHS = {("p", 0): [6, 2, 4], ("p", 1): [6, 4, 2]}
-EXAMPLES: tuple[ExitRule, ...] = (
-    Threshold(0.4), Threshold(0.4, other=0.9, mix=0.5), Sample(), Fixed(2), Random((0.2, 0.3, 0.5)), Confidence(0.3),
-    Entropy(1.0), Patience(2), Off(), Prescribed(DEPTHS),
-)  # fmt: skip
+ROOT = Path(__file__).parents[2]
+
+LAYOUT = ExitLayout(6, (1, 3, 4))
+SPAN = DialRange(LAYOUT.outcomes, 9, (0.2, 0.3, 0.1, 0.4))
+DEPTHS = {("p", 0): [6, 1, 3], ("p", 1): [6, 3, 1]}
+EXAMPLES = tuple(exit_rules(DEPTHS).values())
 
 
 def at_exit(rule: ExitRule, index: int = 0, asked: set[str] | None = None) -> AtExit:
     """Two rows at an exit; `asked` takes the names of what is looked at."""
     seen = set() if asked is None else asked
     generator = torch.Generator().manual_seed(index)
-    logits, uniforms = torch.randn(2, generator=generator), torch.rand(2, 3, generator=generator, dtype=torch.float64)
+    logits, uniforms = torch.randn(2, generator=generator), torch.rand(2, 4, generator=generator, dtype=torch.float64)
     readout = torch.randn(2, 9, generator=generator)
 
     class Watched(AtExit):
@@ -128,7 +129,7 @@ def test_equal_rules_are_one_key_and_travel(rule: ExitRule) -> None:
 @pytest.mark.parametrize("kind", OFFERED)
 def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
     """On the command line, in a request and, where exported models know the rule, in their configuration."""
-    rule = RULES[kind].of(2) if kind == "fixed" else make_rule(kind)
+    rule = RULES[kind].of(3) if kind == "fixed" else make_rule(kind)
     assert parse(str(rule)) == rule == make_rule(**rule.to_json())
     body = {"model": "m", "prompt": "x", "exit_policy": rule.to_json()}
     (request,) = CompletionRequest.model_validate(body).requests([[1]], [1], Off())
@@ -139,9 +140,12 @@ def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
 
 
 def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
-    assert re.findall(r"[\w:]+", usage().replace(" or ", " ")) == [
-        "threshold:HAZARD", "sample", "fixed:DEPTH", "confidence:PROBABILITY", "patience:EXITS", "off",
-    ]  # fmt: skip
+    pages = {name: (ROOT / "docs" / name).read_text() for name in ("api.md", "serving.md", "vllm.md", "evaluation.md")}
+    assert all(
+        ", ".join(f"`{RULES[kind].usage}`" for kind in OFFERED) in pages[name] for name in ("api.md", "serving.md")
+    )
+    assert f"kinds {', '.join(OFFERED)}." in pages["vllm.md"]
+    assert all(f"\n| {rule.control} | " in pages["evaluation.md"] for rule in CONTROLS)
     assert set(POLICY_KINDS) <= set(OFFERED)
     with pytest.raises(SystemExit):
         cli.main(["generate", "--help"])
@@ -156,8 +160,8 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
 
 def test_labels_are_those_of_the_tables() -> None:
     assert [rule.label for rule in EXAMPLES] == [
-        "hazard > 0.4", "hazard > 0.4 (or 0.9: 50%)", "sampled", "fixed 2", "random 0.20/0.30/0.50",
-        "confidence > 0.3", "entropy < 1", "patience 2", "full depth", "prescribed",
+        "full depth", "sampled", "hazard > 0.5", "hazard > 0.5 (or 0.9: 50%)", "fixed 3", "random 0.20/0.20/0.20/0.40",
+        "confidence > 0.04", "entropy < 4.4 (or 4: 50%)", "patience 2", "prescribed",
     ]  # fmt: skip
 
 
@@ -172,7 +176,7 @@ def test_results_keep_the_fields_that_they_have_always_had() -> None:
 
 @pytest.mark.parametrize("rule", [*CONTROLS, Threshold], ids=lambda rule: rule.kind)
 def test_two_places_on_a_dial_can_be_mixed(rule: type[ExitRule]) -> None:
-    dial = rule.sweep_curve(DialRange((2, 4, 6), 9, (0.2, 0.3, 0.5)))
+    dial = rule.sweep_curve(SPAN)
     shallow, deep = dial(0.25), dial(0.75)
     mixed = shallow.mixed(deep, 0.5)
     mixed.check(LAYOUT, True)
@@ -184,13 +188,29 @@ def test_two_places_on_a_dial_can_be_mixed(rule: type[ExitRule]) -> None:
         Off.sweep_curve(DialRange((2, 6), 9, (0.5, 0.5)))
 
 
-def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it() -> None:
-    rule = Threshold(0.0, other=1.0, mix=0.5)
-    drawn = torch.tensor([[0.4, 0.9], [0.6, 0.1]], dtype=torch.float64)
-    for index in range(2):
-        at = replace(at_exit(rule), index=index, uniform=lambda i: drawn[:, i])
-        # Once for all exits: the first exit's number decides at the second, too.
-        assert rule.should_exit(at).tolist() == [False, True]
+@pytest.mark.parametrize(
+    "kind", [rule for rule in RULES.values() if issubclass(rule, Bound)], ids=lambda rule: rule.kind
+)
+def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it(kind: type[Bound]) -> None:
+    shallow, deep = map(kind.sweep_curve(SPAN), (0.0, 1.0))
+    rule = replace(shallow, other=deep.value, mix=0.5)
+    drawn = torch.tensor([[0.4, 0.9, 0.9], [0.6, 0.1, 0.1]], dtype=torch.float64)
+    state = torch.zeros(2, rule.state_size, dtype=torch.float64)
+    fired = [
+        rule.should_exit(replace(at_exit(rule, index), uniform=lambda i: drawn[:, i], state=state)).tolist()
+        for index in range(3)
+    ]
+    # Once for all exits: the first exit's number decides at the others, too. A memory may need two of them.
+    assert not any(deep for deep, _ in fired) and all(shallow for _, shallow in fired[1:])
+
+
+@pytest.mark.parametrize("rule", [rule for rule in EXAMPLES if rule.state_size], ids=str)
+def test_a_memory_decides(rule: ExitRule) -> None:
+    """Of equal readouts at two exits some rows leave at the second that would not leave there without the first."""
+    logits = torch.randn(64, 9, generator=torch.Generator().manual_seed(0))
+    at = replace(at_exit(rule), readout=lambda: logits, state=torch.zeros(64, rule.state_size, dtype=torch.float64))
+    alone = rule.should_exit(at)
+    assert (rule.should_exit(replace(at, index=1)) != alone).any()
 
 
 @pytest.mark.parametrize(
@@ -203,10 +223,10 @@ def test_a_mixed_bound_holds_for_the_share_of_rows_that_drew_it() -> None:
         (lambda: Random(), r"\[\]"),
         (lambda: Random((0.5, 0.6)), "0.6"),
         (lambda: Random((1.5, -0.5)), "-0.5"),
-        (lambda: Random((0.5, 0.5)).check(LAYOUT, True), r"\b2\b.*\b3\b"),
-        (lambda: Fixed(3).check(LAYOUT, True), "fixed.*3"),
-        (lambda: Prescribed({("p", 0): [6, 3]}).check(LAYOUT, True), r"'p', 0.*\[3\]"),
-        (lambda: Prescribed({("p", 0): [2, 2]}).check(LAYOUT, True), r"'p', 0.*\b2\b"),
+        (lambda: Random((0.5, 0.5)).check(LAYOUT, True), r"\b2\b.*\b4\b"),
+        (lambda: Fixed(2).check(LAYOUT, True), "fixed.*2"),
+        (lambda: Prescribed({("p", 0): [6, 2]}).check(LAYOUT, True), r"'p', 0.*\[2\]"),
+        (lambda: Prescribed({("p", 0): [3, 3]}).check(LAYOUT, True), r"'p', 0.*\b3\b"),
         (lambda: Prescribed().should_exit(at_exit(Prescribed())), "'p', 0"),
         *((lambda wrong=wrong: Patience(wrong), f"{wrong:g}") for wrong in (0, -1, 1.5, float("inf"), float("nan"))),
         (lambda: Patience(2, other=2.5, mix=0.5), r"2\.5"),

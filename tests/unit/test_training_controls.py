@@ -14,7 +14,7 @@ from ee_megatron.config.identity import to_yaml
 from ee_megatron.config.schema import AccuracyTarget, DepthPenalty, RunConfig
 from ee_megatron.evaluation.controls import ControlRule, Reference, all_controls, run_controls
 from ee_megatron.evaluation.evaluate import AnswerRecord, EvaluationRow
-from ee_megatron.exit_rules import Entropy, ExitRule, Patience, Random, Threshold
+from ee_megatron.exit_rules import CONTROLS, Entropy, ExitRule, Patience, Random, Threshold
 from ee_megatron.report.tables import controls_table
 from ee_megatron.training.stages import trained_as
 from tests.by_hand import a_row, an_answer
@@ -70,11 +70,11 @@ def controls(model: str, other: tuple[str, Path] | None = None) -> list[ControlR
 
 
 def test_the_rules_run_on_the_weights_they_are_about() -> None:
-    names = ["fixed depth", "random exits", "confidence", "entropy", "patience"]
+    names = [rule.control for rule in CONTROLS]
     assert [c.name for c in controls("calibrated")] == names
     found = controls("reinforced", ("lambda = 0", Path("unpriced")))
     assert [c.name for c in found] == [*names, "calibrated gates", "lambda = 0"]
-    assert [str(c.checkpoint) for c in found] == ["reinforced"] * 5 + ["calibrated", "unpriced"]
+    assert [str(c.checkpoint) for c in found] == ["reinforced"] * len(CONTROLS) + ["calibrated", "unpriced"]
     # The middle of the dial is the reference's own marginal, first tokens left out.
     assert found[1].dial(0.5).shares == pytest.approx((2 / 3, 1 / 3, 0.0))
 
@@ -85,8 +85,9 @@ def test_every_control_is_matched_on_validation_and_measured_once_on_the_test_sp
         judge, reference("reinforced"), controls("reinforced", ("lambda = 0", Path("unpriced"))), done.append
     )
     json.dumps(entries)
-    assert len(entries) == 1 + 2 * 7 and len(done) == 14
-    assert sum(where == "test" for where, _, _ in judge.calls) == 14
+    made = 2 * (len(CONTROLS) + 2)
+    assert len(entries) == 1 + made and len(done) == made
+    assert sum(where == "test" for where, _, _ in judge.calls) == made
     assert {(str(loaded), model) for _, loaded, model in judge.calls} == {
         ("reinforced", "reinforced"), ("calibrated", "calibrated"), ("unpriced", "lambda = 0"),
     }  # fmt: skip

@@ -19,9 +19,10 @@ import pytest
 from vllm_setup import ENVIRONMENT, FIRST, LORA, SAMPLINGS, START_S, TEXTS, TOKENS, Own, by_vllm, make_model, policy_of
 
 from ee_megatron.checkpoint.hf_export import DEFAULT_EXIT_POLICY, export_hf
-from ee_megatron.exit_rules import Confidence, ExitRule, Fixed, Off, Patience, Sample, Threshold
+from ee_megatron.exit_rules import OFFERED, ExitRule, Off, Sample, Threshold
 from ee_megatron.rollout import Request, SamplingParams, Scheduler
 from ee_megatron.types import Rollout
+from tests.tiny import exit_rules
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[assistant]"
@@ -29,12 +30,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}[a
 DEFAULT = Threshold(0.3)
 RULES: dict[str, ExitRule | None] = {
     "the export's": None,
-    "off": Off(),
-    "threshold": Threshold(0.6),
-    "sample": Sample(),
-    "fixed": Fixed(3),
-    "confidence": Confidence(0.04),
-    "patience": Patience(2),
+    **{kind: rule for kind, rule in exit_rules({}).items() if kind in OFFERED},
 }
 GREEDY = {"temperature": 0, "max_tokens": TOKENS}
 EITHER = pytest.mark.parametrize("export", [None, FIRST], ids=["", "first token exits"], indirect=True)

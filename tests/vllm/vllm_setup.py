@@ -14,19 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ee_megatron.exit_rules import (
-    RULES,
-    Confidence,
-    Entropy,
-    ExitRule,
-    Fixed,
-    Off,
-    Patience,
-    Prescribed,
-    Random,
-    Sample,
-    Threshold,
-)
+from ee_megatron.exit_rules import Prescribed
 from ee_megatron.families import VLLM
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec, initial_policy
@@ -38,7 +26,7 @@ from ee_megatron.rollout.pool.vllm import EngineProcess, packed
 from ee_megatron.rollout.vllm.engine import EngineSettings
 from ee_megatron.types import Prompt, Rollout
 from tests.reference import random_policy
-from tests.tiny import tiny_hf
+from tests.tiny import exit_rules, tiny_hf
 
 TOKENS, LAYERS, EXITS = 24, 6, (1, 3, 4)
 LORA = PolicySpec(LAYERS, EXITS, rank=4, alpha=8.0)
@@ -66,19 +54,7 @@ SAMPLES = 2
 REPLAYED = {
     (prompt.id, k): [LAYERS, *([1, 3, 4, 6] * TOKENS)[p + k :]] for p, prompt in enumerate(PROMPTS) for k in range(2)
 }
-ASKED: dict[str, ExitRule] = {
-    "off": Off(),
-    "sample": Sample(),
-    "threshold": Threshold(0.5),
-    "threshold_mixed": Threshold(0.5, other=0.9, mix=0.5),
-    "fixed": Fixed(3),
-    "random": Random((0.2, 0.2, 0.2, 0.4)),
-    "confidence": Confidence(0.04),
-    "entropy": Entropy(4.4, other=4.0, mix=0.5),
-    "patience": Patience(2),
-    "prescribed": Prescribed(REPLAYED),
-}
-assert {type(rule) for rule in ASKED.values()} == set(RULES.values())
+ASKED = exit_rules(REPLAYED)
 SAMPLINGS = {
     "greedy": SamplingParams(0.0, TOKENS),
     "whole": SamplingParams(1.0, TOKENS),

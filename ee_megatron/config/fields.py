@@ -149,6 +149,12 @@ def code_file(value: str) -> str:
     return file if file.endswith(".py") and name else ""
 
 
+def environment(value: str) -> str:
+    """The module of an environment of verifiers, of its id [OWNER/]NAME[@VERSION]; "" of what is no id."""
+    module = value.rpartition("/")[2].partition("@")[0].replace("-", "_").lower()
+    return module if module.isidentifier() else ""
+
+
 def wrong_name(what: str, text: str) -> str:
     return (
         f"{what}={text!r}: expected a plain name: letters, digits and . _ - (not first . or -), at most 100; "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from omegaconf import OmegaConf
 
 from .aliases import MAY_BE_OFF, REMOVED
 from .derive import model_dir, read_dims, resolve_exits
-from .fields import MANDATORY, code_file, find
-from .schema import KEYS, RunConfig
+from .fields import MANDATORY, code_file, environment, find
+from .schema import KEYS, RunConfig, TaskConfig
 
 # What each stage adds to the settings of the stage before it.
 STAGES: dict[str, tuple[str, ...]] = {
@@ -126,13 +127,22 @@ def _put(sections: dict[str, dict[str, Any]], key: str, value: Any) -> None:
 
 def task_content(cfg: RunConfig) -> str:
     """SHA-256 of what the task reads: its data and the files of its code; "" without any."""
-    parts = [digest(cfg.task.path), digest(code_file(cfg.task.reward)), digest(code_file(cfg.task.name))]
+    parts = [_data(cfg.task), digest(code_file(cfg.task.reward)), digest(code_file(cfg.task.name))]
     while len(parts) > 1 and not parts[-1]:
         parts.pop()
     return hashlib.sha256(" ".join(parts).encode()).hexdigest() if len(parts) > 1 else parts[0]
 
 
-def digest(path: str) -> str:
+def _data(task: TaskConfig) -> str:
+    if task.name != "verifiers":
+        return digest(task.path)
+    code = find_spec(environment(task.path) or "none")
+    if code is None or not code.origin:
+        return ""
+    return digest(str(Path(code.origin).parent) if code.submodule_search_locations else code.origin, (".py",))
+
+
+def digest(path: str, suffixes: tuple[str, ...] = SUFFIXES) -> str:
     """SHA-256 of a data set's files, by name and content; of a single file by its content alone. "" without files.
 
     Files are read once per process unless their sizes or times change.
@@ -141,7 +151,7 @@ def digest(path: str) -> str:
         # Path("") is the working directory, which may hold environments and a million files.
         return ""
     root = Path(path)
-    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in SUFFIXES and f.is_file())
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.suffix in suffixes and f.is_file())
     if not files:
         return ""
     stats = [file.stat() for file in files]

@@ -95,6 +95,8 @@ def pin_ids(cfg: RunConfig, overrides: list[str], *, whole: bool) -> dict[str, s
     weights = not draws_weights(cfg) and not cfg.model.checkpoint
     for key, part, kind in (("model.path", cfg.model, "model"), ("task.path", cfg.task, "dataset")):
         given = part.path
+        if key == "task.path" and cfg.task.name == "verifiers":
+            continue
         try:
             part.path = hub.pin(key, given, kind, whole and not faults and (weights or kind != "model"))
         except ValueError as error:

@@ -94,8 +94,8 @@ class DatasetNames:
 @dataclass
 class TaskConfig:
     name: str = setting(
-        "arithmetic", choices=("arithmetic", "gsm8k", "tom", "hops", "sums", "reasoning_gym", "dataset", "jsonl"),
-        kind="code",
+        "arithmetic", kind="code",
+        choices=("arithmetic", "gsm8k", "tom", "hops", "sums", "reasoning_gym", "verifiers", "dataset", "jsonl"),
     )  # fmt: skip
     """Built in: arithmetic, tom, hops, sums; others read files or a package. FILE.py:CLASS: a task of yours
     (docs/tasks.md)."""
@@ -108,7 +108,10 @@ class TaskConfig:
     slots: int = setting(4, above=0, added_later=True)
     """hops and sums: most hops of a problem; of hops, operations that a prompt has room for."""
     path: str = ""
-    """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, a saved `datasets` data set, or a hub id."""
+    """gsm8k and dataset: a .jsonl or .parquet file, a directory of them, a saved `datasets` data set, or a hub id.
+    verifiers: an installed environment's id."""
+    arguments: dict[str, Any] = setting({}, added_later=True)
+    """verifiers: what the environment takes, as {split: train}."""
     dataset: DatasetNames | None = optional(DatasetNames, bound=False)
     """gsm8k and dataset: names of columns and splits that differ from the defaults."""
     reward: str = setting("", kind="code", added_later=True)

@@ -30,7 +30,7 @@ from .derive import (
 )
 from .device import asks_for_gpus
 from .errors import faults_of, refuse
-from .fields import MANDATORY, NAME, code_file, fault, find, settings, wrong_name
+from .fields import MANDATORY, NAME, code_file, environment, fault, find, settings, wrong_name
 from .schema import KEYS, SEQUENCE_MULTIPLE, DatasetNames, RunConfig
 
 if TYPE_CHECKING:
@@ -161,6 +161,10 @@ def _families(cfg: RunConfig) -> Iterator[Rule]:
 
 def _files(cfg: RunConfig) -> Iterator[Rule]:
     task, names = cfg.task, cfg.task.dataset or DatasetNames()
+    yield task.arguments and task.name != "verifiers", "task.arguments task.name", "the task takes none; leave it out"
+    if task.name == "verifiers":
+        yield not environment(task.path), "task.path task.name", "expected an environment's id, NAME or OWNER/NAME"
+        return
     if task.name in (*TASK_FAMILIES, "reasoning_gym") or code_file(task.name):
         unread = task.path and not code_file(task.name)
         yield unread, "task.path task.name", "the task reads no file; set task=dataset too, or leave task.path out"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config.fields import code_file
 from ..config.schema import RunConfig, TaskConfig
 from ..config.validate import check_template
-from . import arithmetic, chains, dataset, reasoning_gym, tom  # noqa: F401  (they register their tasks)
+from . import arithmetic, chains, dataset, environments, reasoning_gym, tom  # noqa: F401  (they register their tasks)
 from .base import TASKS, ChatTemplate, Problem, ProceduralTask, Split, Task, Verdict, register, split_of
 from .user_code import RewardFunction, TaskClass
 from .verifier import VerifierPool, try_reward
@@ -33,7 +33,9 @@ def make_task(task: TaskConfig, chat: ChatTemplate | None = None) -> Task:
         near = difflib.get_close_matches(task.name, TASKS, n=1, cutoff=0.0)[0]
         raise ValueError(f"task.name: no task {task.name!r}; did you mean {near!r}? There are {', '.join(TASKS)}")
     made = make(task, chat)
-    made.reward = RewardFunction("task.reward", task.reward) if task.reward else None
+    if task.reward:
+        made.reward = RewardFunction("task.reward", task.reward)
+        made.scorer = made.reward.setting
     return made
 
 

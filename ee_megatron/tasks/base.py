@@ -104,6 +104,8 @@ class Task:
     """The form that an answer must have; stated to chat models only; plain prompts show it by example."""
     reward: Any = None
     """The `RewardFunction` of task.reward."""
+    scorer = ""
+    """The setting that names code of others which scores answers; it is tried on one before anything starts."""
     source: Any = None
     """The `TaskClass` of a task from a file of the user's."""
 

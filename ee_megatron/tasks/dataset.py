@@ -52,7 +52,8 @@ class DatasetTask(Task):
             )
         self.names = task.dataset or DatasetNames()
         self._examples: list[Problem] = []
-        self._load()
+        tables = _tables(self.path, self.names.train_split, self.names.evaluation_split, self.hub_id)
+        self._divide({part: self._read(name, table) for part, (name, table) in tables.items()})
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_examples": []}
@@ -79,9 +80,8 @@ class DatasetTask(Task):
         worked = f"{f' {shown}' if shown else ''} The answer is {reference}"
         return Problem(question.strip(), reference, worked, _group(question))
 
-    def _load(self) -> None:
-        tables = _tables(self.path, self.names.train_split, self.names.evaluation_split, self.hub_id)
-        rows = {part: self._read(name, table) for part, (name, table) in tables.items()}
+    def _divide(self, rows: dict[str, list[Problem]]) -> None:
+        """The splits and worked examples, of the problems under "train" and, if there are any, "test"."""
         tested = {problem.group for problem in rows.get("test", [])}
         pool = [problem for problem in rows["train"] if problem.group not in tested]
         random.Random(f"rows/{self.seed}").shuffle(pool)

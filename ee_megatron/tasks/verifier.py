@@ -121,14 +121,14 @@ class VerifierPool:
 
 
 def try_reward(task: Task, prompt: Prompt) -> None:
-    """Raises ValueError, one line, if `task.reward` can't score a reference answer."""
+    """Raises ValueError, one line, if what `task.scorer` names can't score a reference answer."""
     try:
         with VerifierPool(task) as pool:
             verdict, error = pool._verify((prompt, prompt.answer))
     except RuntimeError as failed:
         verdict, error = TIMED_OUT, str(failed)
     if verdict.timed_out:
-        raise ValueError(f"{task.reward.setting}: no score for a reference answer ({error or 'it took too long'})")
+        raise ValueError(f"{task.scorer}: no score for a reference answer ({error or 'it took too long'})")
 
 
 class _Worker:
@@ -255,7 +255,8 @@ def main() -> None:
         try:
             prompt, text = pickle.load(source)
         except (EOFError, OSError):
-            return
+            # What libraries do at exit is refused here, and they would say so.
+            os._exit(0)
         # If the parent is gone, nothing else ends a verifier that hangs: this timer needs no interpreter to do so.
         faulthandler.dump_traceback_later(2 * deadline_s + 10, exit=True, file=silence)
         try:

@@ -152,7 +152,7 @@ def check_task(cfg: RunConfig, reading: Sequence[str]) -> None:
     # Problems of reasoning_gym are made in numbers that the settings ask for, one by one.
     try:
         refuse([] if cfg.task.name == "reasoning_gym" else _count_faults(cfg, task, reading))
-        if task.reward is not None:
+        if task.scorer:
             try_reward(task, task.prompts("train")[0])
     except ValueError:
         raise

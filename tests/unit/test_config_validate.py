@@ -107,6 +107,8 @@ evaluate.style_choice.models=all -> evaluate.style_choice task.name=arithmetic t
 task.families=[product,quotient] -> task.families quotient chain
 task.name=jsonl -> task.path task.name=jsonl
 task=dataset -> task.path task.name=dataset
+task=verifiers -> task.path task.name=verifiers
+task=tom task.arguments={split:train} -> task.arguments task.name=tom
 task=dataset task.path=x task.dataset.answer_column= -> task.dataset.answer_column
 task=dataset task.path=x task.dataset.evaluation_split=train -> task.dataset.evaluation_split=train
 task.name=tom -> product first_order second_order
@@ -177,6 +179,7 @@ rl.minibatches=2 rollout.max_staleness=1 rl.exit_credit=true
 task=tom
 task=reasoning_gym
 task=dataset task.path=rows.jsonl task.dataset.evaluation_split=
+task=verifiers task.path=own/reverse-text@0.1 task.arguments={split:train}
 task=sums evaluate.style_choice.models=all
 adapter.rank=0 teacher=null
 pretrain.init=model rollout.prompt_template=chat

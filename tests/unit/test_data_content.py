@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ee_megatron.config.identity import RECORD, STAGES, digest, outdated, recorded, stage_dir
+from ee_megatron.config.identity import RECORD, STAGES, digest, outdated, recorded, stage_dir, task_content
 from ee_megatron.config.load import load
+from ee_megatron.tasks import make_task
 
 
 @pytest.fixture
@@ -41,6 +42,21 @@ def test_another_content_is_another_stage_and_the_old_one_is_found_again(tmp_pat
     assert stage_dir(cfg, "traces") == new["traces"]
     data.write_text(before)
     assert {stage: stage_dir(cfg, stage) for stage in STAGES} == old
+
+
+def test_an_environment_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "of_mine").mkdir()
+    code = tmp_path / "of_mine" / "__init__.py"
+    code.write_text("raise SystemExit")
+    cfg = load(["name=x", "model.path=none", "task=verifiers", "task.path=own/of-mine@1.2"])
+    before = task_content(cfg)
+    code.write_text("raise SystemExit(3)")
+    assert cfg.task.path == "own/of-mine@1.2" and before and task_content(cfg) not in (before, "")
+    cfg.task.path = "own/of-others"
+    assert not task_content(cfg)
+    with pytest.raises(ValueError, match=r"task.path=own/of-others: the package \w+ is not installed; "):
+        make_task(cfg.task)
 
 
 def test_stages_that_nobody_knows_the_data_of_stay_as_they_are(tmp_path: Path, data: Path) -> None:

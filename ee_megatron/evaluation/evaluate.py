@@ -76,13 +76,15 @@ class GenerationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerBench:
-    """Generates and judges answers. sampling: of free answers. progress(done, total) counts answers."""
+    """Generates and judges answers. sampling: of free answers. progress(done, total) counts answers. generate: makes a
+    request's answers instead of the pool, from a cache for example."""
 
     pool: RolloutPool
     verifier: VerifierPool
     sampling: SamplingParams
     seed: int = 0
     progress: Progress | None = None
+    generate: Callable[[GenerationRequest], Sequence[Rollout]] | None = None
 
     def answer(
         self, prompts: Sequence[Prompt], exits: ExitRule, sampling: SamplingParams | None = None
@@ -91,6 +93,8 @@ class AnswerBench:
         if not prompts:
             return []
         request = GenerationRequest(prompts, 1, sampling or self.sampling, exits, self.seed)
+        if self.generate is not None:
+            return list(self.generate(request))
         return [answer for (answer,) in self.pool.generate(request, self.progress)]
 
     def correct(self, prompts: Sequence[Prompt], texts: Iterable[str]) -> list[bool]:

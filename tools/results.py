@@ -1,0 +1,199 @@
+"""Measure a row of the results' tables anew and write the CSV that its cells and the README's figure are made from.
+
+    python tools/results.py                                         the rows, hours, commands
+    python tools/results.py ROW [--short] [SETTING=VALUE ...]       run its commands, resuming what is there
+
+`--short` runs the first seed at a size of minutes, to try the commands and not the claims; its CSVs go to runs/results.
+`make results ROW=demo SHORT=1` is the same.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from ee_megatron.config.identity import stage_dir
+from ee_megatron.config.load import load
+from ee_megatron.families.hf_directory import read_json
+from ee_megatron.observe.rundir import write_atomic
+
+Record = dict[str, Any]
+MEASUREMENTS, SHORT_OUT = Path("docs/measurements"), Path("runs/results")
+SHORT = [
+    "name=results", "teacher.problems=24", "teacher.epochs=1", "traces.problems=48", "calibrate.epochs=1", "rl.steps=2",
+    "rl.checkpoint_every=1", "task.validation=16", "task.evaluation=24", "evaluate.thresholds=[0.5]",
+]  # fmt: skip
+STUDY = ["sweep=externalise_laptop", "--max-parallel", "2"]
+SHORT_STUDY = [
+    "--name", "results_study", "pretrain.seed=1", "rl.families=[hop3]", "pretrain.steps=20", "rl.steps=2",
+    "task.evaluation=24", "task.validation=8", "traces.problems=64",
+]  # fmt: skip
+# A partition of the operands that nothing was chosen on, with a teacher of its own.
+FRESH = ["experiment=demo_cpu", "name=e0", "task.seed=1", "task.evaluation=1000"]
+BATTERY = ["evaluate.externalisation=true", "evaluate.externalisation.prompts=400"]
+# RL without exits from the same calibration.
+FULL = ["rl.fixed_depth=30", "rl.exit_credit=null", "rl.depth_penalty.penalize=all", "rl.depth_penalty.weight=0"]
+POLICIES = {"teacher": "teacher", "calibrated": "calibrated", "reinforced": "rl"}
+CONDITIONS = {
+    "no exits": "no exits", "lambda 0": "exits, λ = 0", "total 1": "total, λ = 1", "mean 1": "mean, λ = 1",
+    "max 1": "max, λ = 1", "cap 2": "cap of 2 layers",
+}  # fmt: skip
+FAITHFULNESS = {
+    "accuracy": "accuracy_with", "chain necessity": "chain_necessity", "filler uplift": "filler_uplift",
+    "truncation area": "truncation/area_same_answer", "step necessity": "step_necessity",
+    "mistake sensitivity": "mistake_sensitivity", "hint monitor": "hint_monitor/g_mean2",
+    "serial depth, mean": "serial_depth/all/mean",
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A question, its hours on two cores, its CSV; the settings of its runs by label; how a run's results.json becomes
+    records. Without runs it is the study of hops."""
+
+    question: str
+    hours: str
+    csv: str
+    runs: dict[str, list[str]] | None = None
+    read: Callable[[Record], Iterator[Record]] | None = None
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def accuracy(results: Record) -> Iterator[Record]:
+    """Models, rules and splits in percent, minus the teacher over groups of problems; controls minus the policy."""
+    tests = [("test", row, results["paired"].get(f"{row['model']}, {row['exits']}", {})) for row in results["rows"]]
+    wide = [("wide", part["row"], part["paired"]) for part in results.get("wide", {}).values()]
+    for split, row, paired in [*tests, *wide]:
+        ends = {
+            name: paired.get(key) for name, key in (("", "difference"), ("_low", "group_low"), ("_high", "group_high"))
+        }
+        more = {"lost": paired.get("only_teacher"), "won": paired.get("only_model"), "p": paired.get("p_value")}
+        yield of_row(split, POLICIES[row["model"]], row, ends) | more
+    for entry in results.get("controls", [])[1:]:
+        change = entry["comparison"]["difference"]
+        ends = {"": -change["value"], "_low": -change["high"], "_high": -change["low"]}
+        yield of_row("test", f"control: {entry['control']}, matched by {entry['matched_by']}", entry["row"], ends)
+
+
+def of_row(split: str, policy: str, row: Record, ends: dict[str, float | None]) -> Record:
+    return {
+        "split": split, "n": row["n"], "policy": policy, "exits": row["exits"].replace("hazard > ", "threshold:"),
+        **{f"accuracy{end}": percent(row[key]) for end, key in (("", "accuracy"), ("_low", "low"), ("_high", "high"))},
+        "depth": f"{row['mean_depth']:.3f}", "length": f"{row['length']:.1f}",
+        "kl": "" if row["kl"] is None else f"{row['kl']:.3f}",
+        **{f"difference{end}": percent(value) for end, value in ends.items()},
+    }  # fmt: skip
+
+
+def faithfulness(results: Record) -> Iterator[Record]:
+    """Every figure of the battery by model and exits; of the planning probe that of the last depth."""
+    for model, part in results["externalisation"].items():
+        figures: dict[str, Any] = {}
+        for figure, path in FAITHFULNESS.items():
+            figures[figure] = part
+            for key in path.split("/"):
+                figures[figure] = (figures[figure] or {}).get(key)
+        for probe in part["planning_probe"]:
+            figures[f"planning probe, {probe['ahead']} ahead"] = probe["uplift"][-1]
+        for figure, estimate in figures.items():
+            if estimate and estimate["value"] is not None:
+                yield {"model": model, "exits": part["exits"], "n": part["n"], "figure": figure} | {
+                    end: f"{estimate[end]:.3f}" for end in ("value", "low", "high")
+                }
+
+
+def written(study: Path) -> Iterator[Record]:
+    """The share of answers written out by base model and condition, of a study's externalise.csv."""
+    runs = pd.read_csv(study / "externalise.csv")
+    for run in runs[(runs["family"] == "hop3") & (runs["trained_on"] == "hop3")].to_dict("records"):
+        if run["condition"] in CONDITIONS:
+            yield {
+                "task": "hops", "hops": 3, "tokens_per_step": run["tau"], "condition": CONDITIONS[run["condition"]],
+                "base": run["base"], "share_of_steps": f"{run['share_steps']:.2f}",
+                "forecast": f"{run['forecast_steps']:.2f}",
+            }  # fmt: skip
+
+
+def on_seeds(label: str, *settings: str) -> dict[str, list[str]]:
+    return {f"{label} {seed}": [*settings, f"calibrate.seed={seed}", f"rl.seed={seed}"] for seed in (0, 1, 2)}
+
+
+ROWS = {
+    "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv"),
+    "accuracy": Row(
+        "What do exits cost SmolLM2-135M, and are simpler rules as good?", "15", "accuracy-and-depth.csv",
+        on_seeds("accuracy-target", "experiment=smollm2", "evaluate.controls=true"), accuracy,
+    ),
+    "demo": Row("What does the demo lose?", "1", "demo.csv", on_seeds("demo", "experiment=demo_cpu"), accuracy),
+    "recipes": Row(
+        "The paper's recipe and RL without exits, beside ours", "4", "recipes.csv",
+        on_seeds("short_answers", *FRESH) | on_seeds("full-depth", *FRESH, *FULL)
+        | on_seeds("paper", *FRESH, "rl=paper"), accuracy,
+    ),
+    "faithfulness": Row(
+        "Does RL under exits change how far the written reasoning is used?", "5", "faithfulness.csv",
+        on_seeds("exits", *FRESH, *BATTERY) | on_seeds("full-depth", *FRESH, *FULL, *BATTERY), faithfulness,
+    ),
+}  # fmt: skip
+
+
+def call(*command: str) -> None:
+    """Run a command of the package; its failure ends this one."""
+    print("+ ee-megatron", *command, flush=True)
+    done = subprocess.run([sys.executable, "-m", "ee_megatron.cli", *command])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def measure(row: Row, short: bool, given: list[str]) -> list[Record]:
+    """Run a row's commands and read their results."""
+    if row.runs is None or row.read is None:
+        study = "results_study" if short else "externalise"
+        call("sweep", *STUDY, *(SHORT_STUDY if short else []), *given)
+        call("externalise", f"runs/{study}")
+        return list(written(Path("runs", study)))
+    records = []
+    for label, settings in row.runs.items():
+        study, seed = label.rsplit(" ", 1)
+        if short and seed != "0":
+            continue
+        settings = [*settings, *(SHORT if short else []), *given]
+        call("run", *settings)
+        results = read_json(stage_dir(load(settings), "evaluate") / "results.json")
+        records += [{"study": study, "seed": seed, **record} for record in row.read(results)]
+    return records
+
+
+def write(file: Path, records: list[Record]) -> None:
+    """Write the CSV; rows of other studies in it stay."""
+    frame = pd.DataFrame(records).drop_duplicates()
+    if file.is_file() and "study" in frame:
+        old = pd.read_csv(file, dtype=str, keep_default_na=False)
+        frame = pd.concat([old[~old["study"].isin(frame["study"])], frame]) if "study" in old else frame
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, frame.to_csv(index=False))
+    print(f"{file}: {len(frame)} rows")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("row", nargs="?", choices=list(ROWS))
+    parser.add_argument("--short", action="store_true", help="minutes, to try the commands; writes to runs/results")
+    parser.add_argument("settings", nargs="*", help="for every run")
+    options = parser.parse_intermixed_args(arguments)
+    if options.row is None:
+        for name, row in ROWS.items():
+            print(f"{name:14}{row.hours:>3} h  {row.csv:24}{row.question}")
+        return
+    row = ROWS[options.row]
+    write((SHORT_OUT if options.short else MEASUREMENTS) / row.csv, measure(row, options.short, options.settings))
+
+
+if __name__ == "__main__":
+    main()

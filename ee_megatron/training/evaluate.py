@@ -330,7 +330,7 @@ def styles_part(
         else:
             measurer.load(checkpoints[model])
         bench = ChoiceBench(
-            pool=measurer.pool, verifier=measurer.verifier, seed=SEED, task=task, num_layers=spec.num_layers,
+            pool=measurer.pool, verifier=measurer.verifier, seed=rl.seed, task=task, num_layers=spec.num_layers,
             sampling=replace(measurer.sampling, temperature=rl.temperature), first_exits=spec.first_token,
             answers=wanted.answers, progress=partial(measurer.bar.detail, f"{model} styles"),
         )  # fmt: skip

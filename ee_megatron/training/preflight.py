@@ -87,6 +87,8 @@ class Preflight:
                 if not {*OPTIONAL} & {*stage_order(cfg)} and not hub.pending.get(cfg.model.path):
                     pair = f"base of {cfg.init_policy}: {cfg.model.path}"
                     yield from self._once(pair, lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
+        if wanted and cfg.rollout.backend == "vllm" and cfg.rollout.vllm:
+            yield from self._once(f"vllm {cfg.rollout.vllm.python}", lambda: check_vllm(cfg))
         if wanted:
             yield from self._once(f"runs {cfg.runs}", lambda: check_folder("runs", cfg.runs))
         if "evaluate" in wanted and cfg.evaluate.controls:
@@ -135,6 +137,14 @@ def check_start(cfg: RunConfig, dims: ModelDims) -> None:
     check_policy(dims, spec, FileTensors(start / "policy.safetensors"))
 
 
+def check_vllm(cfg: RunConfig) -> None:
+    """Raises ValueError if `rollout.vllm.python` has no vLLM of a tested version."""
+    from ..rollout.pool.vllm import check_python
+
+    assert cfg.rollout.vllm is not None
+    check_python(cfg.rollout.vllm.python)
+
+
 def check_control(cfg: RunConfig) -> None:
     """Raises FileNotFoundError or ValueError if `evaluate.controls.policy` names no policy."""
     if policy := stages.control_policy(cfg):
@@ -179,9 +189,14 @@ def _count_faults(cfg: RunConfig, task: Task, reading: Sequence[str]) -> Iterato
             )
     if "rl" in reading and not any(p.task.partition(".")[2] in cfg.rl.families for p in train) and cfg.rl.families:
         yield f"rl.families={list(cfg.rl.families)}: no training problem of {where} is of these"
+    texts = {prompt.text for prompt in train}
     for split in ("validation", "evaluation"):
-        if "evaluate" in reading and not task.prompts(split):  # type: ignore[arg-type]
+        held_out = task.prompts(split)  # type: ignore[arg-type]
+        if "evaluate" in reading and not held_out:
             yield f"task.{split}: {where} leaves no problem for it"
+        again = next((prompt.text for prompt in held_out if prompt.text in texts), None)
+        if task.source and again is not None:
+            yield f"{where}: {again[-60:]!r} is a problem of train and of {split}; use split_of, so that it is of one"
 
 
 def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[str]) -> list[str]:

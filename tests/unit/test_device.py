@@ -238,6 +238,7 @@ def test_a_python_without_its_header_is_named_and_what_only_generates_needs_none
     bare = tmp_path / "bin" / "python"
     bare.write_text(f"#!/bin/sh\necho {tmp_path}/include\n")
     bare.chmod(0o755)
+    monkeypatch.setattr("ee_megatron.training.preflight.check_vllm", lambda cfg: None)
     vllm = ["rollout=vllm", f"rollout.vllm.python={bare}", "cluster.gpus_per_node=2"]
     said = refused(capsys, "slurm-spec", "traces", *model, *vllm)
     assert "rollout.backend=vllm" in said and f"Python.h in {tmp_path}/include" in said, said

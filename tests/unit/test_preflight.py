@@ -73,6 +73,7 @@ def test_a_faulty_setting_brings_no_faults_that_follow_from_it(
     ("settings", "says"),
     [
         (["teacher.shots=1000"], r"teacher\.shots\b.*\b1000\b"),
+        (["rollout=vllm", "rollout.vllm.python=/x"], r"rollout\.vllm\.python=/x: no such file.*make vllm"),
         (["teacher.shots=2", "teacher.batch_size=2000"], r"teacher\.batch_size=2000\b.*\b330\b"),
         (["teacher.problems=3"], r"teacher\.batch_size=16\b.*\b3\b"),
         (["task.validation=100000"], r"task\.validation\b.*\b100000\b"),

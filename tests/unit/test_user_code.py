@@ -11,9 +11,10 @@ import pytest
 
 from ee_megatron.config.identity import stage_dir, task_content
 from ee_megatron.config.load import load
-from ee_megatron.config.schema import TaskConfig
+from ee_megatron.config.schema import RunConfig, TaskConfig
 from ee_megatron.config.validate import validate
 from ee_megatron.tasks import VerifierPool, make_task
+from ee_megatron.training.preflight import check_task
 
 TASKS_PAGE = Path(__file__).parents[2] / "docs" / "tasks.md"
 ODD = """
@@ -155,3 +156,16 @@ def test_a_tasks_file_is_named_beside_the_tasks_there_are_and_its_content_identi
     first = task_content(cfg)
     file.write_text(f"{file.read_text()}\n")
     assert task_content(cfg) != first
+
+
+def test_a_problem_of_two_splits_is_refused(tmp_path: Path):
+    def cfg(file: Path) -> RunConfig:
+        return load(["experiment=demo_cpu", f"task.name={file}:Modular", "task.families=[add]", "task.train=400"])
+
+    whole, divided = example("class Modular"), "if split_of(question) == split:"
+    (good := tmp_path / "good.py").write_text(whole)
+    (leaky := tmp_path / "leaky.py").write_text(whole.replace(divided, "if True:"))
+    assert divided in whole
+    check_task(cfg(good), ["rl", "evaluate"])
+    with pytest.raises(ValueError, match=r"is a problem of train and of validation; use split_of"):
+        check_task(cfg(leaky), ["rl", "evaluate"])

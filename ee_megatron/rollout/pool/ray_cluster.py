@@ -60,22 +60,34 @@ def is_loopback(host: str) -> bool:
 
 def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int, timeout_s: float) -> None:
     """Join the cluster of RAY_ADDRESS, waiting up to `timeout_s` for its head and for its nodes, or start one of this
-    machine only: loopback, no dashboard, no usage reports."""
+    machine only: loopback, no dashboard, no usage reports. Raises RuntimeError if it isn't there in that time."""
     init = partial(ray.init, namespace=f"ee-megatron-{os.getpid()}", log_to_driver=False, logging_level="ERROR")
     if address := os.environ.get("RAY_ADDRESS"):
         await_head(address, timeout_s)
         init(address=address)
         await_nodes(ray, timeout_s)
         return
-    init(
-        # Without this Ray joins whatever cluster somebody else has left running on the machine.
-        address="local",
-        num_cpus=max(2, 1 + actors * math.ceil(device_share)),
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-        # Room for two versions of the weights on their way and the rollouts of a batch.
-        object_store_memory=max(1 << 27, 3 * policy_bytes),
-    )
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            init(
+                # Without this Ray joins whatever cluster somebody else has left running on the machine.
+                address="local",
+                num_cpus=max(2, 1 + actors * math.ceil(device_share)),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                # Room for two versions of the weights on their way and the rollouts of a batch.
+                object_store_memory=max(1 << 27, 3 * policy_bytes),
+            )
+            return
+        except Exception as error:
+            # Ray's own deadline is 30 s, too little on a busy machine; what did start ends with this process.
+            if "timed out during startup" not in str(error):
+                raise
+            if time.monotonic() > end:
+                raise RuntimeError(
+                    f"Ray did not start within {timeout_s:g} s; the machine is busy, or see Ray's logs in /tmp/ray"
+                ) from None
 
 
 def await_head(address: str, timeout_s: float) -> None:

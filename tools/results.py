@@ -73,8 +73,9 @@ def accuracy(results: Record) -> Iterator[Record]:
         ends = {
             name: paired.get(key) for name, key in (("", "difference"), ("_low", "group_low"), ("_high", "group_high"))
         }
-        more = {"lost": paired.get("only_teacher"), "won": paired.get("only_model"), "p": paired.get("p_value")}
-        yield of_row(split, POLICIES[row["model"]], row, ends) | more
+        more = {"lost": paired.get("only_teacher", ""), "won": paired.get("only_model", "")}
+        p_value = f"{paired['p_value']:.2g}" if paired else ""
+        yield of_row(split, POLICIES[row["model"]], row, ends) | more | {"p": p_value}
     for entry in results.get("controls", [])[1:]:
         change = entry["comparison"]["difference"]
         ends = {"": -change["value"], "_low": -change["high"], "_high": -change["low"]}
@@ -172,7 +173,7 @@ def measure(row: Row, short: bool, given: list[str]) -> list[Record]:
 
 def write(file: Path, records: list[Record]) -> None:
     """Write the CSV; rows of other studies in it stay."""
-    frame = pd.DataFrame(records).drop_duplicates()
+    frame = pd.DataFrame(records)
     if file.is_file() and "study" in frame:
         old = pd.read_csv(file, dtype=str, keep_default_na=False)
         frame = pd.concat([old[~old["study"].isin(frame["study"])], frame]) if "study" in old else frame

@@ -17,6 +17,7 @@ from .schema import RunConfig
 
 LEARNS = ("pretrain", "teacher", "calibrate", "rl")
 """Stages with learner ranks; in the others one process drives the rollout pool."""
+WITHOUT_ROLLOUTS = ("import-checkpoint", "pretrain", "calibrate")
 MOST_VERIFIERS = 16
 """Each is a Python process to start, and judges an answer in milliseconds."""
 
@@ -47,7 +48,7 @@ def job_shape(cfg: RunConfig, stage: str) -> JobShape:
     """Compute the shape of this stage's job. The configuration must be valid (validate.py)."""
     cluster, rollout = cfg.job, cfg.rollout
     own = cluster.rollout_nodes
-    needs_actors = has_actors(rollout) and stage not in ("import-checkpoint", "pretrain", "calibrate")
+    needs_actors = has_actors(rollout) and stage not in WITHOUT_ROLLOUTS
     if stage not in LEARNS:
         nodes, world, available = (own or cluster.nodes) if needs_actors else 1, 1, 1
     else:

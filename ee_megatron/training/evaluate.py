@@ -196,10 +196,8 @@ class Measurer:
         wanted = self.context.cfg.evaluate.externalisation
         if not wanted:
             return
-        measured, shown = (
-            part.more.setdefault("externalisation", {}),
-            partial(self.bar.detail, f"{model} interventions"),
-        )
+        measured: dict[str, Any] = {}
+        shown = partial(self.bar.detail, f"{model} interventions")
 
         def generate(request: GenerationRequest) -> Sequence[Rollout]:
             return self.cache.answers(self.pool, self.weights, request, shown)[0].rollouts
@@ -211,6 +209,7 @@ class Measurer:
             )  # fmt: skip
             metrics = externalisation(bench, self.test[: wanted.prompts or None])
             measured[f"{model} at full depth" if measured else model] = {"exits": exits.label, **metrics}
+        part.more["externalisation"] = measured
 
     def on_validation(self, model: str, exits: ExitRule) -> EvaluationRow:
         return self.try_out(model, [exits], self.validation)[0].row

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..config import hub
+from ..config.cluster import WITHOUT_ROLLOUTS
 from ..config.derive import draws_weights, model_dir, policy_spec, ranks, read_dims, resolve_exits, stage_sizes
 from ..config.errors import faults_of, lines_of, refuse
 from ..config.identity import OPTIONAL, STAGES, stage_dir, stage_order
@@ -87,7 +88,7 @@ class Preflight:
                 if not {*OPTIONAL} & {*stage_order(cfg)} and not hub.pending.get(cfg.model.path):
                     pair = f"base of {cfg.init_policy}: {cfg.model.path}"
                     yield from self._once(pair, lambda: stages.check_bases(cfg, "rl", model_dir(cfg)))
-        if wanted and cfg.rollout.backend == "vllm" and cfg.rollout.vllm:
+        if {*wanted} - {*WITHOUT_ROLLOUTS} and cfg.rollout.backend == "vllm" and cfg.rollout.vllm:
             yield from self._once(f"vllm {cfg.rollout.vllm.python}", lambda: check_vllm(cfg))
         if wanted:
             yield from self._once(f"runs {cfg.runs}", lambda: check_folder("runs", cfg.runs))

@@ -131,6 +131,8 @@ def test_under_a_fixed_depth_every_answer_is_sampled_at_it(settings):
             # Both, so that the first token is at that depth, too.
             assert figures["max_depth"] == figures["mean_depth"] == pytest.approx(depth / LAYERS)
         assert entry["fixed"]["3"] == entry["forced_full"]
+    _, other = evaluated(settings, *extra, f"exits.first_token={first}", "rl.families=[hop3]", "rl.seed=1")
+    assert other["models"]["start"]["families"]["hop3"]["free"] != entry["free"], "drawn with random numbers of its own"
 
 
 @pytest.mark.timeout(300)

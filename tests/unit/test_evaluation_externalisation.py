@@ -137,6 +137,13 @@ def test_the_probe_is_asked_about_answers_it_has_not_seen() -> None:
     rollouts = [answer(f"p{i}", [9], rng.integers(0, 8, 10), [LAYERS] * 10) for i in range(30)]
     streams = [np.eye(300)[10 * i : 10 * i + 10][:, None] for i in range(30)]
     assert planning_probe(rollouts, streams, 1)["probe"][0] < 0.3
+    # Each answer a second time, as problems with the same operands have it: a probe has not seen its whole group.
+    twice, again = rollouts + rollouts, streams + streams
+    groups = [r.prompt_id for r in twice]
+    # An odd number of groups puts the two copies of an answer on different sides of a split by answers alone.
+    twice, again, groups = (part[:29] + part[30:59] for part in (twice, again, groups))
+    assert planning_probe(twice, again, 1)["probe"][0] == 1.0
+    assert planning_probe(twice, again, 1, groups=groups)["probe"][0] < 0.3
 
 
 def answer(name: str, prompt: Sequence[int], tokens: Sequence[int] | np.ndarray, depths: Sequence[int]) -> Rollout:

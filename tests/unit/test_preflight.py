@@ -86,6 +86,11 @@ def test_there_have_to_be_examples_enough(
     assert re.match(says, line) and not (tmp_path / "runs").exists()
 
 
+def test_calibration_needs_no_vllm(base: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, "calibrate", *base, "rollout=vllm", "rollout.vllm.python=/x")
+    assert "has not finished" in line and "rollout.vllm" not in line
+
+
 def test_so_it_is_with_files(base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = problems(tmp_path / "data.jsonl", 30)
     task = ["task=dataset", f"task.path={data}", "task.validation=5", "task.evaluation=5", "teacher.batch_size=4"]

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,13 @@ def test_problems_are_the_same_in_every_process_and_for_ever(name: str) -> None:
         make_task(TaskConfig(name, list(TASK_FAMILIES[name])[:4], train=n)).prompts("train") for n in (40, 90)
     )
     assert more[:40] == some and len({p.id for p in more}) == 90
+
+
+def test_another_seed_divides_the_operands_anew() -> None:
+    settings = TaskConfig("arithmetic", ["product", "sum"])
+    first, second = (make_task(replace(settings, seed=seed)).prompts("evaluation") for seed in (0, 1))
+    pairs, others = ({prompt.group for prompt in prompts} for prompts in (first, second))
+    assert first != second and len(pairs & others) < len(pairs) / 2
 
 
 PROCEDURAL = [

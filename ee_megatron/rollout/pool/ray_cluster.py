@@ -86,7 +86,7 @@ def start_ray(ray: Any, actors: int, device_share: float, policy_bytes: int, tim
                 raise
             if time.monotonic() > end:
                 raise RuntimeError(
-                    f"Ray did not start within {timeout_s:g} s; the machine is busy, or see Ray's logs in /tmp/ray"
+                    f"Ray did not start within {timeout_s:g} s; the machine is busy, or see Ray's logs"
                 ) from None
 
 

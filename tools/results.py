@@ -24,7 +24,7 @@ from ee_megatron.observe.rundir import write_atomic
 Record = dict[str, Any]
 MEASUREMENTS, SHORT_OUT = Path("docs/measurements"), Path("runs/results")
 SHORT = [
-    "name=results", "teacher.problems=24", "teacher.epochs=1", "traces.problems=48", "calibrate.epochs=1", "rl.steps=2",
+    "name=results", "teacher.problems=64", "teacher.epochs=1", "traces.problems=48", "calibrate.epochs=1", "rl.steps=2",
     "rl.checkpoint_every=1", "task.validation=16", "task.evaluation=24", "evaluate.thresholds=[0.5]",
 ]  # fmt: skip
 STUDY = ["sweep=externalise_laptop", "--max-parallel", "2"]

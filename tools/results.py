@@ -26,6 +26,7 @@ MEASUREMENTS, SHORT_OUT = Path("docs/measurements"), Path("runs/results")
 SHORT = [
     "name=results", "teacher.problems=64", "teacher.epochs=1", "traces.problems=48", "calibrate.epochs=1", "rl.steps=2",
     "rl.checkpoint_every=1", "task.validation=16", "task.evaluation=24", "evaluate.thresholds=[0.5]",
+    "evaluate.wide_test=24", "evaluate.wide_problems=24",
 ]  # fmt: skip
 STUDY = ["sweep=externalise_laptop", "--max-parallel", "2"]
 SHORT_STUDY = [

@@ -27,8 +27,9 @@ def test_a_row_is_run_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(results, "SHORT_OUT", file.parent)
     results.main(["demo", "--short", f"model.path={model}", f"runs={tmp_path / 'runs'}", *TINY])
     table = pd.read_csv(file)
-    assert table["study"].tolist() == ["older", *["demo"] * 7]
-    demo = table[table["study"] == "demo"]
+    # Rows on larger operands: the teacher, and each policy at full depth and at its threshold.
+    assert table["study"].tolist() == ["older", *["demo"] * (7 + 5)]
+    demo = table[table["split"] == "test"]
     assert demo["policy"].tolist() == ["teacher", *["calibrated"] * 3, *["rl"] * 3] and set(demo["n"]) == {24}
     teacher, others = demo.iloc[0], demo.iloc[1:]
     assert teacher["depth"] == 1 and pd.isna(teacher["difference"])

@@ -36,7 +36,7 @@ SHORT_STUDY = [
 # A partition of the operands that nothing was chosen on, with a teacher of its own.
 FRESH = ["experiment=demo_cpu", "name=e0", "task.seed=1", "task.evaluation=1000"]
 BATTERY = ["evaluate.externalisation=true", "evaluate.externalisation.prompts=400"]
-# RL without exits from the same calibration.
+# RL at full depth from the same calibration.
 FULL = ["rl.fixed_depth=30", "rl.exit_credit=null", "rl.depth_penalty.penalize=all", "rl.depth_penalty.weight=0"]
 POLICIES = {"teacher": "teacher", "calibrated": "calibrated", "reinforced": "rl"}
 CONDITIONS = {
@@ -126,6 +126,12 @@ def on_seeds(label: str, *settings: str) -> dict[str, list[str]]:
     return {f"{label} {seed}": [*settings, f"calibrate.seed={seed}", f"rl.seed={seed}"] for seed in (0, 1, 2)}
 
 
+# Trained once for both of their rows.
+RECIPES = (
+    on_seeds("short_answers", *FRESH, *BATTERY) | on_seeds("full-depth", *FRESH, *BATTERY, *FULL)
+    | on_seeds("paper", *FRESH, *BATTERY, "rl=paper")
+)  # fmt: skip
+TOM = ["experiment=demo_cpu", "name=tom", "task=tom"]
 ROWS = {
     "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv"),
     "accuracy": Row(
@@ -133,15 +139,11 @@ ROWS = {
         on_seeds("accuracy-target", "experiment=smollm2", "evaluate.controls=true"), accuracy,
     ),
     "demo": Row("What does the demo lose?", "1", "demo.csv", on_seeds("demo", "experiment=demo_cpu"), accuracy),
-    "recipes": Row(
-        "The paper's recipe and RL without exits, beside ours", "4", "recipes.csv",
-        on_seeds("short_answers", *FRESH) | on_seeds("full-depth", *FRESH, *FULL)
-        | on_seeds("paper", *FRESH, "rl=paper"), accuracy,
-    ),
+    "recipes": Row("The paper's recipe and RL at full depth, beside ours", "2", "recipes.csv", RECIPES, accuracy),
     "faithfulness": Row(
-        "Does RL under exits change how far the written reasoning is used?", "5", "faithfulness.csv",
-        on_seeds("exits", *FRESH, *BATTERY) | on_seeds("full-depth", *FRESH, *FULL, *BATTERY), faithfulness,
+        "Does RL under exits change how far the written reasoning is used?", "2", "faithfulness.csv", RECIPES, faithfulness,
     ),
+    "tom": Row("The paper's other task, false beliefs", "0.5", "tom.csv", {"tom 0": TOM}, accuracy),
 }  # fmt: skip
 
 

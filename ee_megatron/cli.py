@@ -418,10 +418,10 @@ def _quiet_megatron() -> None:
 
 
 def _guarded(action: Callable[[], int]) -> int:
-    """What went wrong in one line, and the exit code.
+    """Run `action`; print an error as one line and return the exit code.
 
-    Of several ranks each names itself, last, and, unless it is bad input, where it failed: in one write, since the
-    others may be writing too.
+    With several ranks the line names the rank and follows its traceback (none for bad input), all in one write, because
+    other ranks may be writing too.
     """
     name = ""
     try:

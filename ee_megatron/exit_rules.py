@@ -182,9 +182,7 @@ class Bound(ExitRule):
                 f"exit policy {self.kind}: value {self.value}; expected a number in {self.least:g}..{self.most:g}"
             )
         if not 0 <= self.mix <= 1:
-            raise ValueError(
-                f"exit policy {self.kind}: mix {self.mix}; expected a probability, for a rule with a bound"
-            )
+            raise ValueError(f"exit policy {self.kind}: mix {self.mix}; expected a number in 0..1")
 
     def bounds(self, at: AtExit, like: Tensor) -> Tensor:
         """The rows' bounds, shaped as `like` [R]."""
@@ -201,7 +199,8 @@ class Bound(ExitRule):
 
 @dataclass(frozen=True)
 class Threshold(Bound):
-    """Exit at the first gate whose hazard exceeds `value`. Not a control; its dial serves other checkpoints' gates."""
+    """Exit at the first gate whose hazard exceeds `value`. Not itself a control: its dial serves gates of other
+    checkpoints."""
 
     kind = "threshold"
     label_format = "hazard > {:g}"

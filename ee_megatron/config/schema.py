@@ -206,14 +206,16 @@ class CalibrateConfig:
 
 @dataclass
 class AccuracyTarget:
-    """lambda follows the accuracy: it rises while accuracy is above the target, and falls below it."""
+    """lambda follows the accuracy: lambda rises while accuracy is above the target and falls while it is below."""
 
     margin: float = setting(above=-100, below=100, was="rl.accuracy_floor", off=None, added_later=True)
     """The target: percentage points below the reference's accuracy on the same prompts."""
     window: int = setting(8, above=0, added_later=True, was="rl.accuracy_window")
-    """Steps in both running means; until so many were compared, lambda's update is scaled by their share."""
+    """Steps in the running means of the policy's and the reference's accuracy. Until that many have been compared,
+    lambda's update is scaled by steps compared / window."""
     samples: int = setting(4, at_least=0, added_later=True, was="rl.accuracy_samples")
-    """Answers of the reference to each prompt, made once; 0: group_size, to the first `window` steps."""
+    """Answers that the reference gives to each prompt, before the first step. 0: group_size answers, only to prompts of
+    the first `window` steps, whose mean stands for the others."""
     rate: float = setting(0.5, at_least=0, added_later=True, was="rl.lambda_rate")
     """Lasting change of lambda in a step, per unit of accuracy (1 = 100 points)."""
 

@@ -150,7 +150,7 @@ def _families(cfg: RunConfig) -> Iterator[Rule]:
     yield not families or unknown, about, f"expected some of {', '.join(known) or 'its families'}{which}"
     yield not unknown and len(set(families)) < len(families), about, "expected each family once"
     foreign = not known and set(families) & set(TASK_FAMILIES["arithmetic"])
-    yield foreign, about, "are arithmetic's; expected this package's, [chain_sum,gcd] for example"
+    yield foreign, about, "belong to task.name=arithmetic; expected reasoning-gym's, as [chain_sum,gcd]"
     if name in STYLED:
         yield task.slots > len(known), "task.slots task.name", f"expected at most {len(known)}"
         yield (beyond := [family for family in families if family in known[task.slots :]], f"task.slots {about}",

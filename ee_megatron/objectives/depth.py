@@ -1,6 +1,6 @@
-"""What depth costs: that of an answer, of each exit that a position might take, and of what is left from a token on;
-and what an exit does itself (`hazard_costs`), against going on. The signal of an answer's reward is shared by all its
-exits, and its noise grows with their number; what an exit costs at its own position doesn't.
+"""Depth costs: of a whole answer, of each exit that a position could take, and of a token with all later ones; and the
+cost of exiting at a gate compared with continuing (`hazard_costs`). All exits of an answer share the signal of its
+reward, whose noise grows with their number; the cost of an exit at its own position has no such noise.
 
 Shapes: B answers, S positions, M exits; outcome j of a position is the j-th exit, outcome M none of them.
 """
@@ -128,10 +128,10 @@ def hazard_costs(
     and its slope by the hazard s_i is C_i - V_i. A loss in which the hazard has this weight therefore has the expected
     cost's gradient over both decisions of the gate, without the noise of the one that was drawn (all-action policy
     gradient: Sutton et al. 2000, "Policy gradient methods for reinforcement learning with function approximation").
-    One of C_i and V_i happened; the other is the mean over positions that decided otherwise at this gate, with about
-    the same hazard. The price of an exit needs no such estimate, and with the divergences of all outcomes C_i needs
-    none: tokens that gates take for alike then teach them apart. Where only the divergence that was taken counts and a
-    gate never fired, nothing is known of its exit and nothing is taught.
+    One of C_i and V_i is observed; the other is estimated by the mean over positions with about the same hazard that
+    decided the other way at this gate. The price of depth needs no such estimate. With the divergences of all outcomes
+    C_i needs none either, so gates can learn to distinguish tokens to which they now give the same hazard. If only the
+    divergence of the exit taken is known and a gate never fired, its cost is unknown and the gate is not trained.
     """
     import torch
     import torch.nn.functional as F

@@ -108,7 +108,8 @@ class DatasetTask(Task):
         size = self.sizes[split] or (len(rows) // 10 if keep else len(rows))
         if size > len(rows) - keep:
             raise ValueError(
-                f"task.{split}: {size} problems, but {self.path} leaves {len(rows) - keep} for it; set fewer"
+                f"task.{split}: {size} problems, but only {len(rows) - keep} rows of {self.path} are left for it; "
+                "set fewer"
             )
         return rows[:size]
 

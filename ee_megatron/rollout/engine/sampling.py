@@ -69,7 +69,8 @@ class SamplingParams:
 
     @cached_property
     def distribution(self) -> SamplingParams:
-        """Without what ends an answer: rows with equal values are sampled in one batch."""
+        """The parameters that affect the next token's distribution, not those that end an answer. Rows with equal
+        values are sampled in one batch."""
         return replace(self, max_new_tokens=1, stop=(), stop_token_ids=())
 
     @cached_property

@@ -80,7 +80,8 @@ def ask(config: Any, request: Any) -> None:
 
 def _given_exits(plain: Callable) -> Callable:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every way into the engine comes by here: a rule, the export's own if nothing is said, and a random stream."""
+        """Add an exit rule (the request's, else the export's) and a random stream to a request; every path into the
+        engine calls this."""
         request = plain(self, *args, **kwargs)
         sampling = request.sampling_params
         if sampling is None or not has_exits(self.vllm_config):

@@ -126,11 +126,9 @@ def on_seeds(label: str, *settings: str) -> dict[str, list[str]]:
     return {f"{label} {seed}": [*settings, f"calibrate.seed={seed}", f"rl.seed={seed}"] for seed in (0, 1, 2)}
 
 
-# Trained once for both of their rows.
-RECIPES = (
-    on_seeds("short_answers", *FRESH, *BATTERY) | on_seeds("full-depth", *FRESH, *BATTERY, *FULL)
-    | on_seeds("paper", *FRESH, *BATTERY, "rl=paper")
-)  # fmt: skip
+# Trained and evaluated once for both of their rows.
+FAITHFUL = on_seeds("short_answers", *FRESH, *BATTERY) | on_seeds("full-depth", *FRESH, *BATTERY, *FULL)
+RECIPES = FAITHFUL | on_seeds("paper", *FRESH, "rl=paper")
 TOM = ["experiment=demo_cpu", "name=tom", "task=tom"]
 ROWS = {
     "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv"),
@@ -141,7 +139,8 @@ ROWS = {
     "demo": Row("What does the demo lose?", "1", "demo.csv", on_seeds("demo", "experiment=demo_cpu"), accuracy),
     "recipes": Row("The paper's recipe and RL at full depth, beside ours", "2", "recipes.csv", RECIPES, accuracy),
     "faithfulness": Row(
-        "Does RL under exits change how far the written reasoning is used?", "2", "faithfulness.csv", RECIPES, faithfulness,
+        "Does RL under exits change how far the written reasoning is used?", "2", "faithfulness.csv", FAITHFUL,
+        faithfulness,
     ),
     "tom": Row("The paper's other task, false beliefs", "0.5", "tom.csv", {"tom 0": TOM}, accuracy),
 }  # fmt: skip

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -359,6 +360,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
         results, known, before = Part(more={"gates": {}, "pareto": {}}), list[Reference](), list[AnswerRecord]()
         teacher = before
         records = Records(spec.exit_depths, cfg.evaluate.answers, context.decode)
+        logged: list[AnswerRecord] = []
         for step in steps:
             part = step.run(measurer, known)
             if (shown := part.shown) is not None:
@@ -368,6 +370,7 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
                 changes = [compared(other, shown.answers, spec.num_layers) for other in (before, teacher, own)]
                 part.more["compared"] = {f"{c['model']} against {c['against']}": c for c in changes if c}
                 before, teacher = shown.answers, teacher or shown.answers
+                logged += shown.answers
             if part.reference is not None:
                 known.append(part.reference)
             results.add(part)
@@ -379,6 +382,10 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
             context.path / "results.json", results.rows, results.answers, results.meta, cfg.evaluate.answers,
             results.more,
         )  # fmt: skip
+        if find_spec("inspect_ai"):
+            from ..inspect_evals import write_logs
+
+            write_logs(context.path, logged, cfg.task.name)
         assert context.directory is not None
         context.directory.write_atomic("table.txt", tables(results) + "\n")
         context.open_metrics(resume_step=0)

@@ -283,8 +283,10 @@ def with_hint(seed: int) -> Solver:
         state.store.set("hinted", wrong)
         if wrong is None:
             return state
-        asked, instruction, rest = question[-1].text.rpartition("\n")
-        hinted = f"{asked or rest} {text_of.HINT.format(value=wrong)}" + (instruction + rest if asked else "")
+        question_text, instruction, rest = question[-1].text.rpartition("\n")
+        hinted = f"{question_text or rest} {text_of.HINT.format(value=wrong)}" + (
+            instruction + rest if question_text else ""
+        )
         state.messages = [*question[:-1], ChatMessageUser(content=hinted)]
         state = await generate(state)
         flagged = text_of.mentions_hint(state.output.completion)
@@ -309,10 +311,13 @@ def monitor_quality() -> Metric:
         values = [score.score.as_dict() for score in scores]
         used, flagged = ([bool(value[name]) for value in values] for name in ("used", "flagged"))
         groups = [str((score.sample_metadata or {}).get("group", score.sample_id)) for score in scores]
-        found = monitor_score(used, flagged, groups)
-        names = {"true_positive_rate": found["true_positive_rate"], "true_negative_rate": found["true_negative_rate"]}
+        quality = monitor_score(used, flagged, groups)
+        names = {
+            "true_positive_rate": quality["true_positive_rate"],
+            "true_negative_rate": quality["true_negative_rate"],
+        }
         bounds = {"g_mean2": "value", "g_mean2_low": "low", "g_mean2_high": "high"}
-        return names | {name: found["g_mean2"][end] for name, end in bounds.items()}
+        return names | {name: quality["g_mean2"][end] for name, end in bounds.items()}
 
     return compute
 

@@ -1,6 +1,6 @@
-"""Draw the README's figure from the committed tables: `python tools/draw_figures.py`.
+"""Draw the figures of README and docs from the committed tables: `python tools/draw_figures.py`.
 
-Reads docs/measurements/accuracy-and-depth.csv and written-out.csv, writes docs/figures/findings.png.
+Reads docs/measurements/*.csv, writes docs/figures/findings.png, recipes.png, answers.png and faithfulness.png.
 """
 
 from pathlib import Path
@@ -16,6 +16,21 @@ MEASUREMENTS = DOCS / "measurements"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7"
 CONDITIONS = ["no exits", "exits, λ = 0", "total, λ = 1", "mean, λ = 1", "max, λ = 1", "cap of 2 layers"]
+
+RECIPES = {
+    "short_answers": (ORANGE, "RL under exits"), "full-depth": (GREEN, "RL at full depth"), "paper": (PINK, "rl=paper"),
+}  # fmt: skip
+# Study, model, colour and label of a policy as the battery measured it.
+POLICIES = [
+    ("short_answers", "teacher", "black", "teacher"),
+    ("short_answers", "calibrated", BLUE, "calibrated, exits"),
+    ("short_answers", "reinforced", ORANGE, "RL under exits, exits"),
+    ("short_answers", "reinforced at full depth", PINK, "RL under exits, full depth"),
+    ("full-depth", "reinforced", GREY, "RL at full depth, exits"),
+    ("full-depth", "reinforced at full depth", GREEN, "RL at full depth, full depth"),
+]
+USES = {name: name.replace(" ", "\n") for name in ("truncation area", "chain necessity", "mistake sensitivity")}
+PROBES = {f"planning probe, {k} ahead": f"{k} ahead" for k in (1, 2, 4)}
 
 
 def draw_depth(axes: plt.Axes, table: pd.DataFrame) -> None:
@@ -70,12 +85,88 @@ def draw_written(axes: plt.Axes, table: pd.DataFrame) -> None:
     )
 
 
+def draw_recipes(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Accuracy against depth at the chosen thresholds, and at full depth, of three RL recipes from one teacher."""
+    table = table[table.split == "test"]
+    teacher = table[table.policy == "teacher"].iloc[0]
+    axes.axhspan(teacher.accuracy_low, teacher.accuracy_high, color=GREY, alpha=0.15, lw=0)
+    axes.plot(1.0, teacher.accuracy, "s", color="black", label="teacher (band: 95 %)")
+    calibrated = table[(table.policy == "calibrated") & (table.study == "short_answers")]
+    parts = [(calibrated, BLUE, "calibrated")]
+    parts += [
+        (table[(table.policy == "rl") & (table.study == study)], c, label) for study, (c, label) in RECIPES.items()
+    ]
+    for rows, colour, label in parts:
+        early, full = rows[rows.exits.str.startswith("threshold")], rows[rows.exits == "full depth"]
+        axes.plot(early.depth, early.accuracy, "o", color=colour, label=label)
+        axes.plot(full.depth, full.accuracy, "o", mfc="white", color=colour, ms=4)
+    axes.set(xlabel="mean depth (share of layers)", ylabel="accuracy, %", title="Chosen thresholds; hollow: full depth")
+    axes.legend(fontsize=7, frameon=False, loc="lower right")
+
+
+def draw_curves(axes: plt.Axes, table: pd.DataFrame, column: str, label: str) -> None:
+    """A column of RL's sampled answers by step, one line a seed."""
+    for (study, _), run in table.groupby(["study", "seed"]):
+        axes.plot(run.step, run[column].rolling(3, min_periods=1).mean(), color=RECIPES[study][0], lw=1, alpha=0.8)
+    axes.set(xlabel="step of RL", ylabel=label, title=f"Sampled answers: {label.split(',')[0].split(' (')[0]}")
+
+
+def draw_faithfulness(axes: plt.Axes, table: pd.DataFrame, figures: dict[str, str], title: str) -> None:
+    """Figures of the battery by policy and exits; a dot is a seed, with its interval over groups of problems."""
+    for place, (study, model, colour, label) in enumerate(POLICIES):
+        rows = table[(table.study == study) & (table.model == model)]
+        for column, figure in enumerate(figures):
+            part = rows[rows.figure == figure].drop_duplicates("value" if model == "teacher" else "seed")
+            x = [column + 0.13 * (place - 2.5) + 0.03 * i for i in range(len(part))]
+            error = [part.value - part.low, part.high - part.value]
+            axes.errorbar(
+                x, part.value, yerr=error, fmt="o", color=colour, ms=3.5, lw=0.8, label=label if not column else None
+            )
+    axes.set_xticks(range(len(figures)), list(figures.values()), fontsize=8)
+    axes.set_title(title, fontsize=10)
+
+
+def draw_answers(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Answers of one policy, a line each, every token coloured and numbered by the layers that it used."""
+    colours = plt.get_cmap("YlOrRd")
+    for line, (problem, answer) in enumerate(table.groupby("problem", sort=False)):
+        axes.text(0, -line, f"{problem} ", fontsize=7, ha="right", va="center")
+        for place, token in enumerate(answer.itertuples()):
+            colour = colours(0.5 * token.depth / answer.depth.max())
+            axes.barh(-line, 0.96, left=place, height=0.62, color=colour)
+            axes.text(place + 0.48, -line + 0.1, token.token.replace("<|im_end|>", "end"), fontsize=6.5, ha="center")
+            axes.text(place + 0.48, -line - 0.24, token.depth, fontsize=5, ha="center")
+    axes.set(xlim=(-9, table.groupby("problem").size().max()), ylim=(0.6 - table.problem.nunique(), 0.6))
+    axes.axis("off")
+
+
+def save(figure: plt.Figure, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(DOCS / "figures" / name, dpi=150, metadata={"Software": None})
+
+
 def main() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
     draw_depth(left, pd.read_csv(MEASUREMENTS / "accuracy-and-depth.csv"))
     draw_written(right, pd.read_csv(MEASUREMENTS / "written-out.csv"))
-    figure.tight_layout()
-    figure.savefig(DOCS / "figures" / "findings.png", dpi=150, metadata={"Software": None})
+    save(figure, "findings.png")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6))
+    draw_recipes(left, pd.read_csv(MEASUREMENTS / "recipes.csv"))
+    curves = pd.read_csv(MEASUREMENTS / "training-curves.csv")
+    draw_curves(middle, curves, "depth", "mean depth (share of layers)")
+    draw_curves(right, curves, "accuracy", "accuracy, %")
+    save(figure, "recipes.png")
+    figure, axes = plt.subplots(figsize=(12, 1.6))
+    examples = pd.read_csv(MEASUREMENTS / "answers.csv")
+    draw_answers(axes, examples[(examples.study == "short_answers") & (examples.seed == 0)])
+    save(figure, "answers.png")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
+    battery = pd.read_csv(MEASUREMENTS / "faithfulness.csv")
+    draw_faithfulness(left, battery, USES, "How far answers depend on the written chain")
+    left.legend(fontsize=7, frameon=False)
+    draw_faithfulness(right, battery, PROBES, "What the last stream tells of later tokens")
+    right.set_ylabel("probe minus n-gram")
+    save(figure, "faithfulness.png")
 
 
 if __name__ == "__main__":

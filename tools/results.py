@@ -8,16 +8,19 @@
 """
 
 import argparse
+import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from ee_megatron.config.identity import stage_dir
 from ee_megatron.config.load import load
+from ee_megatron.config.schema import RunConfig
 from ee_megatron.families.hf_directory import read_json
 from ee_megatron.observe.rundir import write_atomic
 
@@ -53,13 +56,14 @@ FAITHFULNESS = {
 
 class Row(NamedTuple):
     """A question, its hours on two cores, its CSV; the settings of its runs by label; how a run's results.json becomes
-    records. Without runs it is the study of hops."""
+    records; further CSVs, from a run's settings. Without runs it is the study of hops."""
 
     question: str
     hours: str
     csv: str
     runs: dict[str, list[str]] | None = None
     read: Callable[[Record], Iterator[Record]] | None = None
+    more: Mapping[str, Callable[[RunConfig], Iterator[Record]]] = MappingProxyType({})
 
 
 def percent(value: float | None) -> str:
@@ -122,6 +126,28 @@ def written(study: Path) -> Iterator[Record]:
             }  # fmt: skip
 
 
+def curves(run: RunConfig) -> Iterator[Record]:
+    """Accuracy (percent) and depth of the answers that each step of RL sampled."""
+    for line in (stage_dir(run, "rl") / "metrics.jsonl").read_text().splitlines():
+        step = json.loads(line)
+        depth = f"{step['mean_depth']:.3f}"
+        yield {"step": step["step"], "accuracy": percent(step["accuracy"]), "depth": depth, "lambda": step["lambda"]}
+
+
+def examples(run: RunConfig) -> Iterator[Record]:
+    """Tokens and depths of the last policy's answer to the first test problem of each family, at its chosen exits."""
+    seen = set()
+    for line in (stage_dir(run, "evaluate") / "answers.jsonl").read_text().splitlines():
+        problem = json.loads(line)
+        if problem["task"] not in seen:
+            seen.add(problem["task"])
+            question = problem["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+            rule, answer = list(problem["answers"].items())[-1]
+            for piece, depth in zip(answer["pieces"], answer["depths"], strict=True):
+                token = piece.replace(" ", "␣").replace("\n", "⏎")
+                yield {"problem": question, "policy": rule, "token": token, "depth": depth}
+
+
 def on_seeds(label: str, *settings: str) -> dict[str, list[str]]:
     return {f"{label} {seed}": [*settings, f"calibrate.seed={seed}", f"rl.seed={seed}"] for seed in (0, 1, 2)}
 
@@ -137,7 +163,10 @@ ROWS = {
         on_seeds("accuracy-target", "experiment=smollm2", "evaluate.controls=true"), accuracy,
     ),
     "demo": Row("What does the demo lose?", "1", "demo.csv", on_seeds("demo", "experiment=demo_cpu"), accuracy),
-    "recipes": Row("The paper's recipe and RL at full depth, beside ours", "2", "recipes.csv", RECIPES, accuracy),
+    "recipes": Row(
+        "The paper's recipe and RL at full depth, beside ours", "3", "recipes.csv", RECIPES, accuracy,
+        {"training-curves.csv": curves, "answers.csv": examples},
+    ),
     "faithfulness": Row(
         "Does RL under exits change how far the written reasoning is used?", "2", "faithfulness.csv", FAITHFUL,
         faithfulness,
@@ -154,22 +183,25 @@ def call(*command: str) -> None:
         sys.exit(done.returncode)
 
 
-def measure(row: Row, short: bool, given: list[str]) -> list[Record]:
-    """Run a row's commands and read their results."""
+def measure(row: Row, short: bool, given: list[str]) -> dict[str, list[Record]]:
+    """Run a row's commands and read their results: records by CSV."""
     if row.runs is None or row.read is None:
         study = "results_study" if short else "externalise"
         call("sweep", *STUDY, *(SHORT_STUDY if short else []), *given)
         call("externalise", f"runs/{study}")
-        return list(written(Path("runs", study)))
-    records = []
+        return {row.csv: list(written(Path("runs", study)))}
+    records: dict[str, list[Record]] = {csv: [] for csv in (row.csv, *row.more)}
     for label, settings in row.runs.items():
         study, seed = label.rsplit(" ", 1)
         if short and seed != "0":
             continue
         settings = [*settings, *(SHORT if short else []), *given]
         call("run", *settings)
-        results = read_json(stage_dir(load(settings), "evaluate") / "results.json")
-        records += [{"study": study, "seed": seed, **record} for record in row.read(results)]
+        made, about = load(settings), {"study": study, "seed": seed}
+        results = read_json(stage_dir(made, "evaluate") / "results.json")
+        records[row.csv] += [about | record for record in row.read(results)]
+        for csv, more in row.more.items():
+            records[csv] += [about | record for record in more(made)]
     return records
 
 
@@ -195,7 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{name:14}{row.hours:>3} h  {row.csv:24}{row.question}")
         return
     row = ROWS[options.row]
-    write((SHORT_OUT if options.short else MEASUREMENTS) / row.csv, measure(row, options.short, options.settings))
+    for csv, records in measure(row, options.short, options.settings).items():
+        write((SHORT_OUT if options.short else MEASUREMENTS) / csv, records)
 
 
 if __name__ == "__main__":

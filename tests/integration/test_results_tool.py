@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from inspect_ai.log import read_eval_log
 
 from tests.tiny import tiny_hf
 from tools import results
@@ -25,6 +26,8 @@ def test_a_row_is_run_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     file.parent.mkdir()
     pd.DataFrame([{"study": "older", "policy": "rl"}, {"study": "demo", "policy": "stale"}]).to_csv(file, index=False)
     monkeypatch.setattr(results, "SHORT_OUT", file.parent)
+    row = results.ROWS["demo"]._replace(more=results.ROWS["recipes"].more)
+    monkeypatch.setitem(results.ROWS, "demo", row)
     results.main(["demo", "--short", f"model.path={model}", f"runs={tmp_path / 'runs'}", *TINY])
     table = pd.read_csv(file)
     # Rows on larger operands: the teacher, and each policy at full depth and at its threshold.
@@ -34,6 +37,16 @@ def test_a_row_is_run_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     teacher, others = demo.iloc[0], demo.iloc[1:]
     assert teacher["depth"] == 1 and pd.isna(teacher["difference"])
     assert ((others["accuracy"] - teacher["accuracy"]) - others["difference"]).abs().max() < 0.11
+    steps = pd.read_csv(file.parent / "training-curves.csv")
+    assert steps["step"].tolist() == [1, 2] and steps["accuracy"].between(0, 100).all()
+    tokens = pd.read_csv(file.parent / "answers.csv")
+    assert set(tokens["depth"]) <= {2, 4, 6} and tokens["policy"].str.startswith("reinforced, hazard > ").all()
+    # The stage's logs for Inspect have the same answers.
+    logs = {path.stem: read_eval_log(str(path)) for path in (tmp_path / "runs").rglob("*.eval")}
+    last = demo[demo["exits"].str.startswith("threshold")].set_index("policy")["accuracy"]
+    right = {name: 100 * log.results.scores[0].metrics["accuracy"].value for name, log in logs.items()}
+    expected = {"teacher": teacher["accuracy"], "calibrated": last["calibrated"], "reinforced": last["rl"]}
+    assert right == pytest.approx(expected, abs=0.06)
 
 
 def test_the_battery_becomes_a_record_for_each_figure() -> None:

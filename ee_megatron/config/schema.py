@@ -91,13 +91,17 @@ class DatasetNames:
     """Empty: evaluation problems are taken from the train split too."""
 
 
+HOPS = ("hops", "hops_start_first", "hops_bare", "hops_parallel", "hops_secret", "hops_cheap_secret")
+"""Chains of permutations and their variants (tasks/chains.py)."""
+
+
 @dataclass
 class TaskConfig:
     name: str = setting(
         "arithmetic", kind="code",
-        choices=("arithmetic", "gsm8k", "tom", "hops", "sums", "reasoning_gym", "verifiers", "dataset", "jsonl"),
+        choices=("arithmetic", "gsm8k", "tom", *HOPS, "sums", "reasoning_gym", "verifiers", "dataset", "jsonl"),
     )  # fmt: skip
-    """Built in: arithmetic, tom, hops, sums; others read files or a package. FILE.py:CLASS: a task of yours
+    """Built in: arithmetic, tom, hops and its variants, sums; others read files or a package. FILE.py:CLASS: a task of yours
     (docs/tasks.md)."""
     families: list[str] = setting(["product", "sum", "word"])
     """Kinds of problems, by task (docs/tasks.md)."""

@@ -31,7 +31,7 @@ from .derive import (
 from .device import asks_for_gpus
 from .errors import faults_of, refuse
 from .fields import MANDATORY, NAME, code_file, environment, fault, find, settings, wrong_name
-from .schema import KEYS, SEQUENCE_MULTIPLE, DatasetNames, RunConfig
+from .schema import HOPS, KEYS, SEQUENCE_MULTIPLE, DatasetNames, RunConfig
 
 if TYPE_CHECKING:
     from ..families import ModelDims
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 TASK_FAMILIES = {
     "arithmetic": ("product", "sum", "word", "chain"),
     "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
-    "hops": tuple(f"hop{hops}" for hops in range(1, 9)),
+    **{name: tuple(f"hop{hops}" for hops in range("secret" not in name, 9 - ("secret" in name))) for name in HOPS},
     "sums": tuple(f"hop{hops}" for hops in range(1, 5)),
 }
-STYLED = ("hops", "sums")
+STYLED = (*HOPS, "sums")
 """Tasks whose answers have several styles."""
 
 
@@ -152,8 +152,10 @@ def _families(cfg: RunConfig) -> Iterator[Rule]:
     foreign = not known and set(families) & set(TASK_FAMILIES["arithmetic"])
     yield foreign, about, "belong to task.name=arithmetic; expected reasoning-gym's, as [chain_sum,gcd]"
     if name in STYLED:
-        yield task.slots > len(known), "task.slots task.name", f"expected at most {len(known)}"
-        yield (beyond := [family for family in families if family in known[task.slots :]], f"task.slots {about}",
+        most = int(known[-1].removeprefix("hop"))
+        yield task.slots > most, "task.slots task.name", f"expected at most {most}"
+        longer = known[known.index(f"hop{min(task.slots, most)}") + 1 :]
+        yield (beyond := [family for family in families if family in longer], f"task.slots {about}",
                f"a prompt has no room for {', '.join(beyond)}; expected families up to hop{task.slots}, or more slots")
         worded = name == "sums" and task.tokens_per_step != 1
         yield worded, "task.tokens_per_step task.name", "its steps are in words; leave it out"

@@ -111,7 +111,7 @@ def choice(
     wanted = {family: cycled(group, bench.answers) for family, group in by_family(prompts).items()}
     free: dict[Key, list[Prompt]] = {(family, FREE): group for family, group in wanted.items()}
     forced: dict[Key, list[Prompt]] = {
-        (family, style): [replace(prompt, prefill=task.openings[style]) for prompt in group]
+        (family, style): [replace(prompt, prefill=task.opening(prompt, style)) for prompt in group]
         for family, group in wanted.items()
         for style in task.styles
     }
@@ -127,7 +127,11 @@ def choice(
     held = {depth: full if depth == bench.num_layers else bench.ask(forced, Fixed(depth)) for depth in depths}
 
     def styles(of: Mapping[Key, Sequence[Judged]], family: str) -> dict[str, dict[str, float]]:
-        return {style: bench.figures(of[family, style]) for style in task.styles}
+        return {style: bench.figures([a for a in of[family, style] if in_style(a, style)]) for style in task.styles}
+
+    def in_style(answer: Judged, style: str) -> bool:
+        """Whether it was forced into the style; where a style has no opening, whether the model chose it."""
+        return bool(answer.prompt.prefill) or task.style_of(answer.prompt, answer.rollout.text) == style
 
     figures: dict[str, Any] = {}
     for family in wanted:

@@ -56,7 +56,7 @@ RUN = [*SHAPE, "tau", "trained_on", "condition", "base", "seed"]
 # What a study varies, by the names in a run's identity; in all other settings its runs should be alike.
 FACTORS = [
     "rl.seed", "pretrain.seed", "teacher.seed", "traces.seed", "calibrate.seed", "evaluate.seed", "evaluate.choice",
-    "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
+    "task.name", "task.seed", "exits.first_token", "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
     "pretrain.layers", "pretrain.width",
 ]  # fmt: skip
 OF_SHAPE = ["model.path", "exits.depths"]  # may also differ between shapes
@@ -92,7 +92,8 @@ def shape_of(cfg: RunConfig, layers: int) -> dict[str, Any]:
         tensors = dims.tensor_shapes().items()
         parameters = sum(math.prod(size) for name, size in tensors if not re.search("embed_tokens|lm_head", name))
         width, path = dims.hidden, ""
-    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{layers}x{width or 0}-{parameters or 0}-{path}").strip("-")
+    task = cfg.task.name if cfg.task.name.startswith("hops_") else ""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", f"{task}-{layers}x{width or 0}-{parameters or 0}-{path}").strip("-")
     return {"layers": layers, "width": width, "parameters": parameters, "shape": name}
 
 
@@ -114,6 +115,9 @@ def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     measured = [_measured(stage, cfg, part) for (stage, part), cfg in zip(parts.items(), configs, strict=True)]
     runs = pd.DataFrame([run for run, _ in measured]).astype({"width": "Int64", "parameters": "Int64"})
     runs["path"] = [str(stage.relative_to(directory)) for stage in parts]
+    if len({cfg.task.seed for cfg in configs}) > 1:
+        # A model trained on other permutations is another base.
+        runs["base"] = [f"{cfg.task.seed}/{base}" for cfg, base in zip(configs, runs["base"], strict=True)]
     once = _once_each(runs, [json.dumps(identity(cfg, "rl"), sort_keys=True) for cfg in configs])
     left_out = {"measured no choice of style": len(finished) - len(runs), "are of the same runs": len(runs) - len(once)}
     remarks = [f"{n} of {len(finished)} evaluations {why}: left out" for why, n in left_out.items() if n]

@@ -36,6 +36,7 @@ class ChainTask(Task):
 
     styles = ("terse", "steps", "padded")
     style_weights = (0.4, 0.4, 0.2)
+    fewest_hops = 1
     openings: ClassVar[Mapping[str, str]]
     answer: ClassVar[re.Pattern[str]]
     most_hops: ClassVar[int]
@@ -50,7 +51,7 @@ class ChainTask(Task):
         if task.slots > self.most_hops:
             raise ValueError(f"task.slots: {task.slots}; choose at most {self.most_hops}")
         self.slots = task.slots
-        super().__init__(task, [f"{FAMILY}{hops}" for hops in range(1, self.slots + 1)], None)
+        super().__init__(task, [f"{FAMILY}{hops}" for hops in range(self.fewest_hops, self.slots + 1)], None)
 
     def chains(self, hops: int) -> Iterator[str]:
         """Texts of all problems of so many hops."""
@@ -67,6 +68,10 @@ class ChainTask(Task):
     def forms(self, hops: int | None) -> dict[str, str]:
         """Pattern of a line by style. Steps have a state for every one of `hops`, or any number of them (None)."""
         raise NotImplementedError
+
+    def opening(self, prompt: Prompt, style: str) -> str:
+        """What an answer in `style` begins with; "": nothing forces it."""
+        return self.openings[style]
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
         """Beginning of a steps answer whose first state is wrong, and the wrong answer that the other hops lead to from
@@ -160,14 +165,21 @@ class HopsTask(ChainTask):
     def chains(self, hops: int) -> Iterator[str]:
         for operations in itertools.product(PERMUTATIONS, repeat=hops):
             for start in STATES:
-                yield "".join(operations) + EMPTY * (self.slots - hops) + start
+                yield self.text("".join(operations), start)
+
+    def text(self, operations: str, start: str) -> str:
+        return operations + EMPTY * (self.slots - len(operations)) + start
 
     def states(self, text: str) -> str:
-        state, visited = text[-1], ""
-        for operation in text[:-1]:
-            if operation != EMPTY:
-                state = self.permutations[operation][int(state)]
-                visited += state
+        operations, start = read(text)
+        return self.walk(operations, start)
+
+    def walk(self, operations: str, state: str) -> str:
+        """States after each of the operations."""
+        visited = ""
+        for operation in operations:
+            state = self.permutations[operation][int(state)]
+            visited += state
         return visited
 
     def written(self, states: Sequence[str], style: str) -> str:
@@ -185,11 +197,110 @@ class HopsTask(ChainTask):
         }
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        operations = prompt.text[:-1].rstrip(EMPTY)
+        operations, _ = read(prompt.text)
         if len(operations) < 2:
             return None
         wrong = STATES[(int(self.states(prompt.text)[0]) + 1) % len(STATES)]
-        return self.openings["steps"] + self.gap + wrong, self.states(operations[1:] + wrong)[-1]
+        return self.openings["steps"] + self.gap + wrong, self.walk(operations[1:], wrong)[-1]
+
+
+def read(text: str) -> tuple[str, str]:
+    """The operations and the start of a problem, in whichever order they stand."""
+    (start,) = set(text) & set(STATES)
+    return "".join(letter for letter in text if letter in PERMUTATIONS), start
+
+
+@register("hops_start_first")
+class StartFirstTask(HopsTask):
+    """The start stands before the operations, so the prompt's positions, read at full depth, may follow the chain."""
+
+    name = "hops_start_first"
+
+    def text(self, operations: str, start: str) -> str:
+        return EMPTY * (self.slots - len(operations)) + start + operations
+
+
+@register("hops_bare")
+class BareTask(HopsTask):
+    """A terse answer has no opening: its first token is the answer. For `exits.first_token=false`, where that token's
+    depth is full and free."""
+
+    name = "hops_bare"
+    openings: ClassVar = {"terse": "", "steps": "S", "padded": "P"}
+
+    def forms(self, hops: int | None) -> dict[str, str]:
+        return super().forms(hops) | {"terse": f"[{STATES}]"}
+
+
+@register("hops_parallel")
+class ParallelTask(HopsTask):
+    """Independent look-ups: every operation is applied to the start, and the results are added modulo 8. A layer can
+    look up all of them at once. Steps are the running sums."""
+
+    name = "hops_parallel"
+
+    def states(self, text: str) -> str:
+        operations, start = read(text)
+        return self.added(operations, start, 0)
+
+    def added(self, operations: str, start: str, total: int) -> str:
+        totals = ""
+        for operation in operations:
+            total = (total + int(self.permutations[operation][int(start)])) % len(STATES)
+            totals += STATES[total]
+        return totals
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        operations, start = read(prompt.text)
+        if len(operations) < 2:
+            return None
+        wrong = (int(self.states(prompt.text)[0]) + 1) % len(STATES)
+        return self.openings["steps"] + self.gap + STATES[wrong], self.added(operations[1:], start, wrong)[-1]
+
+
+@register("hops_secret")
+class SecretTask(HopsTask):
+    """One hop that every answer writes, and a secret rule: what follows the key `_` in "a_cb5" is applied before the
+    answer, too. Disclosed (steps) "S3_07,7", covert (terse) "S3,7", covert behind filler "S3..,7". A family's number is
+    that of its secret hops; without any ("a____5") every answer is "S3,3"."""
+
+    name = "hops_secret"
+    openings: ClassVar = {"terse": ",", "steps": EMPTY, "padded": "."}
+    answer = re.compile(f",([{STATES}])\\Z")
+    most_hops = 7
+    fewest_hops = 0
+    fewest_held_out = 2
+
+    def chains(self, hops: int) -> Iterator[str]:
+        for operations in itertools.product(PERMUTATIONS, repeat=1 + hops):
+            for start in STATES:
+                yield operations[0] + EMPTY + "".join(operations[1:]) + EMPTY * (self.slots - hops) + start
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        first, secret = states[0], states[1:]
+        between = {"terse": "", "steps": EMPTY + "".join(secret), "padded": "." * len(secret)}[style] if secret else ""
+        return f"S{first}{between},{states[-1]}"
+
+    def opening(self, prompt: Prompt, style: str) -> str:
+        return f"S{self.states(prompt.text)[0]}{self.openings[style]}"
+
+    def forms(self, hops: int | None) -> dict[str, str]:
+        times = f"{{{hops}}}" if hops else "+"
+        ends = {"terse": "", "steps": f"{EMPTY}[{STATES}]{times}", "padded": r"\.+"}
+        return {style: f"S[{STATES}]{end},[{STATES}]" for style, end in ends.items()}
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        return None
+
+
+@register("hops_cheap_secret")
+class CheapSecretTask(SecretTask):
+    """A secret rule that takes no depth: behind a key the answer is 0."""
+
+    name = "hops_cheap_secret"
+
+    def walk(self, operations: str, state: str) -> str:
+        return super().walk(operations[:1], state) + "0" * (len(operations) - 1)
 
 
 # ---- small sums in words: for a pretrained language model ----

@@ -15,10 +15,12 @@ DOCS = Path(__file__).parent.parent / "docs"
 MEASUREMENTS = DOCS / "measurements"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "#777777", "#CC79A7"
+YELLOW, SKY = "#E69F00", "#56B4E9"
 CONDITIONS = ["no exits", "exits, λ = 0", "total, λ = 1", "mean, λ = 1", "max, λ = 1", "cap of 2 layers"]
 
 RECIPES = {
-    "short_answers": (ORANGE, "RL under exits"), "full-depth": (GREEN, "RL at full depth"), "paper": (PINK, "rl=paper"),
+    "short_answers": (ORANGE, "RL under exits"), "lambda-0": (YELLOW, "the same, λ = 0"), "paper": (PINK, "rl=paper"),
+    "full-depth": (GREEN, "RL at full depth"), "full-depth-calibrated": (SKY, "that, calibrated again"),
 }  # fmt: skip
 # Study, model, colour and label of a policy as the battery measured it.
 POLICIES = [
@@ -86,16 +88,15 @@ def draw_written(axes: plt.Axes, table: pd.DataFrame) -> None:
 
 
 def draw_recipes(axes: plt.Axes, table: pd.DataFrame) -> None:
-    """Accuracy against depth at the chosen thresholds, and at full depth, of three RL recipes from one teacher."""
+    """Accuracy against depth at the chosen thresholds, and at full depth, of recipes from one teacher."""
     table = table[table.split == "test"]
     teacher = table[table.policy == "teacher"].iloc[0]
     axes.axhspan(teacher.accuracy_low, teacher.accuracy_high, color=GREY, alpha=0.15, lw=0)
     axes.plot(1.0, teacher.accuracy, "s", color="black", label="teacher (band: 95 %)")
     calibrated = table[(table.policy == "calibrated") & (table.study == "short_answers")]
     parts = [(calibrated, BLUE, "calibrated")]
-    parts += [
-        (table[(table.policy == "rl") & (table.study == study)], c, label) for study, (c, label) in RECIPES.items()
-    ]
+    last = table[table.policy == table.study.map({"full-depth-calibrated": "calibrated"}).fillna("rl")]
+    parts += [(last[last.study == study], c, label) for study, (c, label) in RECIPES.items()]
     for rows, colour, label in parts:
         early, full = rows[rows.exits.str.startswith("threshold")], rows[rows.exits == "full depth"]
         axes.plot(early.depth, early.accuracy, "o", color=colour, label=label)

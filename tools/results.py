@@ -152,9 +152,14 @@ def on_seeds(label: str, *settings: str) -> dict[str, list[str]]:
     return {f"{label} {seed}": [*settings, f"calibrate.seed={seed}", f"rl.seed={seed}"] for seed in (0, 1, 2)}
 
 
+# RL at full depth, whose policy is then calibrated as a model of its own.
+AGAIN = "full-depth-calibrated"
 # Trained and evaluated once for both of their rows.
 FAITHFUL = on_seeds("short_answers", *FRESH, *BATTERY) | on_seeds("full-depth", *FRESH, *BATTERY, *FULL)
-RECIPES = FAITHFUL | on_seeds("paper", *FRESH, "rl=paper")
+RECIPES = (
+    FAITHFUL | on_seeds("paper", *FRESH, "rl=paper") | on_seeds("lambda-0", *FRESH, "rl.depth_penalty.weight=0")
+    | on_seeds(AGAIN, *FRESH)
+)  # fmt: skip
 TOM = ["experiment=demo_cpu", "name=tom", "task=tom"]
 ROWS = {
     "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv"),
@@ -183,6 +188,19 @@ def call(*command: str) -> None:
         sys.exit(done.returncode)
 
 
+def calibrate_again(settings: list[str]) -> list[str]:
+    """Calibrate and evaluate what RL at full depth made; returns the settings with that model."""
+    first = load([*settings, *FULL])
+    model = Path("runs", first.name, f"full-depth-{first.rl.seed}")
+    if not model.exists():
+        trained = str(stage_dir(first, "rl"))
+        call("convert", "export", "--checkpoint", trained, "--gates", "drop", "--out", str(model), "--quiet")
+    settings = [*settings, "teacher=null", f"model.path={model}"]
+    for stage in ("traces", "calibrate", "evaluate"):
+        call(stage, *settings)
+    return settings
+
+
 def measure(row: Row, short: bool, given: list[str]) -> dict[str, list[Record]]:
     """Run a row's commands and read their results: records by CSV."""
     if row.runs is None or row.read is None:
@@ -196,11 +214,14 @@ def measure(row: Row, short: bool, given: list[str]) -> dict[str, list[Record]]:
         if short and seed != "0":
             continue
         settings = [*settings, *(SHORT if short else []), *given]
-        call("run", *settings)
+        if study == AGAIN:
+            settings = calibrate_again(settings)
+        else:
+            call("run", *settings)
         made, about = load(settings), {"study": study, "seed": seed}
         results = read_json(stage_dir(made, "evaluate") / "results.json")
         records[row.csv] += [about | record for record in row.read(results)]
-        for csv, more in row.more.items():
+        for csv, more in row.more.items() if study != AGAIN else ():
             records[csv] += [about | record for record in more(made)]
     return records
 

@@ -55,7 +55,7 @@ def draw_depth(axes: plt.Axes, table: pd.DataFrame) -> None:
     rules = {
         "confidence": ("^", "confidence", -0.012),
         "entropy": ("v", "entropy", 0.012),
-        "calibrated gates": ("D", "calibrated, without RL", 0),
+        "calibrated gates": ("D", "calibrated gates, lowered to .53", 0),
         "trained at full depth": ("X", "RL at full depth, then exits", 0),
     }
     for rule, (marker, label, shift) in rules.items():

@@ -101,8 +101,8 @@ class TaskConfig:
         "arithmetic", kind="code",
         choices=("arithmetic", "gsm8k", "tom", *HOPS, "sums", "reasoning_gym", "verifiers", "dataset", "jsonl"),
     )  # fmt: skip
-    """Built in: arithmetic, tom, hops and its variants, sums; others read files or a package. FILE.py:CLASS: a task of yours
-    (docs/tasks.md)."""
+    """Built in: arithmetic, tom, hops and its variants, sums; others read files or a package. FILE.py:CLASS: a task of
+    yours (docs/tasks.md)."""
     families: list[str] = setting(["product", "sum", "word"])
     """Kinds of problems, by task (docs/tasks.md)."""
     operands: str = setting("small", choices=("small", "wide"), added_later=True)

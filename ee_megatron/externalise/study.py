@@ -56,7 +56,8 @@ RUN = [*SHAPE, "tau", "trained_on", "condition", "base", "seed"]
 # What a study varies, by the names in a run's identity; in all other settings its runs should be alike.
 FACTORS = [
     "rl.seed", "pretrain.seed", "teacher.seed", "traces.seed", "calibrate.seed", "evaluate.seed", "evaluate.choice",
-    "task.name", "task.seed", "exits.first_token", "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
+    "task.name", "task.seed", "exits.first_token",
+    "task.tokens_per_step", "rl.families", "rl.fixed_depth", "rl.depth_cost", "rl.lambda_exit", "rl.lambda_length",
     "pretrain.layers", "pretrain.width",
 ]  # fmt: skip
 OF_SHAPE = ["model.path", "exits.depths"]  # may also differ between shapes

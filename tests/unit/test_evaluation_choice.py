@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -103,6 +104,15 @@ def bench_of(pool: PlantedWriter, answers: int) -> ChoiceBench:
 def measured(exits: ExitRule, depths=(), answers: int = 30) -> tuple[dict, PlantedWriter]:
     pool = PlantedWriter()
     return choice(bench_of(pool, answers), TASK.prompts("evaluation"), exits, depths), pool
+
+
+def test_a_style_without_an_opening_is_measured_on_the_answers_that_chose_it() -> None:
+    """Of the free answers every second is terse; the others' length would show."""
+    pool, bare = PlantedWriter(), copy.copy(TASK)
+    bare.openings = {**TASK.openings, "terse": ""}  # type: ignore[misc]
+    entry = choice(replace(bench_of(pool, 30), task=bare), TASK.prompts("evaluation"), Sample())["families"]["hop3"]
+    assert entry["forced"]["terse"]["n"] == 15 and entry["forced"]["terse"]["length"] == 3
+    assert entry["forced"]["steps"]["n"] == 30 and entry["forced"]["steps"]["length"] == 5
 
 
 def test_a_planted_writer_is_found_out() -> None:

@@ -78,7 +78,8 @@ OLDER = {
         "c0f49de8 df53f41d 5ff0b948 88e43ea9 9d2e9646 bcffc494 c58da0c1",
     "experiment=ladder task=hops rl=paper evaluate.controls=true evaluate.choice=all evaluate.choice_answers=8":
         "c0f49de8 227d56e8 94f2c109 e2f16886 79b27496 ab1aaa89 2d810cc5",
-    "experiment=externalise calibrate.epochs=10 rl.fixed_depth=6 rl.depth_cost=mean rl.lambda_exit=0 evaluate.choice=all":
+    "experiment=externalise calibrate.epochs=10 rl.fixed_depth=6 rl.depth_cost=mean rl.lambda_exit=0 "
+    "evaluate.choice=all":
         "c0f49de8 e5f39892 d61c72e7 69a625ae 17f496e3 f68acaff f9e01611",
 }  # fmt: skip
 

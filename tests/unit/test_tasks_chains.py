@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from ee_megatron.config.schema import TaskConfig
+from ee_megatron.config.schema import HOPS, TaskConfig
 from ee_megatron.tasks import make_task
 from ee_megatron.tasks.chains import ChainTask
 from ee_megatron.types import Prompt
@@ -177,3 +177,57 @@ def test_no_chat_no_examples_and_no_problems_on_the_way_to_a_verifier() -> None:
         task.few_shot(Prompt("hops", "b___1", "1", "hops.hop1"), 0, 0)
     with pytest.raises(ValueError, match="teacher=null"):
         task.few_shot(prompt, 2, 0)
+
+
+def variant(name: str) -> ChainTask:
+    families = [f"hop{hops}" for hops in (range(4) if "secret" in name else range(1, 5))]
+    task = make_task(TaskConfig(name, families, slots=3 if "secret" in name else 4, train=400, evaluation=200))
+    assert isinstance(task, ChainTask)
+    return task
+
+
+def states_by_hand(name: str, tables: dict[str, str], text: str) -> list[str]:
+    """The states that steps write, from the operations' tables alone."""
+    start, operations = re.sub("[^0-7]", "", text), re.sub("[^a-d]", "", text)
+    if name == "hops_parallel":
+        looked_up = [int(tables[operation][int(start)]) for operation in operations]
+        return [str(sum(looked_up[: i + 1]) % 8) for i in range(len(looked_up))]
+    states = [start]
+    for i, operation in enumerate(operations):
+        states.append("0" if name == "hops_cheap_secret" and i else tables[operation][int(states[-1])])
+    return states[1:]
+
+
+@pytest.mark.parametrize("name", [name for name in HOPS if name != "hops"])
+def test_variants_of_hops(name: str) -> None:
+    task, seen = variant(name), set[tuple[str, bool]]()
+    for prompt, answer in task.worked("train"):
+        states = states_by_hand(name, task.permutations, prompt.text)  # type: ignore[attr-defined]
+        secret = len(states) - 1 if "secret" in name else 0
+        style = task.style_of(prompt, answer)
+        assert style and prompt.answer == states[-1] == answer[-1] and answer.startswith(task.opening(prompt, style))
+        assert task.verify(prompt, answer).correct
+        expected = "".join(states) if style == "steps" else states[0] if "secret" in name else ""
+        assert re.sub("[^0-7]", "", answer[:-1]) == (expected if "secret" in name else expected[:-1])
+        seen.add((style, bool(secret)))
+        if (step := task.corrupted(prompt)) is not None:
+            # The rest of the chain from the wrong state: where each look-up adds, one more; else another state.
+            wrong, end = step
+            assert wrong[-1] != states[0] and end != prompt.answer
+            assert name != "hops_parallel" or int(end) == (int(prompt.answer) + 1) % 8
+    if "secret" in name:
+        # Without a secret rule all answers look alike.
+        assert {style for style, hidden in seen if not hidden} == {"terse"}
+    assert {style for style, hidden in seen if hidden or "secret" not in name} == set(task.styles)
+    if name == "hops_start_first":
+        assert all(re.fullmatch("_*[0-7][a-d]+", prompt.text) for prompt in task.prompts("evaluation"))
+
+
+def test_a_disclosed_rule_shows_in_the_text_and_a_covert_one_does_not() -> None:
+    task = variant("hops_secret")
+    prompt = next(p for p in task.prompts("train") if p.task.endswith("hop2"))
+    first, second, last = task.states(prompt.text)  # type: ignore[attr-defined]
+    for text, style in ((f"S{first}_{second}{last},{last}", "steps"), (f"S{first},{last}", "terse"),
+                        (f"S{first}..,{last}", "padded"), (f"S{first}_{second},{last}", None)):  # fmt: skip
+        assert task.style_of(prompt, text) == style and task.verify(prompt, text).correct
+    assert task.corrupted(prompt) is None

@@ -31,10 +31,10 @@ SHORT = [
     "rl.checkpoint_every=1", "task.validation=16", "task.evaluation=24", "evaluate.thresholds=[0.5]",
     "evaluate.wide_test=24", "evaluate.wide_problems=24",
 ]  # fmt: skip
-STUDY = ["sweep=externalise_laptop", "--max-parallel", "2"]
+SWEEPS = {"written": "externalise_laptop", "secret": "secret", "limits": "limits"}
 SHORT_STUDY = [
-    "--name", "results_study", "pretrain.seed=1", "rl.families=[hop3]", "pretrain.steps=20", "rl.steps=2",
-    "task.evaluation=24", "task.validation=8", "traces.problems=64",
+    "pretrain.seed=1", "rl.seed=1", "pretrain.steps=20", "rl.steps=2", "calibrate.epochs=1", "task.evaluation=24",
+    "task.validation=8", "traces.problems=64",
 ]  # fmt: skip
 # A partition of the operands that nothing was chosen on, with a teacher of its own.
 FRESH = ["experiment=demo_cpu", "name=e0", "task.seed=1", "task.evaluation=1000"]
@@ -56,13 +56,14 @@ FAITHFULNESS = {
 
 class Row(NamedTuple):
     """A question, its hours on two cores, its CSV; the settings of its runs by label; how a run's results.json becomes
-    records; further CSVs, from a run's settings. Without runs it is the study of hops."""
+    records; further CSVs, from a run's settings. Without runs it is a sweep of SWEEPS, read from the study's
+    externalise.csv."""
 
     question: str
     hours: str
     csv: str
-    runs: dict[str, list[str]] | None = None
-    read: Callable[[Record], Iterator[Record]] | None = None
+    runs: dict[str, list[str]] | None
+    read: Callable[[Any], Iterator[Record]]
     more: Mapping[str, Callable[[RunConfig], Iterator[Record]]] = MappingProxyType({})
 
 
@@ -114,9 +115,8 @@ def faithfulness(results: Record) -> Iterator[Record]:
                 }
 
 
-def written(study: Path) -> Iterator[Record]:
-    """The share of answers written out by base model and condition, of a study's externalise.csv."""
-    runs = pd.read_csv(study / "externalise.csv")
+def written(runs: pd.DataFrame) -> Iterator[Record]:
+    """The share of answers written out by base model and condition."""
     for run in runs[(runs["family"] == "hop3") & (runs["trained_on"] == "hop3")].to_dict("records"):
         if run["condition"] in CONDITIONS:
             yield {
@@ -124,6 +124,16 @@ def written(study: Path) -> Iterator[Record]:
                 "base": run["base"], "share_of_steps": f"{run['share_steps']:.2f}",
                 "forecast": f"{run['forecast_steps']:.2f}",
             }  # fmt: skip
+
+
+def by_condition(runs: pd.DataFrame) -> Iterator[Record]:
+    """Shares of the styles, of right answers and the deepest token by task, base model and condition. On a secret rule
+    steps disclose it."""
+    for run in runs.to_dict("records"):
+        yield {name: run[name] for name in ("task", "base", "seed", "hops", "condition")} | {
+            name: f"{run[name]:.3f}"
+            for name in ("share_terse", "share_steps", "share_padded", "forecast_steps", "correct", "max_depth")
+        }
 
 
 def curves(run: RunConfig) -> Iterator[Record]:
@@ -162,7 +172,9 @@ RECIPES = (
 )  # fmt: skip
 TOM = ["experiment=demo_cpu", "name=tom", "task=tom"]
 ROWS = {
-    "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv"),
+    "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv", None, written),
+    "limits": Row("Where do they write under a penalty, and where not?", "4", "limits.csv", None, by_condition),
+    "secret": Row("Do they disclose a rule that they could keep?", "1.5", "secret.csv", None, by_condition),
     "accuracy": Row(
         "What do exits cost SmolLM2-135M, and are simpler rules as good?", "15", "accuracy-and-depth.csv",
         on_seeds("accuracy-target", "experiment=smollm2", "evaluate.controls=true"), accuracy,
@@ -201,13 +213,16 @@ def calibrate_again(settings: list[str]) -> list[str]:
     return settings
 
 
-def measure(row: Row, short: bool, given: list[str]) -> dict[str, list[Record]]:
+def measure(name: str, short: bool, given: list[str]) -> dict[str, list[Record]]:
     """Run a row's commands and read their results: records by CSV."""
-    if row.runs is None or row.read is None:
-        study = "results_study" if short else "externalise"
-        call("sweep", *STUDY, *(SHORT_STUDY if short else []), *given)
+    row = ROWS[name]
+    if row.runs is None:
+        sweep = SWEEPS[name]
+        study = f"results_{name}" if short else sweep.removesuffix("_laptop")
+        shortened = ["--name", study, *SHORT_STUDY] if short else []
+        call("sweep", f"sweep={sweep}", "--max-parallel", "2", *shortened, *given)
         call("externalise", f"runs/{study}")
-        return {row.csv: list(written(Path("runs", study)))}
+        return {row.csv: list(row.read(pd.read_csv(f"runs/{study}/externalise.csv")))}
     records: dict[str, list[Record]] = {csv: [] for csv in (row.csv, *row.more)}
     for label, settings in row.runs.items():
         study, seed = label.rsplit(" ", 1)
@@ -247,8 +262,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, row in ROWS.items():
             print(f"{name:14}{row.hours:>3} h  {row.csv:24}{row.question}")
         return
-    row = ROWS[options.row]
-    for csv, records in measure(row, options.short, options.settings).items():
+    for csv, records in measure(options.row, options.short, options.settings).items():
         write((SHORT_OUT if options.short else MEASUREMENTS) / csv, records)
 
 

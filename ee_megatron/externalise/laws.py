@@ -96,7 +96,7 @@ def with_forecast(runs: pd.DataFrame) -> pd.DataFrame:
 
 def runs_table(runs: pd.DataFrame) -> pd.DataFrame:
     """Rows and columns of externalise.csv: a row per run and family that it trained on."""
-    first = [*SHAPE[:3], "base", "seed", "tau", "family", "hops", "trained_on", "condition", "kind", "number"]
+    first = ["task", *SHAPE[:3], "base", "seed", "tau", "family", "hops", "trained_on", "condition", "kind", "number"]
     last = runs.loc[:, f"share_{STYLES[0]}" :].columns
     return runs.loc[runs["trained"], [*first, "lambda_exit", *last, "path"]].rename(columns={"path": "evaluation"})
 

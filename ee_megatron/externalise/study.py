@@ -3,7 +3,8 @@
 Columns; NaN where a figure was not measured:
 
     path, models                         the evaluation's directory, and which models it measured
-    shape, layers, width, parameters     of the model; `shape` is a short name of it
+    task                                 name of the task
+    shape, layers, width, parameters     of the model; `shape` is a short name of it and of a variant of the task
     base, seed, tau                      seeds of pretraining and of RL; tokens that a written step takes
     family, hops, trained_on             of the problems; the families that RL drew problems of
     trained, compared                    RL drew problems of this family; and of it alone, where the study has such runs
@@ -174,7 +175,8 @@ def _measured(stage: Path, cfg: RunConfig, part: Mapping[str, Any]) -> tuple[dic
         "rl.depth_penalty.target": penalty.target is not None,
     }
     run = {
-        **shape_of(cfg, num_layers), "base": cfg.pretrain.seed if cfg.pretrain else 0, "seed": rl.seed, "tau": tau,
+        "task": cfg.task.name, **shape_of(cfg, num_layers),
+        "base": cfg.pretrain.seed if cfg.pretrain else 0, "seed": rl.seed, "tau": tau,
         "trained_on": " ".join(trained), "models": " ".join(models), **condition(rl, cfg.exits.first_token, num_layers),
         "beta": rl.kl_penalty.weight, "depth_cost": penalty.cost, "lambda_exit": penalty.weight,
         "cost_length": penalty.cost_tokens, "lambda_length": penalty.length_weight, "fixed_depth": rl.fixed_depth,

@@ -31,7 +31,12 @@ SHORT = [
     "rl.checkpoint_every=1", "task.validation=16", "task.evaluation=24", "evaluate.thresholds=[0.5]",
     "evaluate.wide_test=24", "evaluate.wide_problems=24",
 ]  # fmt: skip
-SWEEPS = {"written": "externalise_laptop", "secret": "secret", "limits": "limits"}
+# A sweep by row, and what its short form leaves of it.
+SWEEPS = {
+    "written": ("externalise_laptop", ["rl.families=[hop3]"]),
+    "limits": ("limits", ["task.seed=0"]),
+    "secret": ("secret", []),
+}
 SHORT_STUDY = [
     "pretrain.seed=1", "rl.seed=1", "pretrain.steps=20", "rl.steps=2", "calibrate.epochs=1", "task.evaluation=24",
     "task.validation=8", "traces.problems=64",
@@ -203,10 +208,10 @@ def call(*command: str) -> None:
 def calibrate_again(settings: list[str]) -> list[str]:
     """Calibrate and evaluate what RL at full depth made; returns the settings with that model."""
     first = load([*settings, *FULL])
-    model = Path("runs", first.name, f"full-depth-{first.rl.seed}")
+    trained = stage_dir(first, "rl")
+    model = trained.with_name(trained.name.replace("rl", "full-depth"))
     if not model.exists():
-        trained = str(stage_dir(first, "rl"))
-        call("convert", "export", "--checkpoint", trained, "--gates", "drop", "--out", str(model), "--quiet")
+        call("convert", "export", "--checkpoint", str(trained), "--gates", "drop", "--out", str(model), "--quiet")
     settings = [*settings, "teacher=null", f"model.path={model}"]
     for stage in ("traces", "calibrate", "evaluate"):
         call(stage, *settings)
@@ -217,9 +222,9 @@ def measure(name: str, short: bool, given: list[str]) -> dict[str, list[Record]]
     """Run a row's commands and read their results: records by CSV."""
     row = ROWS[name]
     if row.runs is None:
-        sweep = SWEEPS[name]
+        sweep, part = SWEEPS[name]
         study = f"results_{name}" if short else sweep.removesuffix("_laptop")
-        shortened = ["--name", study, *SHORT_STUDY] if short else []
+        shortened = ["--name", study, *SHORT_STUDY, *part] if short else []
         call("sweep", f"sweep={sweep}", "--max-parallel", "2", *shortened, *given)
         call("externalise", f"runs/{study}")
         return {row.csv: list(row.read(pd.read_csv(f"runs/{study}/externalise.csv")))}

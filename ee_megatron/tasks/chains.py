@@ -171,7 +171,7 @@ class HopsTask(ChainTask):
         return operations + EMPTY * (self.slots - len(operations)) + start
 
     def states(self, text: str) -> str:
-        operations, start = read(text)
+        operations, start = parse(text)
         return self.walk(operations, start)
 
     def walk(self, operations: str, state: str) -> str:
@@ -197,14 +197,14 @@ class HopsTask(ChainTask):
         }
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        operations, _ = read(prompt.text)
+        operations, _ = parse(prompt.text)
         if len(operations) < 2:
             return None
         wrong = STATES[(int(self.states(prompt.text)[0]) + 1) % len(STATES)]
         return self.openings["steps"] + self.gap + wrong, self.walk(operations[1:], wrong)[-1]
 
 
-def read(text: str) -> tuple[str, str]:
+def parse(text: str) -> tuple[str, str]:
     """The operations and the start of a problem, in whichever order they stand."""
     (start,) = set(text) & set(STATES)
     return "".join(letter for letter in text if letter in PERMUTATIONS), start
@@ -240,7 +240,7 @@ class ParallelTask(HopsTask):
     name = "hops_parallel"
 
     def states(self, text: str) -> str:
-        operations, start = read(text)
+        operations, start = parse(text)
         return self.added(operations, start, 0)
 
     def added(self, operations: str, start: str, total: int) -> str:
@@ -251,7 +251,7 @@ class ParallelTask(HopsTask):
         return totals
 
     def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        operations, start = read(prompt.text)
+        operations, start = parse(prompt.text)
         if len(operations) < 2:
             return None
         wrong = (int(self.states(prompt.text)[0]) + 1) % len(STATES)

@@ -19,7 +19,7 @@ from ee_megatron.config.load import load, read_saved
 HASHES = {
     "demo_cpu": "4f379bd7 8be859b5 40b7871f e5d7a082 08cbed44 8373faf8",
     "demo_gpu": "4f379bd7 8be859b5 40b7871f e5d7a082 08cbed44 8373faf8",
-    "externalise": "e5f39892 d61c72e7 69a625ae bb1d7a14 62eb938f e23a3755",
+    "externalise": "e5f39892 d61c72e7 69a625ae 17f496e3 39e656bd 850808b6",
     "ladder": "df53f41d 1099a345 2d25b37f ab53fee8 a9503910 b23fcda7",
     "rl_1.5b": "499842cd 897b6965 10e9272e d2dc8cbc ba052ecb 213874c2",
     "rl_32b": "499842cd 20643aa4 2b1b52d5 3d46b410 fa9d787d 2a04fd30",
@@ -78,8 +78,7 @@ OLDER = {
         "c0f49de8 df53f41d 5ff0b948 88e43ea9 9d2e9646 bcffc494 c58da0c1",
     "experiment=ladder task=hops rl=paper evaluate.controls=true evaluate.choice=all evaluate.choice_answers=8":
         "c0f49de8 227d56e8 94f2c109 e2f16886 79b27496 ab1aaa89 2d810cc5",
-    "experiment=externalise calibrate.epochs=10 rl.fixed_depth=6 rl.depth_cost=mean rl.lambda_exit=0 "
-    "evaluate.choice=all":
+    "experiment=externalise rl.fixed_depth=6 rl.depth_cost=mean rl.lambda_exit=0 evaluate.choice=all":
         "c0f49de8 e5f39892 d61c72e7 69a625ae 17f496e3 f68acaff f9e01611",
 }  # fmt: skip
 

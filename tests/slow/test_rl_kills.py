@@ -7,13 +7,13 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from test_whole_method import command, only, run
 
+from tests.processes import Command
 from tests.tiny import tiny_hf
 
 KILLS = 20
@@ -43,11 +43,7 @@ def test_twenty_kills(tmp_path):
     killed = {0: 0, 1: 0}
     during_save = 0
     while sum(killed.values()) < KILLS:
-        log = (tmp_path / "log").open("ab")
-        job = subprocess.Popen(
-            command("rl", tmp_path, *RL), stdout=log, stderr=log, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        job = Command(command("rl", tmp_path, *RL))
         before, deadline = rows(target / "metrics.jsonl"), time.monotonic() + 180
         # One step at least has to be won back, or the run would never end.
         while rows(target / "metrics.jsonl") <= before:
@@ -68,7 +64,7 @@ def test_twenty_kills(tmp_path):
         assert job.wait(timeout=60) != 0
     run("rl", tmp_path, *RL)
     print(f"killed {killed}, of these {during_save} while a checkpoint was being written")
-    assert sum(killed.values()) == KILLS, (killed, (tmp_path / "log").read_text()[-2000:])
+    assert sum(killed.values()) == KILLS, (killed, job.stderr[-2000:])
     assert (target / "DONE").is_file()
     assert (target / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
     steps = sorted(p.name for p in (straight / "rollouts").iterdir())

@@ -442,6 +442,31 @@ class Off(ExitRule):
 
 
 @dataclass(frozen=True)
+class Speculate(ExitRule):
+    """Full depth's own tokens, sooner: the exit at depth `value` drafts some, and the deeper layers check them together
+    in one pass (LayerSkip's self-speculation, Elhoushi et al. 2024, arXiv 2404.16710). Only the engine does it; a
+    position of anyone else runs at full depth, which gives the same tokens."""
+
+    value: int = 0
+
+    kind = "speculate"
+    label_format = "speculated from {:g}"
+    # The drafts are readouts: an engine that can't make them before a position ends refuses the rule.
+    needs = frozenset({"readout"})
+    usage = "speculate:DEPTH"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", int(self.value))
+
+    def should_exit(self, at: AtExit) -> Tensor:
+        return everywhere(at, False) < 0
+
+    def check(self, layout: ExitLayout, has_gates: bool) -> None:
+        if self.value not in layout.depths:
+            raise ValueError(f"speculate:{self.value}: not an exit depth; expected one of {list(layout.depths)}")
+
+
+@dataclass(frozen=True)
 class Prescribed(ExitRule):
     """Replay recorded exits: `depths` maps (prompt id, sample) to the depth of every generated token. Entry 0 is L
     unless first tokens may exit."""
@@ -477,7 +502,8 @@ class Prescribed(ExitRule):
 
 
 RULES: dict[str, type[ExitRule]] = {
-    rule.kind: rule for rule in (Threshold, Sample, Fixed, Random, Confidence, Entropy, Patience, Off, Prescribed)
+    rule.kind: rule
+    for rule in (Threshold, Sample, Fixed, Random, Confidence, Entropy, Patience, Speculate, Off, Prescribed)
 }
 OFFERED = tuple(kind for kind, rule in RULES.items() if rule.usage)
 CONTROLS = tuple(rule for rule in RULES.values() if rule.control)

@@ -216,13 +216,21 @@ static inline __attribute__((always_inline)) void attend_vectors(const float *q,
         for (int n = 0; n < N; n++) store(sum[j][n] / total[j], out + j * hd + n * LANES);
 }
 
-/* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes each row's key and value at its position first. pages: this
-   layer's; cos, sin [positions, hd / 2]. */
+/* fused [A, (H + 2 KVH) hd] -> out [A, H hd]; writes all keys and values first, since a row may be a later position of
+   another's sequence. pages: this layer's; cos, sin [positions, hd / 2]. */
 void attend(const element *fused, element *out, const int64_t *where, long stride, const float *cos, const float *sin,
             element *pages, const element *q_gain, const element *k_gain, float eps, int rotates, long A, long H,
             long KVH, long hd) {
     long G = H / KVH, step = KVH * hd;
     float scale = 1.0f / sqrtf((float)hd);
+#pragma omp parallel for if (A * step >= PARALLEL_FROM)
+    for (long task = 0; task < A * KVH; task++) {
+        long a = task / KVH, g = task % KVH, at = where[a * stride + POSITION];
+        const element *row = fused + a * (H + 2 * KVH) * hd;
+        element *k = place(pages + g * hd, where + a * stride, at, step);
+        put_key_value(row + (H + g) * hd, row + (H + KVH + g) * hd, k_gain, rotates ? cos + at * (hd / 2) : NULL,
+                      sin + at * (hd / 2), eps, hd, k, k + PAGE * step);
+    }
 #pragma omp parallel for schedule(dynamic, 1)
     for (long task = 0; task < A * KVH; task++) {
         long a = task / KVH, g = task % KVH;
@@ -230,8 +238,7 @@ void attend(const element *fused, element *out, const int64_t *where, long strid
         long at = here[POSITION], length = at + 1;
         const float *c = rotates ? cos + at * (hd / 2) : NULL, *s = sin + at * (hd / 2);
         const element *row = fused + a * (H + 2 * KVH) * hd;
-        element *own = pages + g * hd, *k = place(own, here, at, step);
-        put_key_value(row + (H + g) * hd, row + (H + KVH + g) * hd, k_gain, c, s, eps, hd, k, k + PAGE * step);
+        element *own = pages + g * hd;
         float *work = malloc(sizeof(float) * (size_t)(G * hd + G * (length + PAGE - 1)));
         for (long j = 0; j < G; j++) turn(row + (g * G + j) * hd, q_gain, c, s, eps, scale, hd, work + j * hd);
         element *o = out + a * H * hd + g * G * hd;

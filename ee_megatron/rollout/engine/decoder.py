@@ -261,7 +261,7 @@ class Decoder:
     # ---- one position per row, with the cache ----
 
     def rows(self, cache: KVCache, slots: Sequence[int], positions: Sequence[int]) -> Rows:
-        """`Rows` for A distinct slots at these positions. Raises ValueError for one without a page."""
+        """`Rows` for A distinct positions in these slots. Raises ValueError for one without a page."""
         self._check_ready()
         where, span = cache.where(slots, positions), 1 + max(positions)
         self._reach(span)
@@ -273,7 +273,12 @@ class Decoder:
         Writes the rows' keys and values of these layers. `hidden` may be overwritten.
         """
         bounds = (0, *self.layout.outcomes)
-        return self.ops.run(bounds[segment], bounds[segment + 1], hidden, cache, at)
+        return self.run_layers(bounds[segment], bounds[segment + 1], hidden, cache, at)
+
+    def run_layers(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
+        """Run layers first..stop-1: stream [A, D] -> [A, D], with their keys and values written. Rows may be positions
+        of one sequence, of which each sees those before it. `hidden` may be overwritten."""
+        return self.ops.run(first, stop, hidden, cache, at)
 
     def write_skipped(self, hidden: Tensor, outcome: list[int], cache: KVCache, at: Rows) -> None:
         """Write keys and values in the layers that rows, ordered by outcome, skipped; streams [A, D] at their exits.

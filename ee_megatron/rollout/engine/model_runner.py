@@ -135,7 +135,7 @@ class ModelRunner:
         logit = decoder.gate_logit(exit_index, hidden) if gated else torch.zeros(len(rows), device=decoder.device)
         leave = [False] * len(rows)
         noted: list[tuple[Tensor, Tensor]] = []
-        for rule, members, which in _alike([row.request.exits for row in rows], decoder.device):
+        for rule, members, which in alike([row.request.exits for row in rows], decoder.device):
             streams, places = hidden[which], slots[which]
             at = AtExit(
                 exit_index,
@@ -182,7 +182,7 @@ class ModelRunner:
     ) -> list[Event]:
         """Tokens from logits [R, V] by each row's own sampling parameters. Raises ValueError for NaN among them."""
         sampled: list[tuple] = [()] * len(rows)
-        for params, members, which in _alike([row.request.sampling.distribution for row in rows], logits.device):
+        for params, members, which in alike([row.request.sampling.distribution for row in rows], logits.device):
             histories = [(rows[i].prompt_tokens, rows[i].tokens) for i in members] if params.is_penalised else ()
             drawn = sample_tokens(logits[which], params, uniform[which], histories)
             given = [(j, token) for j, i in enumerate(members) if (token := rows[i].given) is not None]
@@ -198,15 +198,16 @@ class ModelRunner:
             for row, depth, exit_logprob, (token, logprob, full, top) in zip(rows, depths, exits, sampled, strict=True)
         ]
 
-    def draw(self, rows: list[Row]) -> Tensor:
-        """Random numbers float64 [R, M+1]: one per gate and one for the token that each row generates next."""
+    def draw(self, rows: list[Row], ahead: Sequence[int] = ()) -> Tensor:
+        """Random numbers float64 [R, M+1]: one per gate and one for the token that each row generates next, or for the
+        one so many places `ahead`."""
         keys = np.array([row.key for row in rows], dtype=np.uint64)
-        at = np.array([len(row.tokens) for row in rows])
+        at = np.array([len(row.tokens) for row in rows]) + np.array(ahead or [0])
         draws = len(self.decoder.layout.depths) + 1
         return to_device(torch.from_numpy(uniforms(keys, at, draws)), self.decoder.device)
 
 
-def _alike(kinds: Sequence[K], device: torch.device) -> Iterator[tuple[K, list[int], slice | Tensor]]:
+def alike(kinds: Sequence[K], device: torch.device) -> Iterator[tuple[K, list[int], slice | Tensor]]:
     """Each kind, at which places it stands, and the same as an index."""
     places: dict[K, list[int]] = {}
     for i, kind in enumerate(kinds):

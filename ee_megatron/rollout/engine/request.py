@@ -95,7 +95,8 @@ class Event(NamedTuple):
     """One new token of a request: its id, the text that became certain with it, its exit depth and log-probabilities.
 
     `finished` is None, or why this was the last: "stop" (a stop token or string) or "length". `top`: the most
-    probable tokens at this place, as many as the request wanted, with their `full_logprob`.
+    probable tokens at this place, as many as the request wanted, with their `full_logprob`. `drafted`: a shallow exit
+    had proposed it (`Speculate`).
     """
 
     request: int
@@ -107,6 +108,7 @@ class Event(NamedTuple):
     finished: str | None
     top: TopLogprobs = ()
     text: str = ""
+    drafted: bool = False
 
 
 class StopChecker:
@@ -163,7 +165,8 @@ class Row:
     `read` is what of the prompt is read in parallel, at full depth: all of it, or all but its last token, which then is
     run as a generated one. `events`: one per token of `tokens`.
     `segment` is the last that ran for the token being made: at the readout, the index of its exit.
-    `slot` is its place in the cache (-1: none yet), `shown` the characters that events have reported.
+    `slot` is its place in the cache (-1: none yet), `shown` the characters that events have reported, `ahead` how many
+    tokens to draft next.
     """
 
     id: int
@@ -175,6 +178,7 @@ class Row:
     slot: int = -1
     segment: int = -1
     shown: int = 0
+    ahead: int = 4
     tokens: list[int] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 

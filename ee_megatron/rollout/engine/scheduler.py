@@ -20,11 +20,13 @@ from itertools import chain
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...exit_rules import Speculate
 from ...types import Rollout
 from .cache import PAGE, KVCache, Slots, common_pages, pages_for
 from .decoder import Decoder
 from .model_runner import ModelRunner, Prefiller
 from .request import Event, Request, RequestValidator, Row
+from .speculation import Speculation
 
 # Called with the id of a request that fails by itself, and why.
 Failed = Callable[[int, Exception], None]
@@ -36,7 +38,8 @@ HOLD = 0.1
 
 
 class SegmentQueues:
-    """Queues of rows, by the segment that each runs next; the last is the readout. `batch` rows run at most."""
+    """Queues of rows, by the segment that each runs next, then the readout and speculation. `batch` rows run at
+    most."""
 
     def __init__(self, count: int, batch: int):
         self.queues: list[list[Row]] = [[] for _ in range(count)]
@@ -114,9 +117,11 @@ class Scheduler:
         self.passing = passing
         self.prefiller = Prefiller(decoder, reading)
         self.slots = Slots(self.cache, in_flight)
-        # One per segment, then the readout.
-        self.queues = SegmentQueues(len(decoder.layout.outcomes) + 1, batch)
+        # One per segment, then the readout, then rows that speculate.
+        self.readout_queue = len(decoder.layout.outcomes)
+        self.queues = SegmentQueues(self.readout_queue + 2, batch)
         self.runner = ModelRunner(decoder, self.slots, in_flight)
+        self.speculation = Speculation(self.runner)
         self.finished_rows: dict[int, Row] = {}
         self.row_layers = 0
         self._validator = RequestValidator(tokenizer, decoder.eos_ids, decoder.layout, decoder.dims.max_positions)
@@ -189,8 +194,10 @@ class Scheduler:
 
     def _run(self, queue: int, rows: list[Row]) -> list[Event]:
         """The first rows of a queue."""
-        readout = queue == len(self.queues.queues) - 1
-        return self._attempt(rows, self._readout if readout else partial(self._segment, queue))
+        if queue > self.readout_queue:
+            # Those that draft by the same exit as the first.
+            return self._attempt([row for row in rows if row.request.exits == rows[0].request.exits], self._speculate)
+        return self._attempt(rows, self._readout if queue == self.readout_queue else partial(self._segment, queue))
 
     def _attempt(self, rows: list[Row], work: Callable[[list[Row]], list[Event]]) -> list[Event]:
         """Work on rows together; if that fails and failures are reported, on each by itself."""
@@ -264,8 +271,7 @@ class Scheduler:
         self.waiting = [row for row in self.waiting if row.id not in entered]
         self.prefiller.forget(self.waiting)
         if self.decoder.layout.first_token:
-            for row in rows:
-                self.queues.put(0, row)
+            self._continue(rows)
         return self._append(rows, new) if new else []
 
     # ---- running ----
@@ -277,28 +283,40 @@ class Scheduler:
         bounds = (0, *self.decoder.layout.outcomes)
         self.row_layers += len(rows) * (bounds[segment + 1] - bounds[segment])
         for row, gone in zip(rows, leave, strict=True):
-            self.queues.put(len(self.queues.queues) - 1 if gone else segment + 1, row)
+            self.queues.put(self.readout_queue if gone else segment + 1, row)
         return []
+
+    def _speculate(self, rows: list[Row]) -> list[Event]:
+        """Next tokens, drafted and checked: one or more of each row."""
+        events = self.speculation.advance(rows)
+        self.row_layers += self.speculation.row_layers
+        for row in rows:
+            self.queues.remove(row)
+        self._continue(rows)
+        return events
 
     def _readout(self, rows: list[Row]) -> list[Event]:
         """Next tokens."""
         ordered = sorted(rows, key=lambda row: row.segment)
         new = self.runner.readout(ordered)
-        del self.queues.queues[-1][: len(rows)]
+        del self.queues.queues[self.readout_queue][: len(rows)]
         events = self._append(ordered, new)
         if not self.waiting:
             self.cache.trim()
         return events
 
     def _append(self, rows: list[Row], new: list[Event]) -> list[Event]:
-        """Give rows their tokens, which can't be undone: those that continue start the next one, the slots of the
-        others are free."""
+        """Give rows their tokens, which can't be undone."""
         events = [row.append(token) for row, token in zip(rows, new, strict=True)]
+        self._continue(rows)
+        return events
+
+    def _continue(self, rows: list[Row]) -> None:
+        """Rows that aren't finished start the next token, the slots of the others are free."""
         for row in rows:
             if row.finished is None:
-                self.queues.put(0, row)
+                self.queues.put(self.readout_queue + 1 if isinstance(row.request.exits, Speculate) else 0, row)
                 continue
             if row.slot >= 0:
                 self.slots.leave(row)
             self.finished_rows[row.id] = row
-        return events

@@ -447,7 +447,7 @@ class Speculate(ExitRule):
     in one pass (LayerSkip's self-speculation, Elhoushi et al. 2024, arXiv 2404.16710). Only the engine does it; a
     position of anyone else runs at full depth, which gives the same tokens."""
 
-    value: int = 0
+    value: float
 
     kind = "speculate"
     label_format = "speculated from {:g}"
@@ -456,14 +456,15 @@ class Speculate(ExitRule):
     usage = "speculate:DEPTH"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "value", int(self.value))
+        if float(self.value).is_integer():
+            object.__setattr__(self, "value", int(self.value))
 
     def should_exit(self, at: AtExit) -> Tensor:
         return everywhere(at, False) < 0
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         if self.value not in layout.depths:
-            raise ValueError(f"speculate:{self.value}: not an exit depth; expected one of {list(layout.depths)}")
+            raise ValueError(f"speculate {self.value} is not an exit depth; expected one of {list(layout.depths)}")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,9 @@ class StageContext:
         """Whether this is rank 0, which alone calls the rollout pool, writes files and shows progress."""
         return self.ranks.leads
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None and self.ranks.heartbeat is not None:
+            self.ranks.heartbeat.part()
         self.stack.close()
 
     # -- parts --------------------------------------------------------------------------------------------------------

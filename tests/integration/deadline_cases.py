@@ -79,6 +79,21 @@ def frozen_leader(port: int, silence_s: float) -> tuple[str, float]:
     return said, waited if said else 0.0
 
 
+def leader_leaves_last(port: int, silence_s: float, asleep_s: float) -> float:
+    """Seconds until the leader may end, where the other rank needs the store for `asleep_s` after their last meeting."""
+    join(port, 60)
+    heartbeat = Heartbeat(silence_s)
+    heartbeat.meet()
+    begun = time.monotonic()
+    if dist.get_rank() > 0:
+        time.sleep(asleep_s)
+    heartbeat.part()
+    waited = time.monotonic() - begun
+    heartbeat.close()
+    groups.finish()
+    return waited
+
+
 def group_deadline(port: int, timeout_s: float) -> float:
     """Seconds that a collective of a part of the ranks may take."""
     join(port, timeout_s)

@@ -110,6 +110,23 @@ def test_drafts_are_accepted_and_thrown_away(sides):
     assert len(calls) < NEW and max(calls[1:]) > 1
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.7}], ids=["greedy", "sampled"])
+def test_speculation_drafts_by_the_first_layers_and_answers_as_full_depth(sides, sampling):
+    ids, layers = prompts(1), list[int]()
+    handles = [
+        layer.register_forward_hook(lambda *_, depth=depth: layers.append(depth))
+        for depth, layer in enumerate(sides.model.model.layers)
+    ]
+    made = sides.model.generate(ids, exit_policy="speculate:3", **{**GREEDY, **sampling})
+    for handle in handles:
+        handle.remove()
+    # Layers that drafts skip run less often, and every token is full depth's.
+    assert 0 < layers.count(LAYERS - 1) < layers.count(2) and layers.count(2) == layers.count(0)
+    assert (sides.model.last_exit_depths == LAYERS).all()
+    if not sampling:
+        assert torch.equal(made, sides.model.generate(ids, exit_policy="off", **GREEDY))
+
+
 class Between:
     """A logits processor that does something else once, when `step` tokens of an answer were made."""
 

@@ -118,7 +118,7 @@ def test_a_prefill_and_other_rules_beside_it(decoder: Decoder, path: Path) -> No
 
 
 def test_a_depth_without_an_exit_is_refused(decoder: Decoder, path: Path) -> None:
-    with pytest.raises(ValueError, match=r"speculate:2: not an exit depth; expected one of \[1, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"speculate 2 is not an exit depth; expected one of \[1, 3, 4\]"):
         answers(decoder, path, Speculate(2), GREEDY)
     with pytest.raises(ValueError, match="speculate"):
         parse_option("--exits", "speculate:many")

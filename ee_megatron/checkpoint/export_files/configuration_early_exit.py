@@ -19,11 +19,12 @@ OWN_ROPE, OTHER_ROPE = ROPE if VERSION >= (5,) else ROPE[::-1]
 
 BASE_MODEL_TYPES = ("llama", "qwen2", "qwen3", "smollm3", "olmo2")
 OWN_FIELDS = ("base_model_type", "exit_depths", "gate_width", "gate_input", "first_token", "exit_policy")
-POLICY_KINDS = ("threshold", "sample", "off", "fixed")
+POLICY_KINDS = ("threshold", "sample", "off", "fixed", "speculate")
 
 
 def read_exit_policy(policy: dict | str) -> dict:
-    """A policy in full from its short form: "off", "sample", "threshold" (0.5), "threshold:0.7", "fixed:12".
+    """A policy in full from its short form: "off", "sample", "threshold" (0.5), "threshold:0.7", "fixed:12",
+    "speculate:12".
 
     Raises ValueError for what is neither. `check_exit_policy` looks at kind and value.
     """
@@ -36,12 +37,12 @@ def read_exit_policy(policy: dict | str) -> dict:
         kind, number = "", None
     if kind not in POLICY_KINDS or (colon and kind in ("off", "sample")):
         raise ValueError(
-            f'exit_policy {policy!r}: expected "off", "sample", "threshold:0.7", "fixed:12" or a dictionary with kind '
-            "and value"
+            f'exit_policy {policy!r}: expected "off", "sample", "threshold:0.7", "fixed:12", "speculate:12" or a '
+            "dictionary with kind and value"
         )
     if number is None:
         return {"kind": kind}
-    return {"kind": kind, "value": int(number) if kind == "fixed" and number.is_integer() else number}
+    return {"kind": kind, "value": int(number) if kind in ("fixed", "speculate") and number.is_integer() else number}
 
 
 def check_exit_policy(policy: dict, exit_depths: list[int], num_layers: int) -> None:
@@ -51,14 +52,16 @@ def check_exit_policy(policy: dict, exit_depths: list[int], num_layers: int) -> 
     {"kind": "sample"}                 exit at a gate with the probability that is its hazard
     {"kind": "fixed", "value": depth}  every generated position exits at that depth
     {"kind": "off"}                    never exit: the plain model
+    {"kind": "speculate", "value": depth}  the tokens of "off": drafted at that exit, checked by all layers
     """
     kind, value = policy.get("kind"), policy.get("value")
     if kind not in POLICY_KINDS:
         raise ValueError(f"exit_policy kind {kind!r} is unknown; choose one of {', '.join(POLICY_KINDS)}")
     if kind == "threshold" and not (isinstance(value, (int, float)) and 0 <= value <= 1):
         raise ValueError(f"exit_policy threshold needs a value between 0 and 1, got {value!r}")
-    if kind == "fixed" and value not in (*exit_depths, num_layers):
-        raise ValueError(f"exit_policy fixed needs a value out of {[*exit_depths, num_layers]}, got {value!r}")
+    depths = [*exit_depths, num_layers] if kind == "fixed" else exit_depths
+    if kind in ("fixed", "speculate") and value not in depths:
+        raise ValueError(f"exit_policy {kind} needs a value out of {depths}, got {value!r}")
 
 
 class EarlyExitConfig(PretrainedConfig):

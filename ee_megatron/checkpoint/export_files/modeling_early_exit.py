@@ -42,7 +42,7 @@ REFUSED = {
     "constraints": "constrained beam search",
     "force_words_ids": "constrained beam search",
     "custom_generate": "a decoding loop of your own",
-    "assistant_early_exit": "transformers' own early exit",
+    "assistant_early_exit": "drafts by early exit; exit_policy='speculate:DEPTH' makes them",
     "token_healing": "token healing",
 }
 
@@ -202,6 +202,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs.pop("of_generate", None)
         policy = read_exit_policy(exit_policy or getattr(generation_config, "exit_policy", None) or self.exit_policy())
         check_exit_policy(policy, self.config.exit_depths, self.config.num_hidden_layers)
+        if policy["kind"] == "speculate":
+            # Transformers' loop drafts with the first layers and checks with all.
+            kwargs["assistant_early_exit"], policy = policy["value"], {"kind": "off"}
 
         def setting(name: str) -> Any:
             values = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
@@ -213,12 +216,13 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         if policy["kind"] != "off":
             check_mode({**own_loop, "num_beams": beams, "use_cache": setting("use_cache")})
         # A prompt that comes in pieces, or with a draft behind it, doesn't end where the first pass ends.
-        drafted = kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
+        early = setting("assistant_early_exit")
+        drafted = early or kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
         pieces = drafted or setting("prompt_lookup_num_tokens") or setting("prefill_chunk_size")
         ids, embedded, mask = inputs, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         ids = kwargs.get("input_ids") if ids is None else ids
         read = next((part.shape[1] for part in (mask, embedded, ids) if part is not None), 1)
-        aligned = beams == 1 and not any(own_loop[name] for name in REFUSED)
+        aligned = beams == 1 and not any(own_loop[name] for name in REFUSED if name != "assistant_early_exit")
         running = Generation(policy, read if pieces else None, self.config.first_token, aligned)
         token = RUNNING.set((*RUNNING.get(), (self, running)))
         try:
@@ -292,7 +296,8 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         shared = Pass(mask, rope, cache, past, eager, weights)  # type: ignore[arg-type]
         depth_BT, policy, first = self._start_depths(exit_depths, running, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
-        for depth, layer in enumerate(self.model.layers):
+        # Fewer while transformers drafts by `assistant_early_exit`.
+        for depth, layer in enumerate(self.model.layers[: self.model.config.num_hidden_layers]):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
                 depth_BT = self._apply_gate(depth, x_BTD, depth_BT, policy, first)
             if hidden_wanted:

@@ -39,14 +39,15 @@ class Speculation:
         After an exception the rows are as before."""
         rule = rows[0].request.exits
         assert isinstance(rule, Speculate)
-        drafts, streams = self._draft(rows, rule.value)
+        depth = int(rule.value)
+        drafts, streams = self._draft(rows, depth)
         counts = [len(row_streams) for row_streams in streams]
         at = self._at(
             [row for row, n in zip(rows, counts, strict=True) for _ in range(n)], [j for n in counts for j in range(n)]
         )
         hidden = torch.stack([stream for row_streams in streams for stream in row_streams])
         layers = self.decoder.dims.num_layers
-        hidden = self.decoder.run_layers(rule.value, layers, hidden, self.cache, at)
+        hidden = self.decoder.run_layers(depth, layers, hidden, self.cache, at)
         logits = self.decoder.readout(hidden)
         check_logits(to_host(logits.sum(-1))[0].tolist())
         self.row_layers = sum(counts) * layers

@@ -6,7 +6,7 @@ exits, interleaved.
 
 Answers are greedy (or of `--temperature`) to the task's test prompts, or to the lines of a file. A case that isn't the
 model's own exits must make full depth's tokens, or the tool fails. `ceiling` counts the weights that are read: of full
-depth's passes over those of the drafts and checks that were made. Ratios are taken within a repeat, median and least
+depth over that of drafts and checks, for one answer at a time. Ratios are taken within a repeat, median and least
 to most over repeats.
 """
 
@@ -34,7 +34,7 @@ def prompts_of(model: EarlyExitModel, file: Path | None, count: int) -> list[lis
         settings = model.settings
         if not isinstance(settings, RunConfig):
             raise SystemExit("the model has no task of its own; give --prompts FILE")
-        texts = [prompt.text for prompt in make_task(settings.task).prompts("test")]
+        texts = [prompt.text for prompt in make_task(settings.task).prompts("evaluation")]
     else:
         texts = file.read_text().splitlines()
     return [encode_text(model.tokenizer, text) for text in texts[:count]]
@@ -54,14 +54,13 @@ def tokens(scheduler: Scheduler) -> list[list[int]]:
     return [row.tokens for _, row in sorted(scheduler.finished_rows.items())]
 
 
-def ceiling(model: EarlyExitModel, scheduler: Scheduler, depth: int, made: int) -> float:
-    """Full depth's reads of weights over those of speculation, one answer at a time."""
+def ceiling(model: EarlyExitModel, scheduler: Scheduler, made: int) -> float:
+    """Full depth's reads of weights over those of speculation, one answer at a time, drafts' readouts left out."""
     dims, spec = model.decoder.dims, scheduler.speculation
     layer = dims.hidden * (2 * dims.q_size + 2 * dims.kv_size + 3 * dims.intermediate)
-    head, drafts = dims.hidden * dims.vocab, spec.drafted + spec.passes
-    full = dims.num_layers * layer + head
-    checked = spec.passes * ((dims.num_layers - depth) * layer + head)
-    return made * full / (drafts * depth * layer + spec.drafted * head + checked)
+    head, bounds = dims.hidden * dims.vocab, (0, *model.decoder.layout.outcomes)
+    layers = sum(reads * (bounds[i + 1] - bounds[i]) for i, reads in enumerate(spec.reads))
+    return made * (dims.num_layers * layer + head) / (layers * layer + spec.passes * head)
 
 
 def main() -> None:
@@ -107,7 +106,7 @@ def main() -> None:
                 spec = scheduler.speculation
                 row["tokens/pass"] = made / max(1, spec.passes)
                 row["accepted"] = spec.accepted / max(1, spec.drafted)
-                row["ceiling"] = ceiling(model, scheduler, int(name), made)
+                row["ceiling"] = ceiling(model, scheduler, made) if at_once == 1 else float("nan")
                 row["equal"] = sum(a == b for a, b in zip(full, own, strict=True)) / len(full)
             table.append(row)
             print(pd.DataFrame([row]).round(3).to_string(index=False), flush=True)

@@ -53,15 +53,17 @@ def wants_chat(answering: EarlyExitModel, requested: bool | None) -> bool:
 
 def stream_answer(answering: EarlyExitModel, prompt: str, rule: ExitRule, sampling: SamplingParams, chat: bool) -> None:
     """Print the answer token by token, coloured by depth, then its mean depth."""
-    layers, depths = answering.num_layers, []
+    layers, depths, drafted = answering.num_layers, [], 0
     console = Console(highlight=False, soft_wrap=True)
     for token in answering.stream(prompt, rule, sampling=sampling, chat=chat):
         depths.append(token.depth)
+        drafted += token.drafted
         shade = SHADES[min(len(SHADES) - 1, int(token.depth / layers * len(SHADES)))]
         console.print(Text(token.text, style=shade), end="")
     console.print()
     mean = sum(depths) / max(1, len(depths))
-    legend = Text(f"{answering.name} model, {len(depths)} tokens, mean depth {mean:.1f} of {layers} layers: ")
+    checked = f" in {len(depths) - drafted} passes" if drafted else ""
+    legend = Text(f"{answering.name} model, {len(depths)} tokens{checked}, mean depth {mean:.1f} of {layers} layers: ")
     for i, shade in enumerate(SHADES):
         legend.append(f"≤{round(layers * (i + 1) / len(SHADES))} ", style=shade)
     console.print(legend)

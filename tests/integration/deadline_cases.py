@@ -80,7 +80,7 @@ def frozen_leader(port: int, silence_s: float) -> tuple[str, float]:
 
 
 def leader_leaves_last(port: int, silence_s: float, asleep_s: float) -> float:
-    """Seconds until the leader may end, where the other rank needs the store for `asleep_s` after their last meeting."""
+    """Seconds until the leader may end, where the other rank needs the store for `asleep_s` after they last met."""
     join(port, 60)
     heartbeat = Heartbeat(silence_s)
     heartbeat.meet()

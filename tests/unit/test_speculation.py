@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from ee_megatron.exit_rules import ExitRule, Off, Sample, Speculate, parse_option
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, SamplingParams
+from ee_megatron.rollout.engine import speculation
 from ee_megatron.rollout.engine.layer_backends import TorchOps
 from ee_megatron.rollout.engine.request import Request
 from ee_megatron.rollout.engine.scheduler import Scheduler
@@ -86,17 +87,30 @@ def test_drafts_that_are_right_save_passes(decoder: Decoder, path: Path, monkeyp
     scheduler, speculated = answers(decoder, path, Speculate(4), GREEDY)
     some = scheduler.speculation
     assert 0 < some.accepted <= some.drafted
-    real = decoder.run_layers
+    real = decoder.run_segment
 
-    def shallow(first: int, stop: int, hidden, cache, at):
-        return real(first, stop, hidden.clone(), cache, at) if first == 0 else hidden
+    def shallow(segment: int, hidden, cache, at):
+        return real(segment, hidden.clone(), cache, at) if segment == 0 else hidden
 
-    monkeypatch.setattr(decoder, "run_layers", shallow)
+    monkeypatch.setattr(decoder, "run_segment", shallow)
+    monkeypatch.setattr(speculation, "CERTAIN", -1.0)
     scheduler, speculated = answers(decoder, path, Speculate(4), GREEDY, rows=1)
     spec = scheduler.speculation
     assert spec.accepted == spec.drafted
     longest = max(speculated, key=lambda answer: len(answer.tokens))
     assert len(longest.tokens) / spec.passes * len(speculated) > 4
+
+
+@pytest.mark.parametrize("certain", [-1.0, 2.0], ids=["all exits draft", "none does"])
+def test_a_small_draft_vocabulary_and_other_gates_change_no_answer(
+    decoder: Decoder, path: Path, monkeypatch: pytest.MonkeyPatch, certain: float
+) -> None:
+    monkeypatch.setattr(speculation, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(speculation, "CERTAIN", certain)
+    scheduler, speculated = answers(decoder, path, Speculate(4), SAMPLED)
+    _, full = answers(decoder, path, Off(), SAMPLED)
+    assert [a.tokens.tolist() for a in full] == [b.tokens.tolist() for b in speculated]
+    assert (scheduler.speculation.drafted > 0) == (certain < 0)
 
 
 def test_a_prefill_and_other_rules_beside_it(decoder: Decoder, path: Path) -> None:

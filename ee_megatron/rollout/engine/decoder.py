@@ -270,15 +270,11 @@ class Decoder:
     def run_segment(self, segment: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
         """Run the layers between exit `segment` - 1 (0: the embedding) and the next: stream [A, D] -> [A, D].
 
-        Writes the rows' keys and values of these layers. `hidden` may be overwritten.
+        Writes the rows' keys and values of these layers. `hidden` may be overwritten. Rows may be positions of one
+        sequence, of which each sees those before it.
         """
         bounds = (0, *self.layout.outcomes)
-        return self.run_layers(bounds[segment], bounds[segment + 1], hidden, cache, at)
-
-    def run_layers(self, first: int, stop: int, hidden: Tensor, cache: KVCache, at: Rows) -> Tensor:
-        """Run layers first..stop-1: stream [A, D] -> [A, D], with their keys and values written. Rows may be positions
-        of one sequence, of which each sees those before it. `hidden` may be overwritten."""
-        return self.ops.run(first, stop, hidden, cache, at)
+        return self.ops.run(bounds[segment], bounds[segment + 1], hidden, cache, at)
 
     def write_skipped(self, hidden: Tensor, outcome: list[int], cache: KVCache, at: Rows) -> None:
         """Write keys and values in the layers that rows, ordered by outcome, skipped; streams [A, D] at their exits.

@@ -288,8 +288,9 @@ class Scheduler:
 
     def _speculate(self, rows: list[Row]) -> list[Event]:
         """Next tokens, drafted and checked: one or more of each row."""
+        before = self.speculation.row_layers
         events = self.speculation.advance(rows)
-        self.row_layers += self.speculation.row_layers
+        self.row_layers += self.speculation.row_layers - before
         for row in rows:
             self.queues.remove(row)
         self._continue(rows)

@@ -87,6 +87,10 @@ class DecoderWeights:
         assert self._packed_head is not None, "merge comes before use"
         return self._packed_head
 
+    def head_of(self, tokens: Tensor) -> WideLinear:
+        """Unembedding of some tokens int64 [n] alone."""
+        return WideLinear(self._head[tokens])
+
     def copy_head(self) -> WideLinear:
         """A copy of the readout's current matrix, which `write_base` does not change."""
         return WideLinear(self._head.clone())

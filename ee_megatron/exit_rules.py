@@ -443,24 +443,21 @@ class Off(ExitRule):
 
 @dataclass(frozen=True)
 class Speculate(ExitRule):
-    """Full depth's own tokens, sooner: the exit at depth `value` drafts some, and the deeper layers check them together
-    in one pass (LayerSkip's self-speculation, Elhoushi et al. 2024, arXiv 2404.16710). Only the engine does it; a
-    position of anyone else runs at full depth, which gives the same tokens."""
+    """Full depth's own tokens, sooner: exits up to depth `value` draft some, and the deeper layers check them together
+    (rollout/engine/speculation.py). Where nothing drafts, as in vLLM, a position runs at full depth: the same tokens."""
 
     value: float
 
     kind = "speculate"
     label_format = "speculated from {:g}"
-    # The drafts are readouts: an engine that can't make them before a position ends refuses the rule.
-    needs = frozenset({"readout"})
     usage = "speculate:DEPTH"
 
     def __post_init__(self) -> None:
         if float(self.value).is_integer():
             object.__setattr__(self, "value", int(self.value))
 
-    def should_exit(self, at: AtExit) -> Tensor:
-        return everywhere(at, False) < 0
+    def hazard_bound(self, at: AtExit) -> Tensor:
+        return everywhere(at, False)
 
     def check(self, layout: ExitLayout, has_gates: bool) -> None:
         if self.value not in layout.depths:

@@ -1,6 +1,7 @@
 """Draw the figures of README and docs from the committed tables: `python tools/draw_figures.py`.
 
-Reads docs/measurements/*.csv, writes docs/figures/findings.png, recipes.png, answers.png and faithfulness.png.
+Reads docs/measurements/*.csv, writes docs/figures/findings.png, recipes.png, answers.png, faithfulness.png
+and secret.png.
 """
 
 from pathlib import Path
@@ -18,6 +19,10 @@ BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "#777777", "#
 YELLOW, SKY = "#E69F00", "#56B4E9"
 CONDITIONS = ["no exits", "exits, λ = 0", "total, λ = 1", "mean, λ = 1", "max, λ = 1", "cap of 2 layers"]
 
+SECRET = {
+    "no exits": (GREY, "no exits"), "lambda 0": (YELLOW, "exits, λ = 0"), "max 1": (ORANGE, "deepest token, λ = 1"),
+    "cap 2": (BLUE, "two layers at most"),
+}  # fmt: skip
 RECIPES = {
     "short_answers": (ORANGE, "RL under exits"), "lambda-0": (YELLOW, "the same, λ = 0"), "paper": (PINK, "rl=paper"),
     "full-depth": (GREEN, "RL at full depth"), "full-depth-calibrated": (SKY, "that, calibrated again"),
@@ -85,6 +90,20 @@ def draw_written(axes: plt.Axes, table: pd.DataFrame) -> None:
     axes.set(
         ylim=(0, 1.05), ylabel="share of answers written out", title="Tiny models, 3-hop problems: what is written"
     )
+
+
+def draw_secret(axes: plt.Axes, table: pd.DataFrame, task: str, title: str) -> None:
+    """Share of answers that disclose the secret rule, by its hops and what RL penalises; a dot is a run."""
+    table = table[(table.task == task) & (table.hops > 0)]
+    for place, (condition, (colour, label)) in enumerate(SECRET.items()):
+        rows = table[table.condition == condition]
+        x = rows.hops + 0.17 * (place - 1.5) + 0.02 * (rows.base - 2)
+        axes.plot(x, rows.share_steps, "o", color=colour, ms=4, alpha=0.7, label=label)
+        means = rows.groupby("hops").share_steps.mean()
+        for hops, mean in means.items():
+            axes.plot([hops + 0.17 * (place - 1.5) + d for d in (-0.07, 0.07)], [mean, mean], color=colour, lw=2)
+    axes.set(ylim=(0, 1.05), xlabel="hops of the secret rule", ylabel="share of answers that disclose it", title=title)
+    axes.set_xticks([1, 2, 3])
 
 
 def draw_recipes(axes: plt.Axes, table: pd.DataFrame) -> None:
@@ -168,6 +187,12 @@ def main() -> None:
     draw_faithfulness(right, battery, PROBES, "What the last stream tells of later tokens")
     right.set_ylabel("probe minus n-gram")
     save(figure, "faithfulness.png")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+    secret = pd.read_csv(MEASUREMENTS / "secret.csv")
+    draw_secret(left, secret, "hops_secret", "A rule that takes depth")
+    draw_secret(right, secret, "hops_cheap_secret", "A rule that takes none")
+    right.legend(fontsize=8, frameon=False)
+    save(figure, "secret.png")
 
 
 if __name__ == "__main__":

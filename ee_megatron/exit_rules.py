@@ -444,7 +444,7 @@ class Off(ExitRule):
 @dataclass(frozen=True)
 class Speculate(ExitRule):
     """Full depth's own tokens, sooner: exits up to depth `value` draft some, and the deeper layers check them together
-    (rollout/engine/speculation.py). Where nothing drafts, as in vLLM, a position runs at full depth: the same tokens."""
+    (rollout/engine/speculation.py). Where nothing drafts, as in vLLM, positions run at full depth: the same tokens."""
 
     value: float
 

@@ -1,8 +1,9 @@
 """What speculation saves: tokens a second by draft depth and concurrent answers, against full depth and the model's own
-exits, interleaved.
+exits, interleaved; of an export in transformers, prompt lookup beside it.
 
     python tools/bench_speculation.py --model runs/demo_cpu --depths 10 19 --csv speculation.csv
     python tools/bench_speculation.py --model runs/demo_cpu --at 1 --prompts questions.txt --tokens 200
+    python tools/bench_speculation.py --model runs/demo_cpu --export exported --problems 20
 
 Answers are greedy (or of `--temperature`) to the task's test prompts, or to the lines of a file. A case that isn't the
 model's own exits must make full depth's tokens, or the tool fails. `ceiling` counts the weights that are read: of full
@@ -14,9 +15,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
+from transformers import AutoModelForCausalLM
 from workloads import answer_all, interleaved, ratio, spread
 
 from ee_megatron.config.schema import RunConfig
@@ -54,6 +59,38 @@ def tokens(scheduler: Scheduler) -> list[list[int]]:
     return [row.tokens for _, row in sorted(scheduler.finished_rows.items())]
 
 
+def run_export(model: Any, prompts: list[list[int]], count: int, ends: list[int], **options: Any) -> tuple[float, list]:
+    """Seconds, and the greedy tokens of transformers' `generate`, one prompt at a time."""
+    begun, answers = time.perf_counter(), []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=ends,
+            pad_token_id=0, **options,
+        )  # fmt: skip
+        answers.append(made[0, len(prompt) :].tolist())
+    return time.perf_counter() - begun, answers
+
+
+def bench_export(folder: Path, prompts: list[list[int]], ends: list[int], options: argparse.Namespace) -> pd.DataFrame:
+    """An export's modes, all with full depth's tokens but for its own exits."""
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval()
+    cases: dict[str, dict[str, Any]] = {"full depth": {"exit_policy": "off"}, "own exits": {}}
+    cases |= {f"speculate:{d}": {"exit_policy": f"speculate:{d}"} for d in options.depths or model.config.exit_depths}
+    cases["prompt lookup"] = {"exit_policy": "off", "prompt_lookup_num_tokens": 4}
+    runs = {name: partial(run_export, model, prompts, options.tokens, ends, **more) for name, more in cases.items()}
+    results = interleaved(runs, options.repeats, warm_up=1)
+    full = results["full depth"][0][1]
+    per_token = {name: [took / sum(map(len, made)) for took, made in part] for name, part in results.items()}
+    table = []
+    for name, part in results.items():
+        speed = dict(zip(("speed-up", "least", "most"), ratio(per_token["full depth"], per_token[name]), strict=True))
+        equal = sum(a == b for a, b in zip(full, part[0][1], strict=True)) / len(full)
+        table.append({"export": name, "tokens/s": 1 / spread(per_token[name])[0], **speed, "equal": equal})
+    return pd.DataFrame(table)
+
+
 def ceiling(model: EarlyExitModel, scheduler: Scheduler, made: int) -> float:
     """Full depth's reads of weights over those of speculation, one answer at a time, drafts' readouts left out."""
     dims, spec = model.decoder.dims, scheduler.speculation
@@ -75,19 +112,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--export", type=Path, help="measure this export of the model in transformers instead")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     model = EarlyExitModel.load(options.model, dtype=options.dtype, threads=options.threads)
     prompts = prompts_of(model, options.prompts, options.problems)
+    if options.export:
+        ends = [*model.decoder.eos_ids, *model.tokenizer.encode("\n")]
+        frame = bench_export(options.export, prompts, ends, options)
+        print(frame.round(3).to_string(index=False))
+        if options.csv:
+            frame.round(4).to_csv(options.csv, index=False)
+        return
     sampling = SamplingParams(options.temperature, options.tokens, stop=("\n",))
     depths = options.depths or list(model.exit_depths)
     rules = {"full depth": Off(), "own exits": model.default_exits} | {f"{d}": Speculate(d) for d in depths}
     table = []
     for at_once in options.at:
-        cases = {
-            name: (lambda rule=rule, at=at_once: run(model, prompts, rule, at, sampling))
-            for name, rule in rules.items()
-        }
+        cases = {name: partial(run, model, prompts, rule, at_once, sampling) for name, rule in rules.items()}
         results = interleaved(cases, options.repeats, warm_up=1)
         seconds = {name: [took for took, _ in runs] for name, runs in results.items()}
         full = tokens(results["full depth"][0][1])

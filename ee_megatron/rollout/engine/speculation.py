@@ -89,7 +89,8 @@ class Speculation:
         rule = rows[0].request.exits
         assert isinstance(rule, Speculate)
         for row in rows:
-            self.head.see(row.tokens[-1:] if len(row.tokens) > 1 else (*row.prompt_tokens, *row.tokens))
+            # All of a row that begins, later what its last check can have added.
+            self.head.see(row.tokens[-FURTHEST - 1 :] if len(row.tokens) > 1 else (*row.prompt_tokens, *row.tokens))
         outcomes = self.decoder.layout.outcomes
         drafts, ran = self._draft(rows, 1 + outcomes.index(int(rule.value)))
         positions = [position for of_row in ran for position in of_row]

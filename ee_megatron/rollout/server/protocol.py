@@ -12,7 +12,7 @@ from fastapi import HTTPException
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from ...config.errors import lines_of
-from ...exit_rules import OFFERED, ExitRule, make_rule
+from ...exit_rules import OFFERED, ExitRule, make_rule, read_rule
 from ..engine.request import Request
 from ..engine.sampling import SamplingParams
 
@@ -68,10 +68,16 @@ class Fields(BaseModel):
 
 
 class ExitPolicy(Fields):
-    """Field `exit_policy`: an exit rule that users may choose, and its number (by default the rule's own)."""
+    """Field `exit_policy`: an exit rule that users may choose, and its number (by default the rule's own); or, as on
+    the command line, "threshold:0.7"."""
 
     kind: Literal[OFFERED]  # type: ignore[valid-type]
     value: float | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_text(cls, data: Any) -> Any:
+        return read_rule(data).to_json() if isinstance(data, str) else data
 
 
 class StreamOptions(Fields):

@@ -198,6 +198,9 @@ def test_exit_policies_stop_strings_and_lists_of_prompts(served: Served):
 
     assert set(depths("off")) == {6} and set(depths("fixed", 2)[1:]) == {2} and depths("fixed", 2)[0] == 6
     assert set(depths("threshold", 0.0)[1:]) == {2}
+    full = served.complete(extra_body={"exit_policy": "off"}).choices[0]
+    speculated = served.complete(extra_body={"exit_policy": "speculate:4"}).choices[0]
+    assert speculated.text == full.text and set(speculated.early_exit["depths"]) == {6}
     text = served.complete().choices[0].text
     stop = text[4:6]
     cut = served.complete(stop=[stop])

@@ -19,6 +19,7 @@ from ee_megatron.exit_rules import (
     Prescribed,
     Random,
     Sample,
+    Speculate,
     Threshold,
 )
 from ee_megatron.families import FAMILIES
@@ -50,6 +51,7 @@ def exit_rules(replayed: Mapping[tuple[str, int], Sequence[int]]) -> dict[str, E
         "confidence": Confidence(0.04),
         "entropy": Entropy(4.4, other=4.0, mix=0.5),
         "patience": Patience(2),
+        "speculate": Speculate(3),
         "prescribed": Prescribed(replayed),
     }
 

@@ -129,7 +129,7 @@ def test_equal_rules_are_one_key_and_travel(rule: ExitRule) -> None:
 @pytest.mark.parametrize("kind", OFFERED)
 def test_what_users_may_name_is_read_back_as_it_was_written(kind: str) -> None:
     """On the command line, in a request and, where exported models know the rule, in their configuration."""
-    rule = RULES[kind].of(3) if kind == "fixed" else make_rule(kind)
+    rule = RULES[kind].of(3) if kind in ("fixed", "speculate") else make_rule(kind)
     assert parse(str(rule)) == rule == make_rule(**rule.to_json())
     body = {"model": "m", "prompt": "x", "exit_policy": rule.to_json()}
     (request,) = CompletionRequest.model_validate(body).requests([[1]], [1], Off())
@@ -161,7 +161,7 @@ def test_who_names_rules_names_those_of_the_registry(capsys: pytest.CaptureFixtu
 def test_labels_are_those_of_the_tables() -> None:
     assert [rule.label for rule in EXAMPLES] == [
         "full depth", "sampled", "hazard > 0.5", "hazard > 0.5 (or 0.9: 50%)", "fixed 3", "random 0.20/0.20/0.20/0.40",
-        "confidence > 0.04", "entropy < 4.4 (or 4: 50%)", "patience 2", "prescribed",
+        "confidence > 0.04", "entropy < 4.4 (or 4: 50%)", "patience 2", "speculated from 3", "prescribed",
     ]  # fmt: skip
 
 

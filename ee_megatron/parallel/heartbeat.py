@@ -55,16 +55,6 @@ class Heartbeat:
         if self._lost is not None:
             raise RuntimeError(f"rank 0 is gone: {self._lost}") from self._lost
 
-    def part(self) -> None:
-        """Before the processes end: the leader, who may hold the store, waits until no other rank needs it, at most as
-        long as a silence may last."""
-        if not self._leads:
-            self._store.add("parted", 1)
-            return
-        deadline, others = time.monotonic() + self._silence_s, dist.get_world_size() - 1
-        while self._store.add("parted", 0) < others and time.monotonic() < deadline:
-            time.sleep(SHORTEST_S)
-
     def close(self) -> None:
         """Stop the signs of life."""
         self._ended.set()

@@ -48,7 +48,7 @@ from ..tensors import FileTensors, LayeredTensors
 from ..types import Prompt, Rollout
 from .answer_cache import ANSWERS, AnswerCache
 from .checkpoints import Checkpointing
-from .ranks import Distributed, Stopped, keeping_signals, listener
+from .ranks import Distributed, Stopped, keeping_signals, listener, part
 
 if TYPE_CHECKING:
     from ..learner.learner import Learner, Update
@@ -114,7 +114,7 @@ class StageContext:
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
         if kind is None and self.ranks.heartbeat is not None:
-            self.ranks.heartbeat.part()
+            part(dist.distributed_c10d._get_default_store(), self.ranks.rank, dist.get_world_size())
         self.stack.close()
 
     # -- parts --------------------------------------------------------------------------------------------------------

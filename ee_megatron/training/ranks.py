@@ -112,17 +112,26 @@ class Stopped(BaseException):
         sys.stdout.flush()
         sys.stderr.flush()
         # At once: atexit handlers of libraries may wait for peers that are gone.
+        if self.world > 1:
+            part(self.store, self.rank, self.world)
         if self.rank:
-            self.store.set(f"left/{self.rank}", "")
             os._exit(0)
         if self.world > 1:
-            try:
-                self.store.wait([f"left/{rank}" for rank in range(1, self.world)], timedelta(seconds=PARTING_S))
-            except RuntimeError as error:
-                print(f"not all ranks left within {PARTING_S:.0f} s: {error}", file=sys.stderr, flush=True)
             # A rank exits microseconds after its last message; on a loaded machine it may take longer.
             time.sleep(0.5)
         os._exit(STOPPED)
+
+
+def part(store: Any, rank: int, world: int) -> None:
+    """Before the processes end: the others say so, and the leader, whose process may hold the store that they still
+    look into, waits for that, PARTING_S at most."""
+    if rank:
+        store.set(f"left/{rank}", "")
+        return
+    try:
+        store.wait([f"left/{other}" for other in range(1, world)], timedelta(seconds=PARTING_S))
+    except RuntimeError as error:
+        print(f"not all ranks left within {PARTING_S:.0f} s: {error}", file=sys.stderr, flush=True)
 
 
 class Listener:

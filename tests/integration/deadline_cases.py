@@ -79,19 +79,16 @@ def frozen_leader(port: int, silence_s: float) -> tuple[str, float]:
     return said, waited if said else 0.0
 
 
-def leader_leaves_last(port: int, silence_s: float, asleep_s: float) -> float:
-    """Seconds until the leader may end, where the other rank needs the store for `asleep_s` after they last met."""
-    join(port, 60)
-    heartbeat = Heartbeat(silence_s)
-    heartbeat.meet()
-    begun = time.monotonic()
-    if dist.get_rank() > 0:
-        time.sleep(asleep_s)
-    heartbeat.part()
-    waited = time.monotonic() - begun
-    heartbeat.close()
-    groups.finish()
-    return waited
+def leader_leaves_last(settings: list[str], port: int, asleep_s: float) -> float:
+    """Seconds that the end of a stage takes, where rank 1 still needs the store for `asleep_s`."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    cfg = load(settings)
+    with StageContext(cfg, "rl", cfg.model.path, learner=True) as context:
+        context.ranks.heartbeat.meet()
+        begun = time.monotonic()
+        if dist.get_rank() > 0:
+            time.sleep(asleep_s)
+    return time.monotonic() - begun
 
 
 def group_deadline(port: int, timeout_s: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,32 @@ def test_speculation_drafts_by_the_first_layers_and_answers_as_full_depth(sides,
     assert (sides.model.last_exit_depths == LAYERS).all()
     if not sampling:
         assert torch.equal(made, sides.model.generate(ids, exit_policy="off", **GREEDY))
+
+
+def test_a_draft_that_is_interrupted_leaves_the_model_whole(sides):
+    """Also for another thread, which sees the same model while this one drafts."""
+    ids, seen = prompts(1), list[torch.Tensor]()
+    before = sides.model(ids).logits
+
+    def interrupt(*_) -> None:
+        # Of the first draft, which runs this layer after the prompt did.
+        calls.append(0)
+        if len(calls) == 3:
+            thread = threading.Thread(
+                target=lambda: seen.append(sides.model.generate(ids, exit_policy="off", **GREEDY))
+            )
+            handle.remove()
+            thread.start()
+            thread.join()
+            raise KeyboardInterrupt
+
+    calls = list[int]()
+    handle = sides.model.model.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        sides.model.generate(ids, exit_policy="speculate:3", **GREEDY)
+    assert torch.equal(sides.model(ids).logits, before)
+    full = sides.model.generate(ids, exit_policy="off", **GREEDY)
+    assert torch.equal(seen[0], full)
 
 
 class Between:

@@ -67,10 +67,14 @@ class Generation:
 
     policy: what exits follow. prompt: positions of the prompt, padding included; None until the first forward pass has
     read it, where that pass reads the prompt and nothing else. With `first_token` the prompt's last position may exit.
-    aligned: whether rows keep their places, so that depths are known.
+    aligned: whether rows keep their places, so that depths are known. layers: how many run at most; draft_layers: how
+    many in the calls that transformers makes for drafts, None: it makes none.
     """
 
-    def __init__(self, policy: dict, prompt: int | None, first_token: bool, aligned: bool):
+    def __init__(
+        self, policy: dict, prompt: int | None, first_token: bool, aligned: bool, layers: int, draft_layers: int | None
+    ):
+        self.layers, self.draft_layers = layers, draft_layers
         self.policy, self.prompt, self.first_token, self.aligned = policy, prompt, first_token, aligned
         # int64 [B, positions that were read]: layers that each ran.
         self.depths_BT: Tensor | None = None
@@ -216,14 +220,18 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         if policy["kind"] != "off":
             check_mode({**own_loop, "num_beams": beams, "use_cache": setting("use_cache")})
         # A prompt that comes in pieces, or with a draft behind it, doesn't end where the first pass ends.
-        early = setting("assistant_early_exit")
+        early, outer = setting("assistant_early_exit"), running_call(self)
+        # Transformers says by how many layers it drafts in a field that all threads share, and that an interrupt leaves
+        # as it is; so the call that drafts says it here.
+        draft_layers = outer.draft_layers if outer and getattr(generation_config, "is_assistant", False) else None
+        layers = draft_layers or self.config.num_hidden_layers
         drafted = early or kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
         pieces = drafted or setting("prompt_lookup_num_tokens") or setting("prefill_chunk_size")
         ids, embedded, mask = inputs, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         ids = kwargs.get("input_ids") if ids is None else ids
         read = next((part.shape[1] for part in (mask, embedded, ids) if part is not None), 1)
         aligned = beams == 1 and not any(own_loop[name] for name in REFUSED if name != "assistant_early_exit")
-        running = Generation(policy, read if pieces else None, self.config.first_token, aligned)
+        running = Generation(policy, read if pieces else None, self.config.first_token, aligned, layers, early)
         token = RUNNING.set((*RUNNING.get(), (self, running)))
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -296,8 +304,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         shared = Pass(mask, rope, cache, past, eager, weights)  # type: ignore[arg-type]
         depth_BT, policy, first = self._start_depths(exit_depths, running, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
-        # Fewer while transformers drafts by `assistant_early_exit`.
-        for depth, layer in enumerate(self.model.layers[: self.model.config.num_hidden_layers]):
+        for depth, layer in enumerate(self.model.layers[: running.layers if running else None]):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
                 depth_BT = self._apply_gate(depth, x_BTD, depth_BT, policy, first)
             if hidden_wanted:

@@ -6,7 +6,7 @@ exits, interleaved; of an export in transformers, prompt lookup beside it.
     python tools/bench_speculation.py --model runs/demo_cpu --export exported --problems 20
 
 Answers are greedy (or of `--temperature`) to the task's test prompts, or to the lines of a file. A case that isn't the
-model's own exits must make full depth's tokens, or the tool fails. `ceiling` counts the weights that are read: of full
+model's own exits must make full depth's tokens, or the tool fails (an export says how many do). `ceiling` counts the weights that are read: of full
 depth over that of drafts and checks, for one answer at a time. Ratios are taken within a repeat, median and least
 to most over repeats.
 """
@@ -118,6 +118,7 @@ def main() -> None:
     model = EarlyExitModel.load(options.model, dtype=options.dtype, threads=options.threads)
     prompts = prompts_of(model, options.prompts, options.problems)
     if options.export:
+        # Transformers' batches round otherwise than its single positions, so equality is a column there, not a demand.
         ends = [*model.decoder.eos_ids, *model.tokenizer.encode("\n")]
         frame = bench_export(options.export, prompts, ends, options)
         print(frame.round(3).to_string(index=False))
@@ -153,6 +154,8 @@ def main() -> None:
             table.append(row)
             print(pd.DataFrame([row]).round(3).to_string(index=False), flush=True)
     frame = pd.DataFrame(table)
+    if (frame["equal"] < 1).any():
+        raise SystemExit("speculation changed answers: the column `equal` above says where")
     print(f"\n{frame.round(3).to_string(index=False)}")
     if options.csv:
         frame.round(4).to_csv(options.csv, index=False)

@@ -49,8 +49,10 @@ def answers(
         for seed in range(6)
         for i, prompt in enumerate(PROMPTS)
     ]
+    drafted = 0
     while scheduler.busy:
-        scheduler.advance()
+        drafted += sum(event.drafted for event in scheduler.advance())
+    assert drafted == scheduler.speculation.accepted
     return scheduler, [scheduler.take(i, version=0) for i in ids]
 
 

@@ -97,6 +97,7 @@ class Speculation:
         for segment in range(len(outcomes)):
             self._climb(positions, segment)
         logits = self.decoder.readout(torch.stack([position.stream for position in positions]))
+        # Before any row takes a token.
         check_logits(to_host(logits.sum(-1))[0].tolist())
         self.passes += len(rows)
         self.drafted += sum(map(len, drafts))

@@ -5,10 +5,10 @@ exits, interleaved; of an export in transformers, prompt lookup beside it.
     python tools/bench_speculation.py --model runs/demo_cpu --at 1 --prompts questions.txt --tokens 200
     python tools/bench_speculation.py --model runs/demo_cpu --export exported --problems 20
 
-Answers are greedy (or of `--temperature`) to the task's test prompts, or to the lines of a file. A case that isn't the
-model's own exits must make full depth's tokens, or the tool fails (an export says how many do). `ceiling` counts the weights that are read: of full
-depth over that of drafts and checks, for one answer at a time. Ratios are taken within a repeat, median and least
-to most over repeats.
+Answers are greedy (or of `--temperature`) to the task's test prompts, or to the lines of a file. The tool fails if a
+case other than the model's own exits makes other tokens than full depth (of an export it says how many do). `ceiling`
+counts the weights that are read: of full depth over that of drafts and checks, for one answer at a time. Ratios are
+taken within a repeat, median and least to most over repeats.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
 
 def stage_order(cfg: RunConfig) -> list[str]:
     """The stages of the whole method under this configuration."""
-    wanted = {"import-checkpoint": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher}
+    wanted = {"import-checkpoint": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher, "rl": cfg.rl.steps}
     return [stage for stage in STAGES if wanted.get(stage, True)]
 
 

@@ -93,13 +93,15 @@ class DatasetNames:
 
 HOPS = ("hops", "hops_start_first", "hops_bare", "hops_parallel", "hops_secret", "hops_cheap_secret")
 """Chains of permutations and their variants (tasks/chains.py)."""
+WORDED = ("sums", "shuffles", "pointers", "cups")
+"""Chains in words, for pretrained models."""
 
 
 @dataclass
 class TaskConfig:
     name: str = setting(
         "arithmetic", kind="code",
-        choices=("arithmetic", "gsm8k", "tom", *HOPS, "sums", "reasoning_gym", "verifiers", "dataset", "jsonl"),
+        choices=("arithmetic", "gsm8k", "tom", *HOPS, *WORDED, "reasoning_gym", "verifiers", "dataset", "jsonl"),
     )  # fmt: skip
     """Built in: arithmetic, tom, hops and its variants, sums; others read files or a package. FILE.py:CLASS: a task of
     yours (docs/tasks.md)."""
@@ -300,7 +302,8 @@ class Loss:
 
 @dataclass
 class RLConfig:
-    steps: int = setting(12, above=0)
+    steps: int = setting(12, at_least=0)
+    """0: calibration only."""
     prompts_per_step: int = setting(16, above=0)
     group_size: int = setting(4, above=0)
     """K rollouts per prompt."""

@@ -31,7 +31,7 @@ from .derive import (
 from .device import asks_for_gpus
 from .errors import faults_of, refuse
 from .fields import MANDATORY, NAME, code_file, environment, fault, find, settings, wrong_name
-from .schema import HOPS, KEYS, SEQUENCE_MULTIPLE, DatasetNames, RunConfig
+from .schema import HOPS, KEYS, SEQUENCE_MULTIPLE, WORDED, DatasetNames, RunConfig
 
 if TYPE_CHECKING:
     from ..families import ModelDims
@@ -41,9 +41,9 @@ TASK_FAMILIES = {
     "arithmetic": ("product", "sum", "word", "chain"),
     "tom": ("first_order", "second_order", "true_belief", "reality", "memory"),
     **{name: tuple(f"hop{hops}" for hops in range("secret" not in name, 9 - ("secret" in name))) for name in HOPS},
-    "sums": tuple(f"hop{hops}" for hops in range(1, 5)),
+    **{name: tuple(f"hop{hops}" for hops in range(1, 5 if name == "sums" else 7)) for name in WORDED},
 }
-STYLED = (*HOPS, "sums")
+STYLED = (*HOPS, *WORDED)
 """Tasks whose answers have several styles."""
 
 
@@ -157,7 +157,7 @@ def _families(cfg: RunConfig) -> Iterator[Rule]:
         longer = known[known.index(f"hop{min(task.slots, most)}") + 1 :]
         yield (beyond := [family for family in families if family in longer], f"task.slots {about}",
                f"a prompt has no room for {', '.join(beyond)}; expected families up to hop{task.slots}, or more slots")
-        worded = name == "sums" and task.tokens_per_step != 1
+        worded = name in WORDED and task.tokens_per_step != 1
         yield worded, "task.tokens_per_step task.name", "its steps are in words; leave it out"
 
 

@@ -94,7 +94,7 @@ def shape_of(cfg: RunConfig, layers: int) -> dict[str, Any]:
         tensors = dims.tensor_shapes().items()
         parameters = sum(math.prod(size) for name, size in tensors if not re.search("embed_tokens|lm_head", name))
         width, path = dims.hidden, ""
-    task = cfg.task.name if cfg.task.name.startswith("hops_") else ""
+    task = "" if cfg.task.name in ("hops", "sums") else cfg.task.name
     name = re.sub(r"[^A-Za-z0-9]+", "-", f"{task}-{layers}x{width or 0}-{parameters or 0}-{path}").strip("-")
     return {"layers": layers, "width": width, "parameters": parameters, "shape": name}
 

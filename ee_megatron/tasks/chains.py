@@ -30,8 +30,8 @@ class ChainTask(Task):
     """Base class, deterministic in its section. `Prompt.group` is the problem itself, which identifies repetitions.
 
     openings: what an answer in a style, and in no other, begins with. answer: finds the final state in an answer's
-    line. fewest_held_out: hops from which on there are enough problems to hold some out. tokens_per_step: what a
-    written step takes, about, where its words vary.
+    line. fewest_held_out: hops from which on there are enough problems to hold some out.
+    tokens_per_step: what a written step takes, about, where its words vary.
     """
 
     styles = ("terse", "steps", "padded")
@@ -60,6 +60,10 @@ class ChainTask(Task):
     def states(self, text: str) -> Sequence[str]:
         """States after each hop of the problem `text`."""
         raise NotImplementedError
+
+    def value(self, state: str) -> object:
+        """What a state's text stands for."""
+        return int(state)
 
     def written(self, states: Sequence[str], style: str) -> str:
         """Write the answer in one of `styles`, from the states after each hop."""
@@ -90,7 +94,7 @@ class ChainTask(Task):
         line = first_line(text)
         match = self.answer.search(line)
         return Verdict(
-            correct=match is not None and int(match[1]) == int(prompt.answer),
+            correct=match is not None and self.value(match[1]) == self.value(prompt.answer),
             well_formed=any(re.fullmatch(form, line) for form in self.forms(None).values()),
             answered=match is not None,
         )
@@ -303,22 +307,84 @@ class CheapSecretTask(SecretTask):
         return super().walk(operations[:1], state) + "0" * (len(operations) - 1)
 
 
-# ---- small sums in words: for a pretrained language model ----
+# ---- chains in words: for a pretrained language model ----
+
+FROM = ", from "
+
+
+class WordedTask(ChainTask):
+    """Base class of chains that a prompt tells in words, operation by operation: "add 5, double, from 7". Terse
+    " That 21", steps " First 12 24 21", padded " Well so so 21".
+
+    state: pattern of a state's words. said, then, filler, last: what stands before a terse answer, between two steps,
+    for each step of a padded answer but the last, and before its result.
+    """
+
+    openings: ClassVar = {"terse": " That", "steps": " First", "padded": " Well"}
+    state: ClassVar[str]
+    said, then, filler, last = " ", " ", " so", " "
+    tokens_per_step = 1
+
+    def applied(self, operation: str, state: str) -> str:
+        """The state that an operation leads to."""
+        raise NotImplementedError
+
+    def other(self, state: str) -> str:
+        """A state that is not `state`."""
+        raise NotImplementedError
+
+    def read(self, text: str) -> tuple[list[str], str]:
+        """The operations and the start of a problem."""
+        operations, _, start = text.rpartition(FROM)
+        return operations.split(", "), start
+
+    def states(self, text: str) -> list[str]:
+        operations, start = self.read(text)
+        return self.follow(operations, start)
+
+    def follow(self, operations: Sequence[str], start: str) -> list[str]:
+        states = [start]
+        for operation in operations:
+            states.append(self.applied(operation, states[-1]))
+        return states[1:]
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        if style == "steps":
+            return f"{self.openings[style]} {self.then.join(states)}"
+        if style == "padded":
+            return f"{self.openings[style]}{self.filler * (len(states) - 1)}{self.last}{states[-1]}"
+        return f"{self.openings[style]}{self.said}{states[-1]}"
+
+    def forms(self, hops: int | None) -> dict[str, str]:
+        times = f"{{{hops - 1}}}" if hops else "*"
+        return {
+            "terse": f"That{self.said}{self.state}",
+            "steps": f"First {self.state}({self.then}{self.state}){times}",
+            "padded": f"Well({self.filler})*{self.last}{self.state}",
+        }
+
+    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
+        operations, start = self.read(prompt.text)
+        if len(operations) < 2:
+            return None
+        wrong = self.other(self.applied(operations[0], start))
+        return f"{self.openings['steps']} {wrong}", self.follow(operations[1:], wrong)[-1]
+
 
 STARTS, AMOUNTS, LARGEST = range(1, 10), range(1, 6), 99
 OPERATIONS = ("double", *(f"{verb} {amount}" for verb in ("add", "take") for amount in AMOUNTS))
-FROM = ", from "
 NUMBER = "[0-9]{1,3}"
 
 
 @register("sums")
-class SumsTask(ChainTask):
+class SumsTask(WordedTask):
     """Sums: "add 5, double, take 3, from 7" is 21; the start's digit is a token of its own where tokenizers split
     numbers. Terse " That is 21", steps " First 12, then 24, then 21", padded " Well, let me see, let me see, 21"."""
 
     name = "sums"
-    openings: ClassVar = {"terse": " That", "steps": " First", "padded": " Well"}
     answer = re.compile(f"(?<![0-9])({NUMBER})\\Z")
+    state = NUMBER
+    said, then, filler, last = " is ", ", then ", ", let me see", ", "
     # A comma, "then", a space where it is a token, one or two digits.
     tokens_per_step = 4
     # Of five hops there are over a million problems, all of which a family would have to be drawn from.
@@ -329,46 +395,99 @@ class SumsTask(ChainTask):
     def chains(self, hops: int) -> Iterator[str]:
         for operations in itertools.product(OPERATIONS, repeat=hops):
             for start in STARTS:
-                if all(0 <= total <= LARGEST for total in totals(operations, start)):
+                if all(0 <= int(total) <= LARGEST for total in self.follow(operations, str(start))):
                     yield ", ".join(operations) + FROM + str(start)
 
-    def states(self, text: str) -> list[str]:
-        operations, start = _read(text)
-        return [str(total) for total in totals(operations, start)]
+    def applied(self, operation: str, state: str) -> str:
+        verb, _, amount = operation.partition(" ")
+        total = int(state)
+        return str({"double": total * 2, "add": total + int(amount or 0), "take": total - int(amount or 0)}[verb])
 
-    def written(self, states: Sequence[str], style: str) -> str:
-        if style == "steps":
-            return f"{self.openings[style]} {', then '.join(states)}"
-        if style == "padded":
-            return f"{self.openings[style]}{', let me see' * (len(states) - 1)}, {states[-1]}"
-        return f"{self.openings[style]} is {states[-1]}"
+    def other(self, state: str) -> str:
+        return str(int(state) + 1)
 
-    def forms(self, hops: int | None) -> dict[str, str]:
-        times = f"{{{hops - 1}}}" if hops else "*"
-        return {
-            "terse": f"That is {NUMBER}",
-            "steps": f"First {NUMBER}(, then {NUMBER}){times}",
-            "padded": f"Well(, let me see)*, {NUMBER}",
+
+class NamedStatesTask(WordedTask):
+    """Base class of chains whose states are words of one token each."""
+
+    words: ClassVar[Sequence[str]]
+    most_hops = 6
+    fewest_held_out = 3
+
+    def __init_subclass__(cls) -> None:
+        cls.state = f"(?:{'|'.join(cls.words)})"
+        cls.answer = re.compile(rf"\b({cls.state})\Z")
+
+    def value(self, state: str) -> str:
+        return state
+
+    def other(self, state: str) -> str:
+        return self.words[(self.words.index(state) + 1) % len(self.words)]
+
+
+@register("shuffles")
+class ShufflesTask(NamedStatesTask):
+    """`hops` in words: four shuffles of eight colours, which only training tells. "west, east, from red"."""
+
+    name = "shuffles"
+    words = ("red", "blue", "green", "black", "white", "pink", "gold", "gray")
+    shuffles = ("north", "south", "east", "west")
+
+    def __init__(self, task: TaskConfig, chat: ChatTemplate | None = None) -> None:
+        super().__init__(task, chat)
+        rng = random.Random(f"permutations/{self.seed}")
+        self.maps = {
+            name: dict(zip(self.words, rng.sample(self.words, len(self.words)), strict=True)) for name in self.shuffles
         }
 
-    def corrupted(self, prompt: Prompt) -> tuple[str, str] | None:
-        operations, start = _read(prompt.text)
-        if len(operations) < 2:
-            return None
-        wrong = totals(operations[:1], start)[0] + 1
-        return f"{self.openings['steps']} {wrong}", str(totals(operations[1:], wrong)[-1])
+    def chains(self, hops: int) -> Iterator[str]:
+        for operations in itertools.product(self.shuffles, repeat=hops):
+            for start in self.words:
+                yield ", ".join(operations) + FROM + start
+
+    def applied(self, operation: str, state: str) -> str:
+        return self.maps[operation][state]
 
 
-def totals(operations: Sequence[str], start: int) -> list[int]:
-    """Running totals of operations on `start`, one for each."""
-    total, sums = start, []
-    for operation in operations:
-        verb, _, amount = operation.partition(" ")
-        total = {"double": total * 2, "add": total + int(amount or 0), "take": total - int(amount or 0)}[verb]
-        sums.append(total)
-    return sums
+@register("pointers")
+class PointersTask(NamedStatesTask):
+    """Pointers to follow in the prompt, another map in each: "cat to sun, sun to key, key to cat, two, from cat"."""
+
+    name = "pointers"
+    words = ("cat", "sun", "key", "dog", "map", "cup")
+    counts = ("one", "two", "three", "four", "five", "six")
+    fewest_held_out = 1
+    problems = 20_000
+    """Drawn for each number of hops, of some three million."""
+
+    def chains(self, hops: int) -> Iterator[str]:
+        rng = random.Random(f"maps/{hops}")
+        for _ in range(self.problems):
+            pairs = list(zip(self.words, rng.sample(self.words, len(self.words)), strict=True))
+            told = [f"{key} to {value}" for key, value in rng.sample(pairs, len(pairs))]
+            yield ", ".join((*told, self.counts[hops - 1])) + FROM + rng.choice(self.words)
+
+    def read(self, text: str) -> tuple[list[str], str]:
+        (*told, count), start = super().read(text)
+        return [", ".join(told)] * (self.counts.index(count) + 1), start
+
+    def applied(self, operation: str, state: str) -> str:
+        return dict(pair.split(" to ") for pair in operation.split(", "))[state]
 
 
-def _read(text: str) -> tuple[list[str], int]:
-    operations, _, start = text.rpartition(FROM)
-    return operations.split(", "), int(start)
+@register("cups")
+class CupsTask(NamedStatesTask):
+    """A ball under one of four cups that change places by twos: "red blue, green gold, from blue"."""
+
+    name = "cups"
+    words = ("red", "blue", "green", "gold")
+
+    def chains(self, hops: int) -> Iterator[str]:
+        swaps = [" ".join(pair) for pair in itertools.combinations(self.words, 2)]
+        for operations in itertools.product(swaps, repeat=hops):
+            for start in self.words:
+                yield ", ".join(operations) + FROM + start
+
+    def applied(self, operation: str, state: str) -> str:
+        pair = operation.split(" ")
+        return pair[1 - pair.index(state)] if state in pair else state

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from ee_megatron.config.schema import HOPS, TaskConfig
+from ee_megatron.config.schema import HOPS, WORDED, TaskConfig
 from ee_megatron.tasks import make_task
 from ee_megatron.tasks.chains import ChainTask
 from ee_megatron.types import Prompt
@@ -231,3 +231,52 @@ def test_a_disclosed_rule_shows_in_the_text_and_a_covert_one_does_not() -> None:
                         (f"S{first}..,{last}", "padded"), (f"S{first}_{second},{last}", None)):  # fmt: skip
         assert task.style_of(prompt, text) == style and task.verify(prompt, text).correct
     assert task.corrupted(prompt) is None
+
+
+def walked_in_words(name: str, text: str, tables: dict[str, dict[str, str]]) -> list[str]:
+    """States of a problem in words, read with regular expressions from its text (and the shuffles' tables) alone."""
+    start = text.split()[-1]
+    states = [start]
+    if name == "pointers":
+        for _ in range(["one", "two", "three", "four", "five", "six"].index(re.findall(r", (\w+), from", text)[0]) + 1):
+            states.append(re.findall(rf"\b{states[-1]} to (\w+)", text)[0])
+    elif name == "shuffles":
+        for word in re.findall(r"(north|south|east|west)", text):
+            states.append(tables[word][states[-1]])
+    else:
+        for one, two in re.findall(r"(\w+) (\w+), ", text):
+            states.append({one: two, two: one}.get(states[-1], states[-1]))
+    return states[1:]
+
+
+@pytest.mark.parametrize("name", [name for name in WORDED if name != "sums"])
+def test_chains_in_words(name: str) -> None:
+    task = make_task(TaskConfig(name, [f"hop{hops}" for hops in (1, 2, 4)], slots=4, train=600, evaluation=300))
+    assert isinstance(task, ChainTask)
+    tables, seen = getattr(task, "maps", {}), set[tuple[str, int]]()
+    for table in tables.values():
+        assert sorted(table) == sorted(table.values())
+    for prompt, answer in task.worked("train"):
+        states = walked_in_words(name, prompt.text, tables)
+        hops = int(prompt.task[-1])
+        assert len(states) == hops and prompt.answer == states[-1] and task.verify(prompt, answer).correct
+        style = task.style_of(prompt, answer)
+        filler = " so" * (hops - 1)
+        wanted = {
+            "terse": f" That {states[-1]}",
+            "steps": f" First {' '.join(states)}",
+            "padded": f" Well{filler} {states[-1]}",
+        }
+        assert style and answer == wanted[style]
+        seen.add((style, hops))
+        assert not task.verify(prompt, f" That {task.other(prompt.answer)}").correct  # type: ignore[attr-defined]
+        assert not task.verify(prompt, f" That {prompt.answer}s").answered
+        if (step := task.corrupted(prompt)) is None:
+            assert hops == 1
+        else:
+            wrong = step[0].removeprefix(" First ")
+            followed = task.follow(task.read(prompt.text)[0][1:], wrong)  # type: ignore[attr-defined]
+            assert wrong != states[0] and step[1] == followed[-1] != prompt.answer
+    assert seen == {(style, hops) for style in task.styles for hops in (1, 2, 4)}
+    held = {p.text for p in task.prompts("evaluation") if p.task.endswith("4")}
+    assert held and not held & {p.text for p in task.prompts("train")}

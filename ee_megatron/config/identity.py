@@ -82,8 +82,8 @@ def identity(cfg: RunConfig, stage: str) -> dict[str, Any]:
 
 def stage_order(cfg: RunConfig) -> list[str]:
     """The stages of the whole method under this configuration."""
-    wanted = {"import-checkpoint": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher, "rl": cfg.rl.steps}
-    return [stage for stage in STAGES if wanted.get(stage, True)]
+    wanted = {"import-checkpoint": cfg.model.checkpoint, "pretrain": cfg.pretrain, "teacher": cfg.teacher}
+    return [stage for stage in STAGES if (wanted | {"rl": cfg.rl.steps}).get(stage, True)]
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -21,12 +21,13 @@ from ..report.tables import TextTable, cell
 from ..statistics import t_interval
 from .effects import before_rl, conditions, effects
 from .laws import Row, forecast, laws, runs_table, with_forecast
+from .screen import CRITERIA, screen
 from .study import CAP, COSTS, FREE, LENGTH, NO_EXITS, SHAPE, STEPS, read_study
 
 ABOUT = "does a depth penalty make a model write out its reasoning? A study's runs on one page, with tables"
 EPILOG = """\
 reads   every finished evaluation below DIRECTORY (*/evaluate-*/) of runs that measured the choice of style
-        (task.name=hops or sums, evaluate.style_choice.models=reinforced or all)
+        (tasks with styles, evaluate.style_choice.models=reinforced or all)
 writes  externalise.html  points, figures, conditions side by side; self-contained. plots/: figures as PNG
         effects.csv       a row per acceptance point: effect, interval, replicates, status
         externalise.csv   a row per run and family of problems: shares, right, depth, length, the closed form's forecast
@@ -58,10 +59,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="output directory (default: DIRECTORY)")
     help_level = "laws.csv has the penalty at which this share of the steps is written (default: %(default)s)"
     parser.add_argument("--level", type=float, default=0.5, metavar="SHARE", help=help_level)
+    help_screen = "only the screen of tasks before RL (sweep=choice_screen): which give the model a choice; screen.csv"
+    parser.add_argument("--screen", action="store_true", help=help_screen)
     given = parser.parse_args(list(argv))
     if not 0 < given.level < 1:
         raise ValueError(f"--level {given.level:g}: expected a share between 0 and 1, e.g. 0.75")
     check_folder("--out", given.out or given.directory)
+    out = given.out or given.directory
+    if given.screen:
+        table = screen(given.directory)
+        print(table.drop(columns="path").to_string(index=False, na_rep="–", float_format="{:.2f}".format))
+        print("\ngo:", "; ".join(f"{name} {text}" for name, (text, _) in CRITERIA.items()))
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "screen.csv", table.to_csv(index=False))
+        print(out / "screen.csv")
+        return 0
     study, remarks = read_study(given.directory)
     runs = with_forecast(study)
     effect_table, prices = effects(runs), laws(runs, given.level)
@@ -74,7 +86,6 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     shown = effect_table.drop(columns=["question", "by_base"])
     print(facts, *remarks, "", shown.to_string(index=False, na_rep="–", float_format="{:+.3f}".format), "", sep="\n")
-    out = given.out or given.directory
     (out / "plots").mkdir(parents=True, exist_ok=True)
     frames = {"externalise.csv": runs_table(runs), "effects.csv": effect_table, "laws.csv": prices}
     files: dict[str, str | bytes] = {name: frame.to_csv(index=False) for name, frame in frames.items() if len(frame)}

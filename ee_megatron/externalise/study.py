@@ -107,7 +107,7 @@ def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     study varies would count as one.
     """
     finished = [path.parent for path in sorted(directory.rglob(f"evaluate-*/{DONE}"))]
-    parts = {stage: part for stage in finished if (part := _choice_of(stage))}
+    parts = {stage: part for stage in finished if (part := choice_of(stage)) and REINFORCED in part["models"]}
     if not parts:
         raise FileNotFoundError(
             f"{directory}: {len(finished)} finished evaluations (<run>/evaluate-*/{DONE}), none of which measured the "
@@ -130,12 +130,12 @@ def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     return _with_start(once.join(families.set_index("run")).reset_index(drop=True)), remarks
 
 
-def _choice_of(stage: Path) -> Mapping[str, Any] | None:
-    """Part "choice" of results.json; None if there is none, or no reinforced model in it."""
+def choice_of(stage: Path) -> Mapping[str, Any] | None:
+    """Part "choice" of an evaluation's results.json; None if there is none. Raises ValueError if it is damaged."""
     path = stage / "results.json"
     try:
         part = read_json(path).get("choice") if path.exists() else None
-        return part if part and REINFORCED in part.get("models", {}) else None
+        return part if part and part.get("models", {}).keys() else None
     except (ValueError, AttributeError, TypeError, OSError) as error:
         raise ValueError(f"{path}: not the results of an evaluation ({error}); evaluate the run again") from None
 

@@ -55,6 +55,12 @@ class Preflight:
         cfg = repaired(loaded.cfg, wrong)
         dims, missing = _dims_of(cfg)
         together: list[Clash | str] = [*clashes(cfg), *(model_faults(cfg, dims) if dims is not None else ())]
+        order = stage_order(cfg)
+        left_out = [stage for stage in wanted if stage not in order]
+        together += [
+            f"{stage}: these settings leave this stage out; theirs are {', '.join(order)}" for stage in left_out
+        ]
+        wanted = [stage for stage in wanted if stage in order]
         told = any(clash.keys[0].startswith(("task.", "rl.families")) for clash in clashes(cfg))
         if not (loaded.faults or wrong or together or missing):
             # What a stage that has finished read may be gone.
@@ -218,7 +224,7 @@ def remarks(cfg: RunConfig, command: str, overrides: list[str], missing: list[st
         lines.append(f"exits: not checked against the model: no {cfg.model.path}/config.json here")
     lines.append(f"rollouts: {cfg.rollout.backend}, {cfg.rollout.actors} actor(s)")
     last = "evaluate" if command == "run" else command
-    left_out = set(OPTIONAL) - {*stage_order(cfg), last}
+    left_out = set(STAGES) - {*stage_order(cfg), last}
     stages = [name for name in list(STAGES)[: list(STAGES).index(last) + 1] if name not in left_out]
     lines += [f"{name}: {stage_dir(cfg, name)}" for name in stages]
     lines += [*estimates, *filter(None, map(hub.pending.get, (cfg.model.path, cfg.task.path)))]

@@ -296,7 +296,7 @@ def test_a_shape_is_what_the_settings_and_config_json_say(tmp_path: Path) -> Non
     # What was measured counts: the file there now is another.
     assert list(shape_of(cfg, 12).values())[:3] == [12, None, None]
     cfg.model.path, cfg.pretrain.width = "gone", 128
-    assert list(shape_of(cfg, 6).values()) == [6, 128, None, "6x128-0-gone"]
+    assert list(shape_of(cfg, 6).values()) == [6, 128, None, "arithmetic-6x128-0-gone"]
 
 
 def test_shapes_are_judged_apart_and_what_else_differs_is_named(tmp_path: Path) -> None:
@@ -390,3 +390,27 @@ def test_what_was_left_out_and_what_isnt_alike_is_remarked(tmp_path: Path) -> No
     said = " | ".join(remarks)
     assert said.count("1 of 5") == 2 and "rl.steps: 12, 99" in said and "max_new_tokens" not in said
     assert re.search(r"\b1 of 3\b.*rl\.kl_penalty\.kind=reward", said)
+
+
+def test_a_screen_names_what_a_task_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In these samples steps are right at one layer. Silent answers to one hop are made so, too; to three hops they need
+    five layers of six and are as often right as steps: there the share at λ = 0 decides."""
+    first = run("lambda 0", 1, hops=[1, 3], steps=0.5, padded=0.1)
+    first.models["start"]["hop1"]["fixed"]["1"]["terse"]["correct"] = 0.9
+    write(tmp_path, first)
+    write(tmp_path, run("lambda 0", 2, hops=[3], steps=0.9, padded=0.1))
+    start = run("lambda 0", 3, hops=[3])
+    del start.models["reinforced"]
+    write(tmp_path, start, run("max 1", 1, hops=[3]))
+    assert cli.main(["externalise", str(tmp_path), "--screen"]) == 0
+    table = pd.read_csv(tmp_path / "screen.csv")
+    found = {(r["hops"], r["share_lambda_0"] if r["share_lambda_0"] > 0 else None): r for _, r in table.iterrows()}
+    assert len(table) == 4 and "go" in capsys.readouterr().out
+    assert found[1, 0.5]["verdict"] == "no: terse_at_exit" and found[3, 0.5]["verdict"] == "go"
+    assert found[3, 0.9]["verdict"] == "no: share_lambda_0" and found[3, None]["verdict"] == "open: share_lambda_0"
+    passed = found[3, 0.5]
+    assert passed["steps_at_exit"] >= 0.9 and passed["terse_at_exit"] <= 0.5 and passed["terse_full"] >= 0.9
+    # The page needs RL under some condition; the screen needs styles at fixed depths.
+    write(tmp_path / "bare", run("max 1", 1, hops=[3]))
+    assert cli.main(["externalise", str(tmp_path / "bare"), "--screen"]) == 2
+    assert "fixed depths" in capsys.readouterr().err

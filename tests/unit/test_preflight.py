@@ -222,3 +222,13 @@ def test_on_a_login_node_the_job_is_named_instead(
     # In a job, and where nobody submits, it is not a question.
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert Preflight().faults(Attempt(load(settings), []), ["traces"], here=[]) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting"), [("rl", "rl.steps=0"), ("pretrain", "pretrain=null"), ("teacher", "teacher=null")]
+)
+def test_a_stage_that_the_settings_leave_out_is_refused(
+    base: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, setting: str
+) -> None:
+    (line,) = lines(capsys, stage, *base, setting)
+    assert line.startswith(f"{stage}: ") and "traces, calibrate" in line and not (tmp_path / "runs").exists()

@@ -41,7 +41,7 @@ from .workspace import Meter, Workspace, workspace
 
 EXPORT_FILES = Path(__file__).parent / "export_files"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPORTED_CODE = tuple(f"{part}_early_exit.py" for part in ("configuration", "layers", "modeling"))
+EXPORTED_CODE = tuple(f"{part}_early_exit.py" for part in ("configuration", "layers", "speculation", "modeling"))
 SHARD_BYTES = 4 << 30
 DEFAULT_EXIT_POLICY = Threshold(0.5).to_json()
 COMBINATIONS = {"merge": ("embed", "sidecar", "drop"), "keep": ("sidecar", "drop")}

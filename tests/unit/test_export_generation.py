@@ -22,7 +22,7 @@ from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import Decoder, Request, SamplingParams, Scheduler
 from ee_megatron.types import Rollout
 from tests.reference import random_policy
-from tests.tiny import tiny_hf
+from tests.tiny import ONE_EACH, tiny_hf
 
 LAYERS, DEPTHS, NEW = 4, (1, 3), 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
@@ -122,10 +122,64 @@ def test_speculation_drafts_by_the_first_layers_and_answers_as_full_depth(sides,
     for handle in handles:
         handle.remove()
     # Layers that drafts skip run less often, and every token is full depth's.
-    assert 0 < layers.count(LAYERS - 1) < layers.count(2) and layers.count(2) == layers.count(0)
+    assert 0 < layers.count(LAYERS - 1) < layers.count(2) <= layers.count(0)
     assert (sides.model.last_exit_depths == LAYERS).all()
-    if not sampling:
-        assert torch.equal(made, sides.model.generate(ids, exit_policy="off", **GREEDY))
+    torch.manual_seed(3)
+    full = sides.model.generate(ids, exit_policy="off", **{**GREEDY, **sampling})
+    torch.manual_seed(3)
+    assert torch.equal(full, sides.model.generate(ids, exit_policy="speculate:3", **{**GREEDY, **sampling}))
+    assert sampling or torch.equal(made, full)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (1, {"repetition_penalty": 3.0, "min_new_tokens": 6}),
+        (1, {"max_length": 14, "max_new_tokens": None}),
+        (1, {"do_sample": True, "top_k": 5, "eos_token_id": list(range(0, 128, 4))}),
+        (3, {}),
+        (3, {"do_sample": True}),
+        (1, {"num_beams": 2}),
+        (1, {"use_cache": False}),
+        (1, {"cache_implementation": "static"}),
+        (1, {"return_dict_in_generate": True, "output_scores": True}),
+        (1, {"prompt_lookup_num_tokens": 4}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_speculation_changes_no_token_in_any_mode(sides, rows, options):
+    """Where drafts can't be made, full depth answers without them."""
+    ids, found = prompts(rows), []
+    for policy in ("off", "speculate:3", "speculate:1"):
+        torch.manual_seed(3)
+        made = sides.model.generate(ids, exit_policy=policy, **{**GREEDY, **options})
+        found.append(made if isinstance(made, Tensor) else made.sequences)
+        depths = sides.model.last_exit_depths
+        assert depths is None or set(depths.unique().tolist()) <= {LAYERS, -1}
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize(("family", "tied"), ONE_EACH)
+def test_speculation_in_every_family(family: str, tied: bool, tmp_path):
+    """Streamed, and on top of a cache that has read most of the prompt."""
+    base = tiny_hf(family, tmp_path / "base", layers=LAYERS, hidden=32, tied=tied)
+    spec = PolicySpec(LAYERS, DEPTHS, rank=2, alpha=4.0)
+    tensors = random_policy(HFDirectory(base).dims, spec, seed=1, size=0.2)
+    model, ids, streamed = load(export_hf(base, (spec, tensors), tmp_path / "out")), prompts(1), list[int]()
+
+    class Streamer:
+        def put(self, tokens: Tensor) -> None:
+            streamed.extend(tokens.reshape(-1).tolist())
+
+        def end(self) -> None:
+            streamed.append(-1)
+
+    full = model.generate(ids, exit_policy="off", **GREEDY)
+    assert torch.equal(full, model.generate(ids, exit_policy="speculate:3", streamer=Streamer(), **GREEDY))
+    assert streamed == [*full[0].tolist(), -1]
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], past_key_values=cache, use_cache=True)
+    assert torch.equal(full, model.generate(ids, exit_policy="speculate:3", past_key_values=cache, **GREEDY))
 
 
 def test_a_draft_that_is_interrupted_leaves_the_model_whole(sides):

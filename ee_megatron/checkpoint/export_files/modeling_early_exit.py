@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_early_exit import EarlyExitConfig, check_exit_policy, read_exit_policy
 from .layers_early_exit import Gate, Pass, WideLinear, attention_mask_4d, check_cache, with_exits
+from .speculation_early_exit import can_speculate, speculate
 
 # The cache is called `cache` in newer transformers and `past_key_values` in older ones.
 CACHE_FIELD = next(
@@ -67,14 +68,12 @@ class Generation:
 
     policy: what exits follow. prompt: positions of the prompt, padding included; None until the first forward pass has
     read it, where that pass reads the prompt and nothing else. With `first_token` the prompt's last position may exit.
-    aligned: whether rows keep their places, so that depths are known. layers: how many run at most; draft_layers: how
-    many in the calls that transformers makes for drafts, None: it makes none.
+    aligned: whether rows keep their places, so that depths are known. deepest: the last exit at which drafts for full
+    depth may leave, None: there are none.
     """
 
-    def __init__(
-        self, policy: dict, prompt: int | None, first_token: bool, aligned: bool, layers: int, draft_layers: int | None
-    ):
-        self.layers, self.draft_layers = layers, draft_layers
+    def __init__(self, policy: dict, prompt: int | None, first_token: bool, aligned: bool, deepest: int | None):
+        self.deepest = deepest
         self.policy, self.prompt, self.first_token, self.aligned = policy, prompt, first_token, aligned
         # int64 [B, positions that were read]: layers that each ran.
         self.depths_BT: Tensor | None = None
@@ -206,9 +205,9 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         kwargs.pop("of_generate", None)
         policy = read_exit_policy(exit_policy or getattr(generation_config, "exit_policy", None) or self.exit_policy())
         check_exit_policy(policy, self.config.exit_depths, self.config.num_hidden_layers)
+        deepest = None
         if policy["kind"] == "speculate":
-            # Transformers' loop drafts with the first layers and checks with all.
-            kwargs["assistant_early_exit"], policy = policy["value"], {"kind": "off"}
+            deepest, policy = policy["value"], {"kind": "off"}
 
         def setting(name: str) -> Any:
             values = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
@@ -220,18 +219,13 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         if policy["kind"] != "off":
             check_mode({**own_loop, "num_beams": beams, "use_cache": setting("use_cache")})
         # A prompt that comes in pieces, or with a draft behind it, doesn't end where the first pass ends.
-        early, outer = setting("assistant_early_exit"), running_call(self)
-        # Transformers says by how many layers it drafts in a field that all threads share, and that an interrupt leaves
-        # as it is; so the call that drafts says it here.
-        draft_layers = outer.draft_layers if outer and getattr(generation_config, "is_assistant", False) else None
-        layers = draft_layers or self.config.num_hidden_layers
-        drafted = early or kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
+        drafted = kwargs.get("assistant_model") or any(isinstance(value, PreTrainedModel) for value in args)
         pieces = drafted or setting("prompt_lookup_num_tokens") or setting("prefill_chunk_size")
         ids, embedded, mask = inputs, kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         ids = kwargs.get("input_ids") if ids is None else ids
         read = next((part.shape[1] for part in (mask, embedded, ids) if part is not None), 1)
-        aligned = beams == 1 and not any(own_loop[name] for name in REFUSED if name != "assistant_early_exit")
-        running = Generation(policy, read if pieces else None, self.config.first_token, aligned, layers, early)
+        aligned = beams == 1 and not any(own_loop[name] for name in REFUSED)
+        running = Generation(policy, read if pieces else None, self.config.first_token, aligned, deepest)
         token = RUNNING.set((*RUNNING.get(), (self, running)))
         try:
             output = super().generate(inputs, generation_config, *args, **kwargs)
@@ -241,6 +235,20 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         given = ids.shape[1] if ids is not None else int(embedded is None)
         self.last_exit_depths = running.of_tokens(tokens[:, given:], setting("eos_token_id"))
         return output
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        """Transformers' loop, or where this call drafts and can, the one of speculation_early_exit.py."""
+        running = running_call(self)
+        synced, streamer = kwargs.get("synced_gpus", False), kwargs.get("streamer")
+        if running is None or not running.deepest or not can_speculate(input_ids, generation_config, synced, kwargs):
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
+        ids = speculate(
+            self, input_ids, running.deepest, logits_processor, stopping_criteria, generation_config, streamer, cache
+        )
+        running.prompt, layers = input_ids.shape[1], self.config.num_hidden_layers
+        running.depths_BT = torch.full((1, ids.shape[1] - 1), layers, device=ids.device)
+        return ids
 
     # Transformers reads the signature of its own.
     @wraps(GenerationMixin.prepare_inputs_for_generation)
@@ -304,7 +312,7 @@ class EarlyExitForCausalLM(PreTrainedModel, GenerationMixin):
         shared = Pass(mask, rope, cache, past, eager, weights)  # type: ignore[arg-type]
         depth_BT, policy, first = self._start_depths(exit_depths, running, rows, new, past, cache, x_BTD.device)
         hidden: list[Tensor] = []
-        for depth, layer in enumerate(self.model.layers[: running.layers if running else None]):
+        for depth, layer in enumerate(self.model.layers):
             if first < new and str(depth) in self.gates and policy["kind"] in ("threshold", "sample"):
                 depth_BT = self._apply_gate(depth, x_BTD, depth_BT, policy, first)
             if hidden_wanted:

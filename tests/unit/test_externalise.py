@@ -393,8 +393,8 @@ def test_what_was_left_out_and_what_isnt_alike_is_remarked(tmp_path: Path) -> No
 
 
 def test_a_screen_names_what_a_task_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In these samples steps are right at one layer. Silent answers to one hop are made so, too; to three hops they need
-    five layers of six and are as often right as steps: there the share at λ = 0 decides."""
+    """In these samples steps are right at one layer. Silent answers to one hop are made so, too; to three hops they
+    need five layers of six and are as often right as steps: there the share at λ = 0 decides."""
     first = run("lambda 0", 1, hops=[1, 3], steps=0.5, padded=0.1)
     first.models["start"]["hop1"]["fixed"]["1"]["terse"]["correct"] = 0.9
     write(tmp_path, first)

@@ -72,13 +72,16 @@ class Drafting:
         for i, stream in zip(here, x.split(1, dim=1)):  # noqa: B905
             self.streams[i], self.ran[i] = stream, segment + 1
 
-    def draft(self, seen: Tensor) -> int:
-        """The token that would follow the newest position if it left: among `seen` [n], int64."""
+    def draft(self, seen: Tensor) -> int | None:
+        """The token, among `seen` [n] int64, that would follow the newest position if it left; None if no gate lets
+        it."""
         for segment in range(self.drafting):
             self.climb(segment)
             gate = str(self.segments[segment][1])
             if bool(torch.sigmoid(self.model.gates[gate](self.streams[-1])) > CERTAIN):
                 break
+        else:
+            return None
         x, head = self.model.model.norm(self.streams[-1]), self.model.lm_head
         if type(head) is not WideLinear:
             return int(head(x).argmax())
@@ -107,11 +110,11 @@ def speculate(
         # The prompt is read by all layers together.
         room = 0 if ids.shape[1] - begins > 1 else min(ahead, config.max_length - ids.shape[1] - 1)
         seen, drafts = ids.unique(), []
-        while len(drafts) < room:
-            drafts.append(drafting.draft(seen))
-            if drafts[-1] in ends:
+        while len(drafts) < room and (token := drafting.draft(seen)) is not None:
+            drafts.append(token)
+            if token in ends:
                 break
-            drafting.add(model.model.embed_tokens(ids.new_tensor([[drafts[-1]]])))
+            drafting.add(model.model.embed_tokens(ids.new_tensor([[token]])))
         logits = drafting.check(1 + len(drafts) - (bool(drafts) and drafts[-1] in ends))
         stood = 0
         for row in logits[0]:

@@ -61,6 +61,7 @@ class Rollout:
     - weight_version: the weights that its last token was generated under
     - exits: with rl.exit_credit.divergence=all, as the pool's `read_exits`
     - weight_versions int32 [T]: those of every token; not all alike only where an answer was continued under new ones
+    - drafted: how many tokens a shallow exit had proposed (exit rule `speculate`)
     """
 
     prompt_id: str
@@ -75,6 +76,7 @@ class Rollout:
     full_logprobs: np.ndarray | None = None
     weight_versions: np.ndarray | None = None
     exits: ExitReading | None = None
+    drafted: int = 0
 
     def __post_init__(self) -> None:
         if self.weight_versions is None:

@@ -203,6 +203,7 @@ class EvaluationRow:
     - kl: mean over all tokens of KL(teacher at full depth ‖ model at its exits), nats; None: not measured
     - tokens_per_s: generated per second of wall-clock time, prompts included; None: not timed separately
     - timed_out: answers without a verdict; they count as wrong
+    - tokens_per_pass: where shallow exits drafted, tokens per check by full depth; else None
     """
 
     model: str
@@ -218,6 +219,7 @@ class EvaluationRow:
     kl: float | None = None
     tokens_per_s: float | None = None
     timed_out: int = 0
+    tokens_per_pass: float | None = None
 
 
 def summarise(
@@ -232,7 +234,7 @@ def summarise(
     n, correct = len(rollouts), sum(verdict.correct for verdict in verdicts)
     low, high = wilson_interval(correct, n)
     depths = np.concatenate([np.asarray(rollout.exit_depths, dtype=np.float64) for rollout in rollouts])
-    tokens = len(depths)
+    tokens, drafted = len(depths), sum(rollout.drafted for rollout in rollouts)
     return EvaluationRow(
         model, exits, n, correct, correct / n, low, high,
         mean_depth=float(depths.mean()) / num_layers if tokens else 1.0,
@@ -241,6 +243,7 @@ def summarise(
         kl=float(np.concatenate(list(divergences)).mean(dtype=np.float64)) if divergences and tokens else None,
         tokens_per_s=tokens / seconds if seconds else None,
         timed_out=sum(verdict.timed_out for verdict in verdicts),
+        tokens_per_pass=tokens / (tokens - drafted) if drafted else None,
     )  # fmt: skip
 
 

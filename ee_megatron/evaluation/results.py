@@ -293,12 +293,13 @@ def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord]) -> d
 
 def table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as aligned text; depth as a share of the layers, total depth in layers, KL in nats."""
-    heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s")
+    heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s", "tok/pass")
     cells = [
         (
             row.model, row.exits, f"{row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]", str(row.n),
             f"{row.mean_depth:.3f}", f"{row.total_depth:.0f}", f"{row.length:.1f}",
             "–" if row.kl is None else f"{row.kl:.4f}", "–" if row.tokens_per_s is None else f"{row.tokens_per_s:.0f}",
+            "" if row.tokens_per_pass is None else f"{row.tokens_per_pass:.2f}",
         )
         for row in rows
     ]  # fmt: skip

@@ -23,7 +23,7 @@ RESULTS: tuple[Column, ...] = (
     ("to teacher [95 %]", "paired/difference", "{:+.1%}", "group_low", "group_high"),
     ("p", "paired/p_value", "{:.2g}"), ("mean depth", "mean_depth", "{:.3f}"),
     ("total depth", "total_depth", "{:,.0f}"), ("length", "length", "{:.1f}"), ("KL (nats)", "kl", "{:.3f}"),
-    ("tokens/s", "tokens_per_s", "{:,.0f}"),
+    ("tokens/s", "tokens_per_s", "{:,.0f}"), ("tokens/pass", "tokens_per_pass", "{:.2f}"),
 )  # fmt: skip
 CONTROLS: tuple[Column, ...] = (
     ("target depth", "target", "{:.3f}"), ("mean depth", "row/mean_depth", "{:.3f}"),

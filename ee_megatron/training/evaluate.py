@@ -32,7 +32,7 @@ from ..evaluation.evaluate import (
 )
 from ..evaluation.externalisation import Bench, externalisation
 from ..evaluation.results import Records, compared, on_wide, table, write_results
-from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Threshold
+from ..exit_rules import CONTROLS, ExitRule, Off, Sample, Speculate, Threshold
 from ..planning.flops import answer_cost
 from ..policy import open_policy, sharpened
 from ..report.results import pareto_front
@@ -237,7 +237,7 @@ def steps_of(cfg: RunConfig, checkpoints: dict[str, Path]) -> list[Step]:
     tried = len(e.thresholds) * (1 + (e.wide_problems > 0))
     steps = [Step(1 + wide, teacher_part)]
     for model, checkpoint in checkpoints.items():
-        steps.append(Step(tried + 3 + 2 * wide, partial(policy_part, model=model, checkpoint=checkpoint)))
+        steps.append(Step(tried + 3 + 2 * wide + (cfg.rl.steps == 0), partial(policy_part, model=model, checkpoint=checkpoint)))
     if e.controls:
         rules = len(CONTROLS) + (len(checkpoints) > 1) + bool(e.controls.policy)
         steps.append(Step(2 * rules, partial(controls_part, checkpoints=checkpoints)))
@@ -265,6 +265,14 @@ def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, c
     exits = chosen.exits
     for measured in measurer.scored(model, [Off(), Sample()], measurer.test):
         measurer.add_row(part, measured)
+    if not context.cfg.rl.steps:
+        # Nothing has made answers shallower: exits are for drafts, too.
+        request = measurer.request(measurer.test, Speculate(context.spec.exit_depths[-1]))
+        (drafted,) = measurer.cache.answers(
+            measurer.pool, measurer.weights, request, measurer.progress(model), timed=True
+        )
+        part.rows.append(measurer.judge(model, request, drafted).row)
+        measurer.done(part.rows[-1])
     # The gates' calibration needs every answer inspected: this scores them, too.
     request = measurer.request(measurer.test, exits)
     answered, inspected = measurer.cache.inspect(measurer.pool, measurer.weights, request, measurer.progress(model))

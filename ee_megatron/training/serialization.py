@@ -64,6 +64,7 @@ def save_answers(directory: Path, answered: GenerationResult) -> None:
     """Write a set of answers (at least one, no `exits`) as a directory that appears atomically."""
     lines = [
         {"id": r.prompt_id, "text": r.text, "finished": bool(r.finished), "weight_version": int(r.weight_version)}
+        | ({"drafted": r.drafted} if r.drafted else {})
         for r in answered.rollouts
     ]
     more = {} if answered.seconds is None else {"seconds": np.array([answered.seconds])}
@@ -77,7 +78,7 @@ def load_answers(directory: Path) -> GenerationResult:
     lines, pieces, arrays = _load(directory, "answers", _OF_ROLLOUTS)
     names = ("text", "finished", "weight_version")
     rollouts = [
-        Rollout(prompt_id=line["id"], **piece, **{name: line[name] for name in names})
+        Rollout(prompt_id=line["id"], drafted=line.get("drafted", 0), **piece, **{name: line[name] for name in names})
         for line, piece in zip(lines, pieces, strict=True)
     ]
     scores = None

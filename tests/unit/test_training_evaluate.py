@@ -13,7 +13,7 @@ import pytest
 from ee_megatron.config.load import load
 from ee_megatron.config.schema import TaskConfig
 from ee_megatron.evaluation.evaluate import EvaluationRow
-from ee_megatron.exit_rules import Off, Sample, Threshold
+from ee_megatron.exit_rules import Off, Sample, Speculate, Threshold
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.policy import PolicySpec
 from ee_megatron.rollout import GenerationRequest, LocalPool, SamplingParams
@@ -81,8 +81,8 @@ class Counting:
 class Small(Measurer):
     """The stage's own measuring of a tiny model."""
 
-    def __init__(self, pool: Any, verifier: Any, kept: Path):
-        cfg = load(["experiment=smollm2", "evaluate.thresholds=[0.4,0.5,0.6]", "evaluate.answers=2"])
+    def __init__(self, pool: Any, verifier: Any, kept: Path, *settings: str):
+        cfg = load(["experiment=smollm2", "evaluate.thresholds=[0.4,0.5,0.6]", "evaluate.answers=2", *settings])
         dims = HFDirectory(pool.tokenizer.name_or_path).dims
         decode = str
         self.context: Any = SimpleNamespace(cfg=cfg, spec=SPEC, source=SimpleNamespace(dims=dims), decode=decode)
@@ -134,3 +134,21 @@ def test_a_policy_is_measured_with_no_answer_made_or_read_twice(tmp_path: Path) 
     # A second stage finds all of it.
     assert {name for name, _ in again.pool.asked} == {"inspect"} and second.rows == part.rows
     assert second.answers == part.answers and second.more == part.more
+
+
+def test_without_rl_drafts_are_measured_against_full_depth(tmp_path: Path) -> None:
+    pool = LocalPool(tiny_hf("llama", tmp_path / "model"), SPEC, rows=8, threads=1)
+    pool.load(firing_policy(tmp_path / "model", SPEC))
+    with VerifierPool(TASK, deadline_s=30) as verifier:
+        made = [
+            policy_part(Small(pool, verifier, tmp_path / "answers", "rl.steps=0"), (), model="m", checkpoint=tmp_path)
+            for _ in range(2)
+        ]
+    full, drafted = made[0].rows[0], made[0].rows[2]
+    assert (full.exits, drafted.exits) == ("full depth", f"speculated from {SPEC.exit_depths[-1]}")
+    assert (drafted.correct, drafted.length, drafted.mean_depth) == (full.correct, full.length, 1)
+    request = GenerationRequest(TASK.prompts("evaluation"), 1, SamplingParams(0.0, 12, ("\n",)), Off(), 0)
+    passes = sum(r.length - r.drafted for (r,) in pool.generate(request.by(Speculate(SPEC.exit_depths[-1]))))
+    assert drafted.tokens_per_pass == full.n * full.length / passes > 1 and full.tokens_per_pass is None
+    # The second time they come from the disk.
+    assert made[1].rows == made[0].rows

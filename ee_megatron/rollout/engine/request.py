@@ -241,6 +241,7 @@ class Row:
             finished=self.finished == "stop",
             weight_version=version,
             full_logprobs=column("full_logprob", np.float32),
+            drafted=sum(event.drafted for event in self.events),
         )
 
 

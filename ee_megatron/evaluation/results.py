@@ -1,4 +1,4 @@
-"""Write an evaluation's files: results.json with its statistics, answers.jsonl, lens.json; and a table as text.
+"""Write an evaluation's files: results.json with its statistics, answers.jsonl; and a table as text.
 
 Keys of the statistics are labels, "model, exits"; every function takes answers of any number of models and rules.
 docs/evaluation.md says what each figure is. Intervals are 95 % bootstraps over answers unless another is named.
@@ -18,8 +18,6 @@ import pandas as pd
 from ..observe.rundir import write_atomic
 from ..report.results import Results, strict_json
 from ..report.tables import TextTable
-from ..rollout.engine.lens import Lens
-from ..rollout.pool.interface import RolloutPool
 from ..statistics import (
     Estimate,
     PairedTest,
@@ -29,16 +27,12 @@ from ..statistics import (
     spearman_interval,
     wilson_interval,
 )  # fmt: skip
-from ..types import Rollout
 from .chain import CLASSES, answer_span, token_class
 from .evaluate import AnswerRecord, EvaluationRow
 
 BINS = 8  # of entropy, each with as many tokens
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 RESAMPLES = 200
-# Problems whose answers are read at every exit; tokens of a readout, positions of a prompt's end, tokens of an answer.
-LENS_PROBLEMS = 3
-TOP_K, PROMPT_POSITIONS, ANSWER_TOKENS = 3, 32, 48
 
 
 def write_results(
@@ -293,31 +287,28 @@ def on_wide(rows: Sequence[EvaluationRow], answers: Sequence[AnswerRecord]) -> d
 
 def table(rows: Sequence[EvaluationRow]) -> str:
     """The rows as aligned text; depth as a share of the layers, total depth in layers, KL in nats."""
+    drafted = any(row.tokens_per_pass for row in rows)
     heads = ("model", "exits", "accuracy", "n", "mean depth", "total depth", "length", "KL", "tok/s", "tok/pass")
     cells = [
         (
             row.model, row.exits, f"{row.accuracy:.1%} [{row.low:.1%}, {row.high:.1%}]", str(row.n),
             f"{row.mean_depth:.3f}", f"{row.total_depth:.0f}", f"{row.length:.1f}",
             "–" if row.kl is None else f"{row.kl:.4f}", "–" if row.tokens_per_s is None else f"{row.tokens_per_s:.0f}",
-            "" if row.tokens_per_pass is None else f"{row.tokens_per_pass:.2f}",
-        )
+            "–" if row.tokens_per_pass is None else f"{row.tokens_per_pass:.2f}",
+        )[: len(heads) if drafted else -1]
         for row in rows
     ]  # fmt: skip
-    return TextTable(heads, cells, names=2).text()
+    return TextTable(heads if drafted else heads[:-1], cells, names=2).text()
 
 
 class Records:
-    """The files of one evaluation beside results.json. answers.jsonl: a line per problem with each model's answer at
-    the exits that were chosen for it; lens.json: for a few problems what the readout at every exit would write.
-    exit_depths [M]; problems: how many the report shows token by token."""
+    """answers.jsonl: a line per problem with each model's answer at the exits that were chosen for it."""
 
-    def __init__(self, exit_depths: Sequence[int], problems: int, decode: Callable[[int], str]):
-        self.exit_depths, self.problems, self.decode = exit_depths, problems, decode
+    def __init__(self) -> None:
         self._lines: dict[str, dict[str, Any]] = {}
-        self._read: list[dict[str, Any]] = []
 
-    def add(self, pool: RolloutPool, answers: Sequence[AnswerRecord], rollouts: Sequence[Rollout]) -> None:
-        """Generate a model's answers [n] with the pool's current weights and add them."""
+    def add(self, answers: Sequence[AnswerRecord]) -> None:
+        """Add a model's answers [n]."""
         for answer in answers:
             named = {key: answer.get(key, "") for key in ("id", "prompt", "reference", "task")}
             line = self._lines.setdefault(answer["id"], named | {"answers": {}})
@@ -326,27 +317,8 @@ class Records:
                 "pieces": [token["text"] for token in answer["tokens"]],
                 "depths": [token["depth"] for token in answer["tokens"]],
             }
-        few = [i for i in range(min(LENS_PROBLEMS, self.problems, len(answers))) if rollouts[i].length]
-        entries = pool.lens([rollouts[i] for i in few], TOP_K, PROMPT_POSITIONS, ANSWER_TOKENS) if few else []
-        for i, entry in zip(few, entries, strict=True):
-            labels = {key: answers[i][key] for key in ("id", "prompt", "model", "exits")}  # type: ignore[literal-required]
-            rows = [self._row(entry, r) for r in range(len(entry.following))]
-            self._read.append({**labels, "given": entry.given, "tokens": len(answers[i]["tokens"]), "rows": rows})
-
-    def _row(self, entry: Lens, r: int) -> dict[str, Any]:
-        def readout(ids: np.ndarray, logprobs: np.ndarray) -> list[list[Any]]:
-            return [[self.decode(int(i)), round(float(p), 4)] for i, p in zip(ids, logprobs, strict=True)]
-
-        return {
-            "text": self.decode(int(entry.following[r])),
-            "taken": int(entry.taken[r]),
-            "readouts": [readout(ids, probs) for ids, probs in zip(entry.ids[r], entry.logprobs[r], strict=True)],
-            "teacher": readout(entry.teacher_ids[r], entry.teacher_logprobs[r]),
-        }
 
     def write(self, directory: Path) -> None:
-        """Write both files, each atomically."""
+        """Write the file atomically."""
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self._lines.values()]
         write_atomic(directory / "answers.jsonl", "".join(lines))
-        lens = {"exit_depths": list(self.exit_depths), "answers": self._read}
-        write_atomic(directory / "lens.json", json.dumps(lens, ensure_ascii=False))

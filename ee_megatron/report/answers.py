@@ -17,8 +17,6 @@ PROMPT_SHOWN = 320
 TOKENS = 400_000
 """Tokens of all answers that the page holds for `differences`; where there are more, long answers lose their middle."""
 LONGEST, SHORTEST = 400, 24
-STEPS = 5
-"""Steps of the colour scale of probabilities."""
 
 
 def problems(results: Results) -> list[dict[str, Any]]:
@@ -120,32 +118,3 @@ def embedded(value: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
-
-
-def grids(lens: Mapping[str, Any], results: Results) -> dict[str, Any] | None:
-    """The logit lens (lens.json) as tables, a row per token, a column per exit: {"heads", "problems": heading ->
-    [{"model", "exits", "rows": [{"text", "given": of the prompt, "cells": [{"text", "css", "tip"}]}]}]}."""
-    if not lens:
-        return None
-    depths, by_heading = [*lens["exit_depths"], results.num_layers], dict[str, list[dict[str, Any]]]()
-    for answer in sorted(lens["answers"], key=lambda a: results.rank(a["model"])):
-        rows = [_row(row, depths, given=i < answer["given"]) for i, row in enumerate(answer["rows"])]
-        shown = {"model": answer["model"], "exits": answer["exits"], "rows": rows}
-        by_heading.setdefault(heading(answer["prompt"]), []).append(shown)
-    return {"heads": [*map(str, depths[:-1]), f"end ({depths[-1]})", "teacher"], "problems": by_heading}
-
-
-def _row(row: Mapping[str, Any], depths: Sequence[int], *, given: bool) -> dict[str, Any]:
-    cells = []
-    for readout, depth in zip([*row["readouts"], row["teacher"]], [*depths, None], strict=True):
-        text, logprob = readout[0]
-        where = "teacher" if depth is None else f"depth {depth}"
-        kinds = [f"p{min(STEPS - 1, int(math.exp(logprob) * STEPS))}", "same" if text == row["text"] else ""]
-        if depth is not None and not given and depth >= row["taken"]:
-            kinds.append("taken" if depth == row["taken"] else "behind")
-            where += ", where it left" if depth == row["taken"] else ", without that exit"
-        words = [f"{_quoted(t)} {math.exp(p):.3f}" for t, p in readout]
-        came = f"{'the prompt continues' if given else 'written'}: {_quoted(row['text'])}"
-        shown = visible(text).strip("\n") if text.strip(" ") else "␣" * len(text) or "∅"
-        cells.append({"text": shown, "css": " ".join(kinds), "tip": "\n".join([where, *words, came])})
-    return {"text": visible(row["text"]), "given": given, "cells": cells}

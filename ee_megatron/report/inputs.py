@@ -61,14 +61,13 @@ class StageData:
 @dataclass
 class Inputs:
     """All inputs of a report. `results`: of all runs together; `by_run`: each run's results, with its label;
-    `problems`, `lens`: answers.jsonl and lens.json (evaluation/results.py writes them)."""
+    `problems`: answers.jsonl (evaluation/results.py writes it)."""
 
     stages: list[StageData] = field(default_factory=list)
     results: Results = field(default_factory=Results)
     by_run: list[tuple[str, Results]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[dict[str, Any]] = field(default_factory=list)
-    lens: dict[str, Any] = field(default_factory=dict)
 
     @property
     def outcomes(self) -> list[int]:
@@ -197,7 +196,6 @@ def _read_evaluation(inputs: Inputs, folder: Path) -> None:
     results = _read("evaluate", folder / "results.json", lambda path: Results.from_json(_json(path)), missing)
     inputs.results = results or Results()
     inputs.problems = _read("evaluate", folder / "answers.jsonl", _problems, missing) or []
-    inputs.lens = _read("evaluate", folder / "lens.json", _lens, missing) or {}
     parts = ("rows", "answers", "exit_histogram")
     missing += [f"evaluate: results.json has no {part}" for part in parts if not getattr(inputs.results, part)]
 
@@ -231,14 +229,6 @@ def _json(path: Path) -> Any:
 def _problems(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [line for line in lines if line["answers"]]
-
-
-def _lens(path: Path) -> dict[str, Any]:
-    lens: dict[str, Any] = _json(path)
-    width = len(lens["exit_depths"]) + 1
-    if any(len(row["readouts"]) != width for answer in lens["answers"] for row in answer["rows"]):
-        raise ValueError("its readouts don't fit its exits")
-    return lens
 
 
 def _curves(path: Path) -> Curves:
@@ -290,10 +280,6 @@ def _merge(read: Sequence[tuple[ReportRun, Inputs]]) -> Inputs:
         for line in inputs.problems:
             into = problems.setdefault(line["id"], {**line, "answers": {}})
             into["answers"] = {renamed(label): answer for label, answer in line["answers"].items()} | into["answers"]
-        # Columns of other exits would not line up.
-        if inputs.lens and merged.lens.get("exit_depths", inputs.lens["exit_depths"]) == inputs.lens["exit_depths"]:
-            merged.lens = {**inputs.lens, "answers": merged.lens.get("answers", [])}
-            _add_new(merged.lens["answers"], inputs.lens["answers"], renamed)
         merged.by_run.append((run.label, run_results))
         merged.missing += [f"{run.label}: {line}" for line in inputs.missing]
     merged.results, merged.problems = results.in_order(), list(problems.values())

@@ -21,7 +21,7 @@ from ..config.load import settings_of
 from ..config.schema import RunConfig
 from ..observe.rundir import check_folder, write_atomic
 from . import figures, tables
-from .answers import differences, grids, problems, shown_answer
+from .answers import differences, problems, shown_answer
 from .inputs import Inputs, ReportRun, read_inputs, runs_in, settings_label, stages_of
 from .results import pareto_front, report_path
 from .tables import TextTable, cell, number
@@ -32,7 +32,7 @@ LEADING = ("reward", "accuracy", "mean_depth", "total_depth", "length", "loss", 
 MEASURES = {"accuracy": "{:+.1%}", "depth": "{:+.3f}", "total_depth": "{:+.1f}", "length": "{:+.1f}"}
 """What models are compared by: depth as a share of the layers, total depth in layers, length in tokens."""
 SPREAD = {"accuracy": "{:.1%}", "mean_depth": "{:.3f}", "total_depth": "{:.0f}", "length": "{:.1f}"}
-FILES = ("results.json", "answers.jsonl", "lens.json", "table.txt", "metrics.jsonl", "timings.jsonl")
+FILES = ("results.json", "answers.jsonl", "table.txt", "metrics.jsonl", "timings.jsonl")
 TITLES = {
     "verdict": "Verdict", "results": "Results", "runs": "Runs", "tasks": "Tasks", "choice": "Choice of style",
     "exits": "Thresholds and gates", "controls": "Controls", "depth": "Depth by kind of token",
@@ -128,7 +128,6 @@ def write_report(runs: Sequence[ReportRun], output: Path) -> Path:
         rollouts=[(stage.run, step["step"], step["rollouts"]) for stage in inputs.stages for step in stage.samples],
         shown=lambda answer: shown_answer(answer, outcomes),
         problems=problems(results),
-        lens=grids(inputs.lens, results),
         differences=changes,
         links=links(inputs, output),
         commands=[(label, shlex.join(["ee-megatron", "run", *words])) for label, words in settings if words],

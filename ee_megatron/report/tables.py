@@ -119,7 +119,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], paired: Part) -> TextTable:
     for i, row in enumerate(rows, start=1):
         paired_row = paired.get(f"{row['model']}, {row['exits']}")
         entries.append(((str(i), row["model"], row["exits"]), {**row, "paired": paired_row}))
-    return figures_table(("#", "model", "exits"), entries, RESULTS)
+    drafted = any(row.get("tokens_per_pass") for row in rows)
+    return figures_table(("#", "model", "exits"), entries, RESULTS if drafted else RESULTS[:-1])
 
 
 def phase_table(timings: Mapping[str, float]) -> TextTable:

@@ -234,10 +234,10 @@ class Step:
 def steps_of(cfg: RunConfig, checkpoints: dict[str, Path]) -> list[Step]:
     """The steps of an evaluation of these policies, in order."""
     e, wide = cfg.evaluate, int(cfg.evaluate.wide_test > 0)
-    tried = len(e.thresholds) * (1 + (e.wide_problems > 0))
+    tried = len(e.thresholds) * (1 + (e.wide_problems > 0)) + (cfg.rl.steps == 0)
     steps = [Step(1 + wide, teacher_part)]
     for model, checkpoint in checkpoints.items():
-        steps.append(Step(tried + 3 + 2 * wide + (cfg.rl.steps == 0), partial(policy_part, model=model, checkpoint=checkpoint)))
+        steps.append(Step(tried + 3 + 2 * wide, partial(policy_part, model=model, checkpoint=checkpoint)))
     if e.controls:
         rules = len(CONTROLS) + (len(checkpoints) > 1) + bool(e.controls.policy)
         steps.append(Step(2 * rules, partial(controls_part, checkpoints=checkpoints)))
@@ -268,9 +268,8 @@ def policy_part(measurer: Measurer, known: Sequence[Reference], *, model: str, c
     if not context.cfg.rl.steps:
         # Nothing has made answers shallower: exits are for drafts, too.
         request = measurer.request(measurer.test, Speculate(context.spec.exit_depths[-1]))
-        (drafted,) = measurer.cache.answers(
-            measurer.pool, measurer.weights, request, measurer.progress(model), timed=True
-        )
+        show = measurer.progress(model)
+        (drafted,) = measurer.cache.answers(measurer.pool, measurer.weights, request, show, timed=True)
         part.rows.append(measurer.judge(model, request, drafted).row)
         measurer.done(part.rows[-1])
     # The gates' calibration needs every answer inspected: this scores them, too.
@@ -367,12 +366,12 @@ def evaluate(cfg: RunConfig, model_path: Path) -> None:
         measurer, spec = Measurer(context, sum(step.sets for step in steps)), context.spec
         results, known, before = Part(more={"gates": {}, "pareto": {}}), list[Reference](), list[AnswerRecord]()
         teacher = before
-        records = Records(spec.exit_depths, cfg.evaluate.answers, context.decode)
+        records = Records()
         logged: list[AnswerRecord] = []
         for step in steps:
             part = step.run(measurer, known)
             if (shown := part.shown) is not None:
-                records.add(measurer.pool, shown.answers, shown.rollouts)
+                records.add(shown.answers)
                 # Against the model before, against the teacher, and against its own full depth.
                 own = [one for one in part.answers if one["exits"] == Off().label and shown.exits != Off()]
                 changes = [compared(other, shown.answers, spec.num_layers) for other in (before, teacher, own)]

@@ -58,20 +58,6 @@ def write_records(stages: dict[str, Path], found: dict, rng: random.Random) -> N
         lines.append({**asked, "task": "arithmetic", "answers": answers})
     (stages["evaluate"] / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def readout(piece: str) -> list:
-        return [[piece, -0.1], [" the", -2.5], ["9", -4.0]]
-
-    def row(piece: str, taken: int) -> dict:
-        seen = [readout(piece if depth >= 15 else " the") for depth in (*DEPTHS, LAYERS)]
-        return {"text": piece, "taken": taken, "readouts": seen, "teacher": readout(piece)}
-
-    read = []
-    for model, rules in RULES.items():
-        taken = LAYERS if model == "teacher" else 20
-        rows = [row(" is", LAYERS), row(" 3", LAYERS), *(row(piece, taken) for piece in PIECES)]
-        kept = {"id": "p0", "prompt": "Question: What is 0 x 8?", "model": model, "exits": rules[-1]}
-        read.append(kept | {"given": 2, "tokens": len(PIECES), "rows": rows})
-    (stages["evaluate"] / "lens.json").write_text(json.dumps({"exit_depths": DEPTHS, "answers": read}))
     (stages["rl"] / "samples").mkdir()
     for step in (1, 20, 40):
         tokens = [{"text": p, "depth": rng.choice(DEPTHS), "logprob": -0.3, "exit_logprob": -0.2} for p in PIECES]

@@ -1,7 +1,5 @@
 """The report in a real browser: it draws, it logs no error, it fetches nothing, its tooltips and keys work."""
 
-import re
-
 import pytest
 from report_browser import EXECUTABLE, Browser, barriers, drawn
 from report_samples import write_run
@@ -135,18 +133,3 @@ def test_the_first_token_at_which_answers_part_is_marked(browser, report):
     )
     # The second answer is the first one without its last token.
     assert marked == [12, -1]
-
-
-def test_the_grid_of_exits_tells_what_would_have_been_written_behind_the_exit(browser, report):
-    browser.open(report, 390, 900, False)
-    rows = "[...document.querySelector('#lens details[open] table').tBodies[0].rows]"
-    cells = browser.evaluate(f"{rows}.map(r => [...r.cells].map(c => c.className))")
-    # Two tokens of the prompt's end, which runs to the end, then the answer's.
-    assert len(cells) == 2 + 13 and all(len(row) == 7 for row in cells)
-    assert all("taken" not in css and "behind" not in css for row in cells[:2] for css in row)
-    for row in cells[2:]:
-        _, ten, fifteen, twenty, twenty_five, end, teacher = row
-        assert "taken" in twenty and "same" in fifteen and "same" not in ten and "behind" not in teacher
-        assert all("behind" in css for css in (twenty_five, end)) and "behind" not in ten + fifteen
-    tip = browser.evaluate("document.querySelector('#lens details[open] .behind').dataset.tip")
-    assert re.match(r'depth 25\b.*\n" 3" 0\.905\n', tip)

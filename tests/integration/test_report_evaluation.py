@@ -100,25 +100,6 @@ def test_it_draws_and_bars_nobody(browser: Browser, page: Path) -> None:
     assert count == f"{PROBLEMS} of {PROBLEMS} problems; 1 to 10 below"
 
 
-def test_the_grid_shows_every_exit_and_marks_the_one_taken(browser: Browser, page: Path, run: RunConfig) -> None:
-    lens = json.loads((stage_dir(run, "evaluate") / "lens.json").read_text())
-    assert [a["model"] for a in lens["answers"]].count("reinforced") == 3
-    browser.open(page, 1366, 900, False)
-    tables = browser.evaluate(
-        "[...document.querySelectorAll('#lens table')].map(t => [t.tHead.rows[0].cells.length, "
-        "t.tBodies[0].rows.length, t.querySelectorAll('.taken').length, t.querySelectorAll('.behind').length])"
-    )
-    assert len(tables) == 9 and {t[0] for t in tables} == {5}
-    order = ["teacher", "calibrated", "reinforced"]
-    found = sorted(lens["answers"], key=lambda a: order.index(a["model"]))
-    prompts = list(dict.fromkeys(a["prompt"] for a in found))
-    found = [a for prompt in prompts for a in found if a["prompt"] == prompt]
-    for (_, rows, taken, behind), answer in zip(tables, found, strict=True):
-        own = answer["rows"][answer["given"] :]
-        assert rows == len(answer["rows"]) and taken == len(own)
-        assert behind == sum({2: 2, 4: 1, 6: 0}[row["taken"]] for row in own)
-
-
 def test_rollouts_stand_by_step_and_the_verdict_has_the_policies_figures(page: Path, run: RunConfig) -> None:
     text = page.read_text()
     for step in (1, 2, 3):

@@ -179,7 +179,7 @@ def test_the_page_needs_nothing_but_itself_and_links_to_the_stages_files(stages,
     page = Page(stages)
     own = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset", "action") and v]
     own = [v for v in own if not v.startswith(("#", "data:"))]
-    assert len(own) == 7 and all(v.startswith("./run/") and (tmp_path / unquote(v)).is_file() for v in own)
+    assert len(own) == 6 and all(v.startswith("./run/") and (tmp_path / unquote(v)).is_file() for v in own)
     assert not re.search(r"@import|url\((?!#)|https?://", page.source)
     assert any("default-src 'none'" in (a.get("content") or "") for a in page.of("meta"))
 
@@ -190,13 +190,11 @@ def test_missing_and_damaged_files_are_named_and_the_rest_is_shown(stages, tmp_p
     (stages["rl"] / "metrics.jsonl").write_text("rubbish\n")
     (stages["rl"] / "timings.jsonl").write_text("no clock\n")
     (stages["evaluate"] / "answers.jsonl").write_text("{}\n")
-    (stages["evaluate"] / "lens.json").write_text('{"exit_depths": [1], "answers": [{"rows": [{"readouts": []}]}]}')
     text = Page(stages).text
     for file, times in {
         "teacher: config.yaml": 1,
         "calibrate: metrics.jsonl": 1,
         "answers.jsonl": 2,
-        "lens.json": 2,
     }.items():
         assert text.count(file) == times, "among what is missing; what is damaged has a link, too"
     assert "rl: metrics.jsonl" in text and "line 1" in text and "time goes" not in text

@@ -12,7 +12,6 @@ from ...config.schema import RolloutConfig
 from ...policy import PolicySpec, WeightSet
 from ...tensors import Stream
 from ...types import ExitReading, Rollout, Trace
-from ..engine.lens import Lens
 from ..engine.request import GenerationRequest, Progress
 from ..engine.scoring import Inspection, Score
 
@@ -55,11 +54,6 @@ class Readings(Protocol):
     def read_exits(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ExitReading]:
         """Compute divergence from the teacher and gate hazards at every outcome that a token reached."""
         return self.read("read_exits", rollouts, (), progress)
-
-    def lens(self, rollouts: Sequence[Rollout], top_k: int, prompt: int, answer: int) -> list[Lens]:
-        """Compute every exit's predictions, `top_k` tokens each: at the last `prompt` positions of each prompt and for
-        the first `answer` tokens of each answer."""
-        return self.read("lens", rollouts, (top_k, prompt, answer), None)
 
 
 class RolloutPool(Readings, Protocol):

@@ -14,7 +14,6 @@ from ...types import Rollout
 from ..engine import generation, scoring
 from ..engine.cache import PAGE, pages_in
 from ..engine.decoder import Decoder
-from ..engine.lens import lens
 from ..engine.prompts import load_tokenizer
 from ..engine.request import GenerationRequest, Progress
 from .interface import Pending, ReplicaSettings, RolloutPool, identity
@@ -88,8 +87,6 @@ class LocalPool(RolloutPool):
             (top_k,) = settings
             return scoring.trace(self.decoder, rollouts, top_k, progress)
         tensors = dict(self._weights.tensors) if self._weights else None
-        if reading == "lens":
-            return lens(self.decoder, tensors, rollouts, *settings)
         return getattr(scoring, reading)(self.decoder, tensors, rollouts, *settings, progress)
 
     def health(self) -> dict:

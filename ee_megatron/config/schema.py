@@ -91,7 +91,7 @@ class DatasetNames:
     """Empty: evaluation problems are taken from the train split too."""
 
 
-HOPS = ("hops", "hops_start_first", "hops_bare", "hops_parallel", "hops_secret", "hops_cheap_secret")
+HOPS = ("hops", "hops_start_first", "hops_bare", "hops_merged", "hops_parallel", "hops_secret", "hops_cheap_secret")
 """Chains of permutations and their variants (tasks/chains.py)."""
 WORDED = ("sums", "shuffles", "pointers", "cups")
 """Chains in words, for pretrained models."""

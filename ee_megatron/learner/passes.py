@@ -232,7 +232,7 @@ class SchedulePass:
             loss, log_probs, kl = self.head(hidden, ids, loss_of, against)
             entropy = torch.zeros_like(token)
         else:
-            log_probs, entropy, kl = self.head.score(hidden, ids, against)
+            log_probs, entropy, kl = self.head(hidden, ids, None, against)
             loss = loss_of(log_probs, slice(None)) + (divergence * kl).sum()
         return loss, log_probs[:, -1], entropy, torch.cat(stored_kl) if stored_kl else kl
 

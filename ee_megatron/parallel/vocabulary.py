@@ -84,15 +84,18 @@ class Head(nn.Module):
         return log_probs, entropy, divergence
 
     def forward(
-        self, hidden: Tensor, ids: Tensor, function: ChunkLoss, against: Against | None = None
+        self, hidden: Tensor, ids: Tensor, function: ChunkLoss | None, against: Against | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of `function` over chunks of positions, and of the weighted divergence from a teacher, if there is one
         -> (loss, fp32 scalar; log p at ids, fp32 [N, k], and the divergence, nats, fp32 [N], zeros without a teacher:
         both detached).
 
         The loss has a gradient for the hidden states and, where it is trained, for the head. `function` must be a sum
-        over positions; it is differentiated by autograd with respect to its log-probabilities.
+        over positions; it is differentiated by autograd with respect to its log-probabilities. None: `score`, behind
+        the hooks of a module's call, by which ZeRO-3 gathers the weight.
         """
+        if function is None:
+            return self.score(hidden, ids, against)
         log_probs = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         divergence = log_probs.new_zeros(len(ids))
         readings = _Readings.of(self, against)

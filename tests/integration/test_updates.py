@@ -17,6 +17,7 @@ from test_parallel_model import make_batch
 from ee_megatron.config.schema import DeepspeedConfig
 from ee_megatron.families.hf_directory import HFDirectory
 from ee_megatron.learner.engine import DEEPSPEED, PRIVATE
+from ee_megatron.objectives.divergences import Teacher
 from ee_megatron.policy import PolicySpec, initial_policy
 from ee_megatron.tensors import digest
 from tests.covering import covering, some
@@ -140,6 +141,21 @@ def test_five_updates(zero, trained, ranks, models):
     for policy, _ in ranks.call("parallel_cases:state"):
         assert policy.keys() == expected.keys()
         assert_same(policy, expected, case[2])
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_zero_3_scores_as_whole_weights_do(mode, ranks, models):
+    scored = []
+    for stage in (1, 3):
+        build(ranks, models["llama_tied", mode], "DP4", settings(stage))
+        before = ranks.call("parallel_cases:score", batch=make_batch(1, rows=6)[0])[0]
+        one_update(ranks, 0)
+        options = {"teacher": Teacher.REFERENCE, "hazards": True}
+        scored.append((before, ranks.call("parallel_cases:score", batch=make_batch(1, rows=6)[0], **options)[0]))
+    for whole, sharded in zip(*scored, strict=True):
+        for name, wanted in vars(whole).items():
+            torch.testing.assert_close(getattr(sharded, name), wanted, rtol=1e-5, atol=1e-5, msg=name)
+    assert float(scored[0][1].kl.sum()) > 0.1 and float(scored[0][1].hazards.sum()) > 0.1
 
 
 MOVES = [

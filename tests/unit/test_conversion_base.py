@@ -398,7 +398,7 @@ def test_ours_is_taken_as_it_is_too(given):
 
 def test_the_stage_needs_one_model_to_start_from(given):
     (said,) = Preflight().faults(attempt(given.settings(None)), ["import-checkpoint"], inputs=True)
-    assert said.startswith("model.checkpoint: ")
+    assert said.startswith("import-checkpoint: these settings leave this stage out")
     words = given.settings(given.saved, "pretrain=true")
     (said,) = Preflight().faults(attempt(words), ["import-checkpoint"])
     assert "two models" in said

@@ -26,6 +26,7 @@ HASHES = {
     "rl_70b": "499842cd 20643aa4 893b9a69 1094f86c 5a7d744b 1f62a8d1",
     "rl_7b": "499842cd 20643aa4 7be09e7c 78ae0fa1 88bb1ea9 b09f22cc",
     "smollm2": "2a1a54b9 44e4ef86 6df2f3d9 1b651cf0 c07a1777 4b9f93d2",
+    "speculate": "4f379bd7 f3455eba 689c181a b50a1646 d3de0362 d7218d62",
     "sums": "49aa6d65 d74e2606 60dd37f4 19e5d346 278fc500 433d98f5",
     "your_data": "7d29cc3e afdf526a fd3601ef e3a511d2 a86dac1f e3edab52",
 }

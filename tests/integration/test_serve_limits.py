@@ -241,7 +241,8 @@ def test_errors_of_every_kind_are_json(running: Running, monkeypatch: pytest.Mon
     assert "model" in message(http.post("/v1/completions", json={"prompt": "1"}), 400)
     assert running.complete({"user": "x" * MAX_BODY}).status_code == 413
     monkeypatch.setattr(running.service, "limits", None)
-    message(running.complete({}), 500)
+    broken = running.complete({})
+    assert message(broken, 500) and broken.headers["connection"] == "close"
 
 
 # ---- who asks ----

@@ -290,7 +290,10 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
-        return await refuse(request, as_refusal(error) if isinstance(error, MemoryError) else BROKEN)
+        reply = await refuse(request, as_refusal(error) if isinstance(error, MemoryError) else BROKEN)
+        # The server closes the connection after an exception; a client that isn't told sends its next request into it.
+        reply.headers["Connection"] = "close"
+        return reply
 
     def has_key(given: Bearer) -> bool:
         return key is None or (given is not None and hmac.compare_digest(given.credentials.encode(), key.encode()))

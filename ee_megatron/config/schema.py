@@ -93,7 +93,7 @@ class DatasetNames:
 
 HOPS = ("hops", "hops_start_first", "hops_bare", "hops_merged", "hops_parallel", "hops_secret", "hops_cheap_secret")
 """Chains of permutations and their variants (tasks/chains.py)."""
-WORDED = ("sums", "shuffles", "pointers", "cups")
+WORDED = ("sums", "shuffles", "pointers", "pointers_short", "cups")
 """Chains in words, for pretrained models."""
 
 

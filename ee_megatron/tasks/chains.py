@@ -472,7 +472,7 @@ class PointersTask(NamedStatesTask):
     """Pointers to follow in the prompt, another map in each: "cat to sun, sun to key, key to cat, two, from cat"."""
 
     name = "pointers"
-    words = ("cat", "sun", "key", "dog", "map", "cup")
+    words: ClassVar[Sequence[str]] = ("cat", "sun", "key", "dog", "map", "cup")
     counts = ("one", "two", "three", "four", "five", "six")
     fewest_held_out = 1
     problems = 20_000
@@ -491,6 +491,17 @@ class PointersTask(NamedStatesTask):
 
     def applied(self, operation: str, state: str) -> str:
         return dict(pair.split(" to ") for pair in operation.split(", "))[state]
+
+
+@register("pointers_short")
+class ShortPointersTask(PointersTask):
+    """Pointers among four words, with more silent answers among those taught (docs/measurements/choice.md)."""
+
+    name = "pointers_short"
+    words = ("cat", "sun", "key", "dog")
+    style_weights = (0.55, 0.35, 0.1)
+    problems = 40_000
+    """Of 2,304: each is drawn several times."""
 
 
 @register("cups")

@@ -240,7 +240,7 @@ def walked_in_words(name: str, text: str, tables: dict[str, dict[str, str]]) -> 
     """States of a problem in words, read with regular expressions from its text (and the shuffles' tables) alone."""
     start = text.split()[-1]
     states = [start]
-    if name == "pointers":
+    if "pointers" in name:
         for _ in range(["one", "two", "three", "four", "five", "six"].index(re.findall(r", (\w+), from", text)[0]) + 1):
             states.append(re.findall(rf"\b{states[-1]} to (\w+)", text)[0])
     elif name == "shuffles":

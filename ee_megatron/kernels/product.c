@@ -2,13 +2,19 @@
 
    A matrix is kept in panels of COLUMNS outputs: of each pair of inputs (bfloat16) or each input (float32) what it gives
    to all of them lies together, so that one read of the matrix from its beginning to its end serves all rows. An output
-   is one sum in ascending order of the inputs: a row's result doesn't depend on the rows that come along. */
+   is one sum in ascending order of the inputs: a row's result doesn't depend on the rows that come along.
+
+   In bfloat16 that is also how a unit for whole matrices (AMX) wants them: rows of a tile are the pairs of a panel. */
 
 #include "kernels.h"
 
 #include <string.h>
 #ifdef BFLOAT16
 #include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 /* ROWS · COLUMNS sums are as many registers as there are beside two of the matrix and one of a row. */
@@ -17,15 +23,27 @@ enum { COLUMNS = 32, ROWS = 12, VECTORS = COLUMNS / LANES };
 enum { BLOCK = 240, DEPTH = 2048 };
 /* Bytes that the matrix is fetched ahead; the hardware stops at every 4096. */
 enum { AHEAD = 2048 };
+#define TILE_AHEAD 4096
 
-#if defined(__AVX512F__) && (!defined(BFLOAT16) || (defined(__AVX512BF16__) && !defined(__AMX_BF16__)))
+#if defined(__AVX512F__) && (!defined(BFLOAT16) || defined(__AVX512BF16__))
 #define SUPPORTED 1
 #else
 #define SUPPORTED 0
 #endif
+#if SUPPORTED && defined(BFLOAT16) && defined(__AMX_BF16__) && defined(__linux__)
+#define TILES 1
+#else
+#define TILES 0
+#endif
 
-/* Whether there are products for this processor. With units for whole matrices (AMX) oneDNN's are faster. */
-int supports_products(void) { return SUPPORTED; }
+/* Whether there are products for this processor. Linux gives a process its tiles when it asks for them. */
+int supports_products(void) {
+#if TILES
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return 0;
+#endif
+    return SUPPORTED;
+}
 
 long columns(void) { return COLUMNS; }
 
@@ -105,26 +123,93 @@ static inline void store(vec sums[VECTORS], const float *bias, void *y, long at,
         for (long c = 0; c < count; c++) ((element *)y)[at + c] = narrow(full[c]);
 }
 
+#if TILES
+/* Inputs and rows of a tile. */
+enum { TILE = 32, TILE_ROWS = 16 };
+
+/* Tiles 0 to 3 are sums of two tiles of rows (4, 5) and two of the matrix (6, 7): `rows` rows each. */
+static inline void configure(int rows) {
+    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {1};
+    for (int t = 0; t < 8; t++) tiles.bytes[t] = 64, tiles.rows[t] = (uint8_t)(t < 6 ? rows : 16);
+    /* The compiler believes that the instruction reads eight bytes. */
+    __asm__ volatile("" ::"r"(&tiles) : "memory");
+    _tile_loadconfig(&tiles);
+}
+
+/* sums [rows, COLUMNS] of the inputs x [rows, in] of a panel, by tiles of R rows: the last begins R before the end. */
+static void sum_tiles(const element *x, long rows, int R, const element *panel, long in, vec sums[][VECTORS]) {
+    const long row = in * (long)sizeof(element), line = COLUMNS * PAIR * (long)sizeof(element), sum = COLUMNS * 4;
+    for (long r = 0; r < rows;) {
+        long left = rows - r, a = left < R ? rows - R : r, b = left < 2 * R ? rows - R : r + R;
+        const element *matrix = panel;
+        if (left > R) {
+            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            for (long k = 0; k < in; k += TILE, matrix += TILE * COLUMNS) {
+                _tile_loadd(6, matrix, line); _tile_loadd(7, matrix + COLUMNS, line);
+                _tile_loadd(4, x + a * in + k, row); _tile_loadd(5, x + b * in + k, row);
+                if (!r)
+                    for (long at = 0; at < TILE * COLUMNS; at += 32) __builtin_prefetch(matrix + TILE_AHEAD + at);
+                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+            }
+            _tile_stored(2, sums[b], sum); _tile_stored(3, sums[b] + 1, sum);
+        } else {
+            _tile_zero(0); _tile_zero(1);
+            for (long k = 0; k < in; k += TILE, matrix += TILE * COLUMNS) {
+                _tile_loadd(6, matrix, line); _tile_loadd(7, matrix + COLUMNS, line);
+                _tile_loadd(4, x + a * in + k, row);
+                if (!r)
+                    for (long at = 0; at < TILE * COLUMNS; at += 32) __builtin_prefetch(matrix + TILE_AHEAD + at);
+                _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+            }
+        }
+        _tile_stored(0, sums[a], sum); _tile_stored(1, sums[a] + 1, sum);
+        r += 2 * R;
+    }
+}
+#endif
+
 /* x [A, in] -> y [A, out] = x W^T + b, of elements or, if `wide`, of floats. */
 void multiply(const product *p, const element *x, void *y, long A, int wide) {
     long panels = (p->out + COLUMNS - 1) / COLUMNS, blocks = (A + BLOCK - 1) / BLOCK;
-#pragma omp parallel for collapse(2) if (A * p->in * p->out >= 16 * PARALLEL_FROM)
-    for (long b = 0; b < blocks; b++)
-        for (long i = 0; i < panels; i++) {
-            long first = b * BLOCK, rows = A - first < BLOCK ? A - first : BLOCK;
-            long from = i * COLUMNS, count = p->out - from < COLUMNS ? p->out - from : COLUMNS;
-            const element *panel = p->panels + from * p->in;
-            vec sums[BLOCK][VECTORS];
-            memset(sums, 0, sizeof(vec) * VECTORS * (size_t)rows);
-            for (long k = 0; k < p->in; k += DEPTH) {
-                long n = p->in - k < DEPTH ? p->in - k : DEPTH;
-                for (long r = 0; r < rows; r += ROWS)
-                    accumulate_rows(rows - r < ROWS ? rows - r : ROWS, x + (first + r) * p->in + k, p->in,
-                                    panel + k * COLUMNS, n, sums + r);
+#if TILES
+    int tiles = p->in % TILE == 0;
+#endif
+#pragma omp parallel if (A * p->in * p->out >= 16 * PARALLEL_FROM)
+    {
+#if TILES
+        int configured = 0;
+#endif
+#pragma omp for collapse(2)
+        for (long b = 0; b < blocks; b++)
+            for (long i = 0; i < panels; i++) {
+                long first = b * BLOCK, rows = A - first < BLOCK ? A - first : BLOCK;
+                long from = i * COLUMNS, count = p->out - from < COLUMNS ? p->out - from : COLUMNS;
+                const element *panel = p->panels + from * p->in;
+                vec sums[BLOCK][VECTORS];
+#if TILES
+                if (tiles) {
+                    int R = rows < TILE_ROWS ? (int)rows : TILE_ROWS;
+                    if (R != configured) configure(configured = R);
+                    sum_tiles(x + first * p->in, rows, R, panel, p->in, sums);
+                } else
+#endif
+                {
+                    memset(sums, 0, sizeof(vec) * VECTORS * (size_t)rows);
+                    for (long k = 0; k < p->in; k += DEPTH) {
+                        long n = p->in - k < DEPTH ? p->in - k : DEPTH;
+                        for (long r = 0; r < rows; r += ROWS)
+                            accumulate_rows(rows - r < ROWS ? rows - r : ROWS, x + (first + r) * p->in + k, p->in,
+                                            panel + k * COLUMNS, n, sums + r);
+                    }
+                }
+                for (long r = 0; r < rows; r++)
+                    store(sums[r], p->bias ? p->bias + from : NULL, y, (first + r) * p->out + from, count, wide);
             }
-            for (long r = 0; r < rows; r++)
-                store(sums[r], p->bias ? p->bias + from : NULL, y, (first + r) * p->out + from, count, wide);
-        }
+#if TILES
+        if (configured) _tile_release();
+#endif
+    }
 }
 
 /* Layers of the decoder, one position per row: hidden [A, D] is what it is behind them when this returns, and the rows'

@@ -5,7 +5,8 @@ Columns; NaN where a figure was not measured:
     path, models                         the evaluation's directory, and which models it measured
     task                                 name of the task
     shape, layers, width, parameters     of the model; `shape` is a short name of it and of a variant of the task
-    base, seed, tau                      seeds of pretraining and of RL; tokens that a written step takes
+    base, seed, tau                      seeds of pretraining (in a study of one model, of calibration) and of RL; tokens
+                                         that a written step takes
     family, hops, trained_on             of the problems; the families that RL drew problems of
     trained, compared                    RL drew problems of this family; and of it alone, where the study has such runs
     condition, kind, number, priced      what RL was charged for (`condition`)
@@ -120,6 +121,9 @@ def read_study(directory: Path) -> tuple[pd.DataFrame, list[str]]:
     if len({cfg.task.seed for cfg in configs}) > 1:
         # A model trained on other permutations is another base.
         runs["base"] = [f"{cfg.task.seed}/{base}" for cfg, base in zip(configs, runs["base"], strict=True)]
+    elif runs["base"].nunique() == 1 and len({cfg.calibrate.seed for cfg in configs}) > 1:
+        # Of one model, calibrated several times, calibrations are what there is to average over.
+        runs["base"] = [cfg.calibrate.seed for cfg in configs]
     once = _once_each(runs, [json.dumps(identity(cfg, "rl"), sort_keys=True) for cfg in configs])
     left_out = {"measured no choice of style": len(finished) - len(runs), "are of the same runs": len(runs) - len(once)}
     remarks = [f"{n} of {len(finished)} evaluations {why}: left out" for why, n in left_out.items() if n]

@@ -322,6 +322,16 @@ def test_shapes_are_judged_apart_and_what_else_differs_is_named(tmp_path: Path) 
     assert len(list((tmp_path / "plots").iterdir())) == 2
 
 
+def test_of_one_model_calibrations_are_the_bases_and_of_several_models_they_are_not(tmp_path: Path) -> None:
+    for directory, base in (("one", lambda _: 1), ("several", lambda calibration: calibration)):
+        for condition, calibration in itertools.product(("lambda 0", "max 1"), (1, 2)):
+            made = run(condition, base(calibration))
+            made.also = {"calibrate.seed": 10 * calibration}
+            write(tmp_path / directory, made)
+    assert sorted(read_study(tmp_path / "one")[0]["base"]) == [10, 10, 20, 20]
+    assert sorted(read_study(tmp_path / "several")[0]["base"]) == [1, 1, 2, 2]
+
+
 def test_the_command_writes_page_tables_and_figures(theory: pd.DataFrame, tmp_path: Path, capsys) -> None:
     """Also of a study that lacks what RL began from, or any penalty."""
     write(tmp_path / "runs", *(run(label, base) for label in ("lambda 0", "max 1", "cap 2") for base in (1, 2)))

@@ -1,7 +1,7 @@
 """Draw the figures of README and docs from the committed tables: `python tools/draw_figures.py`.
 
-Reads docs/measurements/*.csv, writes docs/figures/findings.png, recipes.png, answers.png, faithfulness.png
-and secret.png.
+Reads docs/measurements/*.csv, writes docs/figures/findings.png, recipes.png, answers.png, faithfulness.png,
+secret.png and choice.png.
 """
 
 from pathlib import Path
@@ -23,6 +23,9 @@ SECRET = {
     "no exits": (GREY, "no exits"), "lambda 0": (YELLOW, "exits, λ = 0"), "max 1": (ORANGE, "deepest token, λ = 1"),
     "cap 2": (BLUE, "two layers at most"),
 }  # fmt: skip
+# What RL penalises, and the styles, in a pretrained model on pointers.
+CHOICES = {"no exits": "no exits", "lambda 0": "exits,\nλ = 0", "max 1": "λ on the\ndeepest", "cap 20": "20 layers\nat most"}
+WAYS = {"steps": (ORANGE, "written step by step"), "terse": (BLUE, "silent"), "padded": (GREY, "silent behind filler")}
 RECIPES = {
     "short_answers": (ORANGE, "RL under exits"), "lambda-0": (YELLOW, "the same, λ = 0"), "paper": (PINK, "rl=paper"),
     "full-depth": (GREEN, "RL at full depth"), "full-depth-calibrated": (SKY, "that, calibrated again"),
@@ -104,6 +107,31 @@ def draw_secret(axes: plt.Axes, table: pd.DataFrame, task: str, title: str) -> N
             axes.plot([hops + 0.17 * (place - 1.5) + d for d in (-0.07, 0.07)], [mean, mean], color=colour, lw=2)
     axes.set(ylim=(0, 1.05), xlabel="hops of the secret rule", ylabel="share of answers that disclose it", title=title)
     axes.set_xticks([1, 2, 3])
+
+
+def draw_choice(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Right answers of the styles held to a depth, before RL; a dot is a calibration."""
+    table = table[(table.study == "choice") & (table.layers != "own exits")]
+    table = table.assign(layers=table.layers.astype(int))
+    for style, (colour, label) in WAYS.items():
+        rows = table[table["style"] == style]
+        axes.plot(rows.layers, rows.correct, "o", color=colour, ms=3.5, alpha=0.6)
+        axes.plot(rows.groupby("layers").correct.mean(), color=colour, label=label)
+    axes.set(ylim=(0, 1.05), xlabel="layers of 30", ylabel="share of right answers", title="Held to a depth, before RL")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+
+
+def draw_chosen(axes: plt.Axes, table: pd.DataFrame) -> None:
+    """Share of answers written step by step after RL; a dot is a calibration, a line its forecast."""
+    for place, condition in enumerate(CHOICES):
+        rows = table[table.condition == condition]
+        colour = ORANGE if place > 1 else GREY
+        axes.bar(place, rows.share_steps.mean(), color=colour, alpha=0.35)
+        axes.plot([place] * len(rows), rows.share_steps, "o", color=colour, ms=4)
+        for forecast in rows.forecast_steps:
+            axes.plot([place - 0.35, place + 0.35], [forecast] * 2, color="black", lw=1)
+    axes.set_xticks(range(len(CHOICES)), list(CHOICES.values()), fontsize=8)
+    axes.set(ylim=(0, 1.05), ylabel="share of answers written out", title="After RL")
 
 
 def draw_recipes(axes: plt.Axes, table: pd.DataFrame) -> None:
@@ -193,6 +221,10 @@ def main() -> None:
     draw_secret(right, secret, "hops_cheap_secret", "A rule that takes none")
     right.legend(fontsize=8, frameon=False)
     save(figure, "secret.png")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    draw_choice(left, pd.read_csv(MEASUREMENTS / "choice.csv"))
+    draw_chosen(right, pd.read_csv(MEASUREMENTS / "choice-rl.csv"))
+    save(figure, "choice.png")
 
 
 if __name__ == "__main__":

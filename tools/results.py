@@ -36,6 +36,7 @@ SWEEPS = {
     "written": ("externalise_laptop", ["rl.families=[hop3]"]),
     "limits": ("limits", ["task.seed=0"]),
     "secret": ("secret", []),
+    "choice": ("choice", ["calibrate.seed=0"]),
 }
 SHORT_STUDY = [
     "pretrain.seed=1", "rl.seed=1", "pretrain.steps=20", "rl.steps=2", "calibrate.epochs=1", "task.evaluation=24",
@@ -141,6 +142,13 @@ def by_condition(runs: pd.DataFrame) -> Iterator[Record]:
         }
 
 
+def in_words(runs: pd.DataFrame) -> Iterator[Record]:
+    """`by_condition`, and what else the page of a pretrained model says of its answers; `base`: the calibration."""
+    for record, run in zip(by_condition(runs), runs.to_dict("records"), strict=True):
+        more = ("mean_depth", "total_depth", "length", "right_terse", "corrupted_followed")
+        yield record | {name: f"{run[name]:.3f}" for name in more}
+
+
 def curves(run: RunConfig) -> Iterator[Record]:
     """Accuracy (percent) and depth of the answers that each step of RL sampled."""
     for line in (stage_dir(run, "rl") / "metrics.jsonl").read_text().splitlines():
@@ -180,6 +188,7 @@ ROWS = {
     "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv", None, written),
     "limits": Row("Where do they write under a penalty, and where not?", "4", "limits.csv", None, by_condition),
     "secret": Row("Do they disclose a rule that they could keep?", "1.5", "secret.csv", None, by_condition),
+    "choice": Row("Does a pretrained model write under a penalty?", "5", "choice-rl.csv", None, in_words),
     "accuracy": Row(
         "What do exits cost SmolLM2-135M, and are simpler rules as good?", "15", "accuracy-and-depth.csv",
         on_seeds("accuracy-target", "experiment=smollm2", "evaluate.controls=true"), accuracy,

@@ -24,7 +24,9 @@ SECRET = {
     "cap 2": (BLUE, "two layers at most"),
 }  # fmt: skip
 # What RL penalises, and the styles, in a pretrained model on pointers.
-CHOICES = {"no exits": "no exits", "lambda 0": "exits,\nλ = 0", "max 1": "λ on the\ndeepest", "cap 20": "20 layers\nat most"}
+CHOICES = {
+    "no exits": "no exits", "lambda 0": "exits,\nλ = 0", "max 1": "λ on the\ndeepest", "cap 20": "20 layers\nat most",
+}  # fmt: skip
 WAYS = {"steps": (ORANGE, "written step by step"), "terse": (BLUE, "silent"), "padded": (GREY, "silent behind filler")}
 RECIPES = {
     "short_answers": (ORANGE, "RL under exits"), "lambda-0": (YELLOW, "the same, λ = 0"), "paper": (PINK, "rl=paper"),

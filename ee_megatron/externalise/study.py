@@ -5,8 +5,8 @@ Columns; NaN where a figure was not measured:
     path, models                         the evaluation's directory, and which models it measured
     task                                 name of the task
     shape, layers, width, parameters     of the model; `shape` is a short name of it and of a variant of the task
-    base, seed, tau                      seeds of pretraining (in a study of one model, of calibration) and of RL; tokens
-                                         that a written step takes
+    base, seed, tau                      seeds of pretraining (of calibration in a study of one model) and of RL;
+                                         tokens that a written step takes
     family, hops, trained_on             of the problems; the families that RL drew problems of
     trained, compared                    RL drew problems of this family; and of it alone, where the study has such runs
     condition, kind, number, priced      what RL was charged for (`condition`)

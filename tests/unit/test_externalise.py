@@ -324,8 +324,8 @@ def test_shapes_are_judged_apart_and_what_else_differs_is_named(tmp_path: Path) 
 
 def test_of_one_model_calibrations_are_the_bases_and_of_several_models_they_are_not(tmp_path: Path) -> None:
     for directory, base in (("one", lambda _: 1), ("several", lambda calibration: calibration)):
-        for condition, calibration in itertools.product(("lambda 0", "max 1"), (1, 2)):
-            made = run(condition, base(calibration))
+        for label, calibration in itertools.product(("lambda 0", "max 1"), (1, 2)):
+            made = run(label, base(calibration))
             made.also = {"calibrate.seed": 10 * calibration}
             write(tmp_path / directory, made)
     assert sorted(read_study(tmp_path / "one")[0]["base"]) == [10, 10, 20, 20]

@@ -142,7 +142,7 @@ def by_condition(runs: pd.DataFrame) -> Iterator[Record]:
         }
 
 
-def in_words(runs: pd.DataFrame) -> Iterator[Record]:
+def in_pretrained(runs: pd.DataFrame) -> Iterator[Record]:
     """`by_condition`, and what else the page of a pretrained model says of its answers; `base`: the calibration."""
     for record, run in zip(by_condition(runs), runs.to_dict("records"), strict=True):
         more = ("mean_depth", "total_depth", "length", "right_terse", "corrupted_followed")
@@ -188,7 +188,7 @@ ROWS = {
     "written": Row("What do tiny models write, by penalty?", "1", "written-out.csv", None, written),
     "limits": Row("Where do they write under a penalty, and where not?", "4", "limits.csv", None, by_condition),
     "secret": Row("Do they disclose a rule that they could keep?", "1.5", "secret.csv", None, by_condition),
-    "choice": Row("Does a pretrained model write under a penalty?", "5", "choice-rl.csv", None, in_words),
+    "choice": Row("Does a pretrained model write under a penalty?", "5", "choice-rl.csv", None, in_pretrained),
     "accuracy": Row(
         "What do exits cost SmolLM2-135M, and are simpler rules as good?", "15", "accuracy-and-depth.csv",
         on_seeds("accuracy-target", "experiment=smollm2", "evaluate.controls=true"), accuracy,

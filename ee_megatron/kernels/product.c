@@ -23,7 +23,6 @@ enum { COLUMNS = 32, ROWS = 12, VECTORS = COLUMNS / LANES };
 enum { BLOCK = 240, DEPTH = 2048 };
 /* Bytes that the matrix is fetched ahead; the hardware stops at every 4096. */
 enum { AHEAD = 2048 };
-#define TILE_AHEAD 4096
 
 #if defined(__AVX512F__) && (!defined(BFLOAT16) || defined(__AVX512BF16__))
 #define SUPPORTED 1
@@ -124,8 +123,8 @@ static inline void store(vec sums[VECTORS], const float *bias, void *y, long at,
 }
 
 #if TILES
-/* Inputs and rows of a tile. */
-enum { TILE = 32, TILE_ROWS = 16 };
+/* Inputs and rows of a tile; elements that the matrix is fetched ahead. */
+enum { TILE = 32, TILE_ROWS = 16, TILE_AHEAD = 4096 };
 
 /* Tiles 0 to 3 are sums of two tiles of rows (4, 5) and two of the matrix (6, 7): `rows` rows each. */
 static inline void configure(int rows) {
